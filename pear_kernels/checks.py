@@ -1,0 +1,216 @@
+"""Argument checks: every error names the argument, what it got and what to do.
+
+Two kinds. Checks of shapes, dtypes and options need no data and run before anything else, also while `torch.compile`
+traces. Checks of values run inside the custom ops; on a CPU they raise, elsewhere they are device-side asserts, because
+reading a value back would stall the stream.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+import torch
+
+LEVELS = ("token", "block", "sequence")
+REDUCTIONS = ("mean", "sum", "sequence_mean")
+MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
+
+
+def require(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raise ValueError unless the 0-d bool tensor holds; off the CPU a device-side assert, without a host sync."""
+    if condition.device.type == "cpu":
+        if not bool(condition):
+            raise ValueError(message())
+    else:
+        torch._assert_async(condition)
+
+
+# ---- options
+
+
+def check_options(options) -> None:
+    """The PEAR options of `weights.PEAROptions`."""
+    level, block_size, gamma, log_ratio_clip, log_weight_clip = options
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be an integer of at least 1 (response tokens a block), got {block_size!r}")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
+    for name, bounds in (("log_ratio_clip", log_ratio_clip), ("log_weight_clip", log_weight_clip)):
+        if len(bounds) != 2 or any(math.isnan(bound) for bound in bounds):
+            raise ValueError(f"{name} must be two numbers (low, high), got {bounds!r}")
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds!r}: swap the two")
+
+
+def check_head_options(temperature: float, softcap: float | None, workspace_bytes: int | None) -> None:
+    """The options of the LM head that every function shares."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number, or None for a head without one, got {softcap!r}")
+    if workspace_bytes is not None and not workspace_bytes > 0:
+        raise ValueError(f"workspace_bytes must be a positive number of bytes, or None, got {workspace_bytes!r}")
+
+
+def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
+    """The divisor of the loss."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
+    elif denominator is not None and not (denominator > 0 and math.isfinite(denominator)):
+        raise ValueError(f"denominator must be a positive number, got {denominator!r}")
+
+
+# ---- shapes and dtypes
+
+
+def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """`hidden` (N, D) or (B, T, D), `weight` (V, D), `target` of hidden's leading shape, `bias` (V,)."""
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D) with hidden's D = {hidden.shape[-1]}, got shape {tuple(weight.shape)}: "
+            "pass the LM head's weight as nn.Linear stores it"
+        )
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight must have a vocabulary of at least 2 rows, got shape {tuple(weight.shape)}")
+    same_shape("target", target, "hidden's leading shape", hidden.shape[:-1])
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be torch.int64 token ids, got {target.dtype}: call target.long()")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if bias is not None:
+        same_shape("bias", bias, "(V,)", weight.shape[:1])
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != hidden.dtype and not autocast:
+            raise TypeError(
+                f"hidden and {name} must have one dtype outside autocast, got {hidden.dtype} and {tensor.dtype}: "
+                "cast one of them, or run under torch.autocast"
+            )
+    same_device(hidden, weight=weight, target=target, bias=bias)
+
+
+def check_loss_arguments(hidden: Tensor, target: Tensor, behavior_logprobs: Tensor, cu_seqlens, sequence_scale) -> None:
+    """What linear_pear_loss takes beside the head."""
+    same_shape("behavior_logprobs", behavior_logprobs, "target's shape", target.shape)
+    check_logprobs_dtype("behavior_logprobs", behavior_logprobs)
+    check_cu_seqlens_kind(cu_seqlens, target.dim(), "hidden is (B, T, D)")
+    if sequence_scale is not None:
+        count = target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1)
+        same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", (count,))
+    same_device(hidden, behavior_logprobs=behavior_logprobs, cu_seqlens=cu_seqlens, sequence_scale=sequence_scale)
+
+
+def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu_seqlens) -> None:
+    """What pear_weights takes."""
+    if logprobs.dim() not in (1, 2):
+        raise ValueError(f"logprobs must be (N,) or (B, T), got shape {tuple(logprobs.shape)}")
+    check_logprobs_dtype("logprobs", logprobs)
+    check_logprobs_dtype("behavior_logprobs", behavior_logprobs)
+    same_shape("behavior_logprobs", behavior_logprobs, "logprobs' shape", logprobs.shape)
+    if mask is not None:
+        same_shape("mask", mask, "logprobs' shape", logprobs.shape)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool, True at response tokens, got {mask.dtype}: call mask.bool()")
+    check_cu_seqlens_kind(cu_seqlens, logprobs.dim(), "logprobs is (B, T)")
+    same_device(logprobs, behavior_logprobs=behavior_logprobs, mask=mask, cu_seqlens=cu_seqlens)
+
+
+def check_logprobs_dtype(name: str, logprobs: Tensor) -> None:
+    """float32 or float64: in half precision a log-prob is off by 4e-3, and the errors add up along the suffix."""
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float32 (or float64), got {logprobs.dtype}: half precision is too coarse for ratios, so "
+            "score again in float32 rather than cast"
+        )
+
+
+def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> None:
+    """`cu_seqlens` goes with packs, and is a vector of integers."""
+    if cu_seqlens is None:
+        return
+    if dims == 2:
+        raise ValueError(f"cu_seqlens is for packs, but {padded}, a sequence a row: leave it out, or flatten to a pack")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be (S+1,) with S >= 1, got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+
+
+def same_shape(name: str, tensor: Tensor, like: str, shape) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have {like} {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def same_device(hidden: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of the other arguments, {hidden.device}, got {tensor.device}: "
+                f"move it with {name}.to({str(hidden.device)!r})"
+            )
+
+
+def sequence_bounds(shape, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """(S+1,) bounds of the flat tokens: the pack's own, a sequence a row for (B, T), or one sequence for (N,)."""
+    if cu_seqlens is not None:
+        return cu_seqlens
+    rows, length = shape if len(shape) == 2 else (1, shape[0])
+    return torch.arange(rows + 1, device=device) * length
+
+
+# ---- values
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """From 0 to N, never descending (an empty sequence is allowed)."""
+    require(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens),
+        lambda: (
+            f"cu_seqlens must begin with 0 and end at N = {tokens}, got {cu_seqlens[0].item()} and "
+            f"{cu_seqlens[-1].item()}: it holds the cumulative lengths of the sequences in the pack"
+        ),
+    )
+    require(
+        (cu_seqlens.diff() >= 0).all(),
+        lambda: f"cu_seqlens must be ascending, got {cu_seqlens.tolist()[:20]}",
+    )
+
+
+def check_target(target: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Ids in [0, V) wherever a token counts."""
+    outside = valid & ((target < 0) | (target >= vocabulary))
+    require(
+        ~outside.any(),
+        lambda: (
+            f"target must be in [0, {vocabulary}) or ignore_index ({ignore_index}), got "
+            f"{target[outside][0].item()} at flat position {outside.nonzero()[0].item()}"
+        ),
+    )
+
+
+def check_behavior_logprobs(behavior_logprobs: Tensor, valid: Tensor) -> None:
+    """Finite and not above 0, wherever a token counts; what stands at ignored tokens is not looked at."""
+    bad = valid & ~(behavior_logprobs.isfinite() & (behavior_logprobs <= MAX_LOGPROB))
+    require(
+        ~bad.any(),
+        lambda: (
+            f"behavior_logprobs must be finite and at most 0, got {behavior_logprobs[bad][0].item()} at flat position "
+            f"{bad.nonzero()[0].item()} ({int(bad.sum())} such tokens): score the data again under its behaviour policy"
+        ),
+    )
+
+
+def check_sequence_scale(sequence_scale: Tensor) -> None:
+    require(
+        sequence_scale.isfinite().all(),
+        lambda: f"sequence_scale must be finite, got {sequence_scale.tolist()[:20]}",
+    )

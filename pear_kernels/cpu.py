@@ -1,0 +1,176 @@
+"""The operations the engine needs, in plain PyTorch for any device: one LM head, a chunk of rows at a time.
+
+The softmax is anchored on the target's logit a, not on the row's maximum. With E_v = exp(z_v - a) for v != y,
+
+    S = sum_v E_v      log p = -log1p(S)      1 - p = S / (1 + S)
+
+so nothing cancels when p is near 1, where most tokens of a fine-tuning run are, and E itself is the gradient's
+(rows, V) factor: dL/dz = c / (1 + S) * E with E_y := -S. Rows where some z_v - a is so large that E would overflow are
+anchored on their maximum instead; the target then enters the sum as e_y = exp(a - anchor) in place of 1.
+
+Logits are always float32 (float64 for float64 inputs): a CPU has no product of half-precision inputs that hands out its
+float32 accumulators, so half-precision weights are widened a tile of the vocabulary at a time.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+import torch
+
+# exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
+MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
+ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row blocks that stay in cache
+WEIGHT_TILE_BYTES = 1 << 24  # a widened tile of a half-precision weight
+
+
+class Softmax(NamedTuple):
+    """What one pass over a chunk's logits gives. `exp` is the workspace: the next chunk overwrites it."""
+
+    exp: Tensor  # (R, V): E, with E_y = -S where gradients are wanted
+    row_scale: Tensor  # (R,): 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
+    logprobs: Tensor  # (R,): log p of the target
+    entropy: Tensor | None  # (R,)
+
+
+class Head:
+    """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, each part where it is given."""
+
+    def __init__(
+        self,
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        temperature: float,
+        softcap: float | None,
+        compute_dtype: torch.dtype,  # operands are rounded to it, as autocast does
+    ):
+        self.dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32  # of every product and sum
+        self.weight = weight
+        self.bias = None if bias is None else bias.to(compute_dtype).to(self.dtype)
+        self.temperature = temperature
+        self.softcap = softcap
+        self.compute_dtype = compute_dtype
+        self.workspace: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def reserve(self, rows: int) -> None:
+        """One (rows, V) workspace for every chunk to come."""
+        self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Operand of a product: rounded to the compute dtype, in the accumulators' dtype. No copy where nothing changes."""
+        return x.to(self.compute_dtype).to(self.dtype)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as tiles of the vocabulary in the accumulators' dtype; a single one where no cast is needed."""
+        if self.weight.dtype == self.compute_dtype == self.dtype:
+            yield slice(0, self.vocabulary), self.weight
+            return
+        rows = max(128, WEIGHT_TILE_BYTES // (self.weight.shape[1] * self.dtype.itemsize))
+        for begin in range(0, self.vocabulary, rows):
+            tile = slice(begin, min(begin + rows, self.vocabulary))
+            yield tile, self.widen(self.weight[tile])
+
+    # ---- first product: logits, and the softmax in place
+
+    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
+        """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
+        logits, target_logit, anchor = self._logits(x, target)
+        normaliser, logprobs = torch.empty_like(anchor), torch.empty_like(anchor)
+        entropies = torch.empty_like(anchor) if entropy else None
+        for rows in self._row_blocks(len(x)):
+            z, y = logits[rows], target[rows, None]
+            tanh = self._activate_(z)
+            exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
+            S = exp.sum(1)
+            below = target_logit[rows] - anchor[rows]  # 0, or how far the target lies under the row's maximum
+            e_y = below.exp()
+            normaliser[rows] = e_y + S
+            logprobs[rows] = torch.where(below == 0, -torch.log1p(S), below - normaliser[rows].log())
+            if entropies is not None:
+                # H = log Z - sum_v p_v log(p_v Z), with p_v Z = E_v
+                mean_log = (torch.xlogy(exp, exp).sum(1) + torch.xlogy(e_y, e_y)) / normaliser[rows]
+                entropies[rows] = torch.where(below == 0, torch.log1p(S), normaliser[rows].log()) - mean_log
+            if gradient:
+                exp.scatter_(1, y, -S[:, None])
+                self._chain_(exp, tanh)
+        return Softmax(logits, (normaliser * self.temperature).reciprocal(), logprobs, entropies)
+
+    def entropy_gradient(self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor) -> Tensor:
+        """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
+
+        dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H). It does not factor into a row scale times E, so the chunk is
+        rewritten in place. Given for the raw logits, the factor 1 / temperature included.
+        """
+        coefficient, entropy_gradient = coefficient / self.temperature, entropy_gradient / self.temperature
+        logits, target_logit, anchor = self._logits(x, target)
+        for rows in self._row_blocks(len(x)):
+            z, y, c, h = logits[rows], target[rows, None], coefficient[rows, None], entropy_gradient[rows, None]
+            tanh = self._activate_(z)
+            exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
+            S = exp.sum(1, keepdim=True)
+            e_y = (target_logit[rows] - anchor[rows]).exp()[:, None]
+            p = exp.scatter_(1, y, e_y).div_(e_y + S)
+            p_log_p = torch.xlogy(p, p)
+            H = -p_log_p.sum(1, keepdim=True)
+            of_entropy = p_log_p.addcmul_(p, H).mul_(h)
+            p.scatter_(1, y, -S / (e_y + S)).mul_(c).sub_(of_entropy)
+            self._chain_(p, tanh)
+        return logits
+
+    def _logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits (R, V) in the workspace, and of the activated ones: the target's (R,) and the anchor (R,)."""
+        logits = self.workspace[: len(x)]
+        for tile, weight in self.tiles():
+            if self.bias is None:
+                torch.mm(x, weight.t(), out=logits[:, tile])
+            else:
+                torch.addmm(self.bias[tile], x, weight.t(), out=logits[:, tile])
+        target_logit = (x * self.widen(self.weight[target])).sum(1)
+        if self.bias is not None:
+            target_logit += self.bias[target]
+        self._activate_(target_logit)
+        largest = logits.amax(1)
+        self._activate_(largest)  # increasing, so the largest stays the largest
+        anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit)
+        return logits, target_logit, anchor
+
+    def _activate_(self, raw: Tensor) -> Tensor | None:
+        """Softcap and temperature in place; returns tanh(raw / softcap) for the chain rule."""
+        if self.softcap is None:
+            if self.temperature != 1.0:
+                raw.div_(self.temperature)
+            return None
+        tanh = torch.tanh(raw / self.softcap)
+        torch.mul(tanh, self.softcap / self.temperature, out=raw)
+        return tanh
+
+    def _chain_(self, gradient: Tensor, tanh: Tensor | None) -> None:
+        """dL/dz -> dL/draw but for the factor 1 / temperature, which belongs to the row scale."""
+        if tanh is not None:
+            gradient.mul_(tanh.square_().neg_().add_(1.0))
+
+    def _row_blocks(self, rows: int) -> Iterator[slice]:
+        size = max(1, ROW_BLOCK_BYTES // (self.vocabulary * self.dtype.itemsize))
+        for begin in range(0, rows, size):
+            yield slice(begin, min(begin + size, rows))
+
+    # ---- second and third product
+
+    def grad_hidden(self, exp: Tensor, row_scale: Tensor) -> Tensor:
+        """Product 2: diag(row_scale) E W, (R, D)."""
+        out = exp.new_zeros(len(exp), self.weight.shape[1])
+        for tile, weight in self.tiles():
+            out.addmm_(exp[:, tile], weight)
+        return out.mul_(row_scale[:, None])
+
+    def add_grad_weight_(self, grad: Tensor, exp: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
+        """Product 3: grad (V, D) (+)= E^T diag(row_scale) x; the `first` chunk writes, so `grad` may start as garbage."""
+        torch.addmm(grad, exp.t(), x * row_scale[:, None], beta=0 if first else 1, out=grad)
+
+    def add_grad_bias_(self, grad: Tensor, exp: Tensor, row_scale: Tensor) -> None:
+        """grad (V,) += E^T row_scale."""
+        grad.addmv_(exp.t(), row_scale)

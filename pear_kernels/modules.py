@@ -1,0 +1,58 @@
+"""nn.Module faces of the functions in losses.py."""
+
+from torch import Tensor, nn
+
+from pear_kernels import checks
+from pear_kernels.losses import LossOutput, linear_pear_loss
+from pear_kernels.weights import DEFAULTS, PEAROptions
+
+
+class LinearPEARLoss(nn.Module):
+    """`linear_pear_loss` with its options set once (arXiv 2602.01058); see there for what each means.
+
+    It holds no parameter: the LM head's `weight` is an argument of `forward`, so it may be tied, sharded or frozen.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: str = DEFAULTS.level,
+        block_size: int = DEFAULTS.block_size,
+        gamma: float = DEFAULTS.gamma,
+        log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
+        log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        workspace_bytes: int | None = None,
+    ):
+        super().__init__()
+        checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+        checks.check_reduction(reduction, None)
+        checks.check_head_options(temperature, softcap, workspace_bytes)
+        self.options = dict(
+            level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
+            log_weight_clip=log_weight_clip, reduction=reduction, temperature=temperature, softcap=softcap,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden: Tensor,  # (N, D) or (B, T, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (N,) or (B, T)
+        behavior_logprobs: Tensor,  # (N,) or (B, T)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S+1,)
+        sequence_scale: Tensor | None = None,  # (S,)
+        denominator: float | Tensor | None = None,
+    ) -> LossOutput:
+        return linear_pear_loss(
+            hidden, weight, target, behavior_logprobs, bias=bias, cu_seqlens=cu_seqlens,
+            sequence_scale=sequence_scale, denominator=denominator, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

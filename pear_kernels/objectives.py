@@ -1,0 +1,109 @@
+"""Losses, as the engine sees them: from log-probs to coefficients. Each formula here is used by every backend."""
+
+from torch import Tensor
+import torch
+
+from pear_kernels.packing import Pack
+from pear_kernels.weights import PEAROptions, PEARWeights
+
+STATS = (
+    "nll",  # unweighted mean of -log pi
+    "log_ratio_mean",  # mean of log pi - log pi_b, before its clip
+    "ratio_clipped_low",  # share of tokens whose log-ratio is below log_ratio_clip
+    "ratio_clipped_high",  # ... above it
+    "weight_mean",  # mean of G
+    "weight_floor",  # share of tokens whose G is on the lower end of log_weight_clip
+    "weight_ceiling",  # ... on the upper end
+    "effective_sample_size",  # (sum G)^2 / (n sum G^2), the share of tokens that carry the gradient
+    "tokens",  # n, the tokens that count
+)
+
+
+class PEARObjective:
+    """L = sum_t G_t * scale_s * -log pi(y_t) / divisor, with G detached (arXiv 2602.01058)."""
+
+    def __init__(
+        self,
+        behavior_logprobs: Tensor,  # (n,)
+        pack: Pack,
+        options: PEAROptions,
+        reduction: str,
+        denominator: Tensor | None,  # () or (1,)
+        sequence_scale: Tensor | None,  # (S,)
+    ):
+        self.pack = pack
+        self.options = options
+        self.walk = PEARWeights(behavior_logprobs, pack, options)
+        self.coupled = options.level == "sequence"
+        self.token_scale = token_scale(pack, reduction, denominator, sequence_scale, behavior_logprobs.dtype)  # (n,)
+
+    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
+        self.walk.observe(begin, end, logprobs)
+
+    def coefficients(self, begin: int, end: int) -> Tensor:
+        return self.walk.weights(begin, end) * self.token_scale[begin:end]
+
+    def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """After the walk, from all log-probs (n,): loss (), weights (n,) and the statistics of `STATS` (9,)."""
+        n = self.pack.tokens
+        weights = self.walk.weights(0, n)
+        # the sum is float64 so that a loss over a million tokens keeps its last digits
+        loss = -(weights.double() * self.token_scale.double() * logprobs.double()).sum().to(logprobs.dtype)
+        return loss, weights, self.statistics(logprobs, weights)
+
+    def statistics(self, logprobs: Tensor, weights: Tensor) -> Tensor:
+        log_ratio = logprobs - self.walk.behavior_logprobs
+        log_g = self.walk.log_weights(0, self.pack.tokens)
+        low, high = self.options.log_ratio_clip
+        floor, ceiling = self.options.log_weight_clip
+        share = max(self.pack.tokens, 1)
+        weight_sum, weight_squares = weights.double().sum(), weights.double().square().sum()
+        values = (
+            -logprobs.double().sum() / share,
+            log_ratio.double().sum() / share,
+            (log_ratio < low).sum() / share,
+            (log_ratio > high).sum() / share,
+            weight_sum / share,
+            (log_g <= floor).sum() / share,
+            (log_g >= ceiling).sum() / share,
+            weight_sum.square() / (share * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
+            torch.full_like(weight_sum, self.pack.tokens),
+        )
+        return torch.stack([value.to(logprobs.dtype) for value in values])
+
+
+class FixedCoefficients:
+    """Coefficients known beforehand: the backward pass of log-probs that went into a caller's own loss."""
+
+    coupled = False
+
+    def __init__(self, coefficients: Tensor):  # (n,)
+        self.known = coefficients
+
+    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
+        """Nothing depends on them."""
+
+    def coefficients(self, begin: int, end: int) -> Tensor:
+        return self.known[begin:end]
+
+
+def token_scale(
+    pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(n,): what multiplies each token's weighted loss. Divisors: tokens ("mean"), 1 ("sum"), or, on top of each
+    token's own 1 / T_s, the sequences with a token that counts ("sequence_mean"); `denominator` replaces the divisor."""
+    device = pack.index.device
+    scale = torch.ones(pack.tokens, dtype=torch.float64, device=device)
+    if reduction == "sequence_mean":
+        scale = scale / (pack.stop - pack.start)
+    if sequence_scale is not None:
+        scale = scale * sequence_scale[pack.sequence]
+    if denominator is not None:
+        divisor = denominator.reshape(())
+    elif reduction == "mean":
+        divisor = torch.full((), max(pack.tokens, 1), device=device)
+    elif reduction == "sequence_mean":
+        divisor = (pack.lengths > 0).sum().clamp(min=1)
+    else:
+        divisor = torch.ones((), device=device)
+    return (scale / divisor).to(dtype)

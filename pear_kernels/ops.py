@@ -1,0 +1,238 @@
+"""The custom ops: what autograd and `torch.compile` see of the engine, with their shapes (fakes) and gradients.
+
+A loss makes its gradients in the forward pass, so its backward pass only multiplies them by the upstream scalar.
+"""
+
+from torch import Tensor
+import torch
+
+from pear_kernels import checks
+from pear_kernels.cpu import Head
+from pear_kernels.engine import Walk, Wanted
+from pear_kernels.objectives import STATS, FixedCoefficients, PEARObjective
+from pear_kernels.packing import pack_tokens, unpack
+from pear_kernels.weights import PEAROptions
+
+
+def result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Of losses, log-probs, weights and dW: float32, or float64 for float64 inputs."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def forbid_double_backward(name: str) -> None:
+    """Gradients are recorded inside a backward pass only under create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative: its gradients are made in the forward pass. Call backward without "
+            "create_graph=True, or use pear_kernels.reference for a double backward"
+        )
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in the dtype of the tensor it belongs to.
+
+    In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy of
+    dW would be the largest tensor of the whole pass.
+    """
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
+        return (gradient * upstream).to(dtype)
+    return gradient.mul_(upstream).to(dtype)
+
+
+# ---- linear_pear_loss
+
+
+@torch.library.custom_op("pear_kernels::linear_pear_loss", mutates_args=())
+def linear_pear_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    behavior_logprobs: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+    level: str,
+    block_size: int,
+    gamma: float,
+    ratio_low: float,
+    ratio_high: float,
+    weight_low: float,
+    weight_high: float,
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    compute_dtype: torch.dtype,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats (9,), dX, dW, db); the last three are empty where not wanted."""
+    size = target.numel()
+    valid = target != ignore_index
+    checks.check_cu_seqlens(cu_seqlens, size)
+    checks.check_target(target, valid, weight.shape[0], ignore_index)
+    checks.check_behavior_logprobs(behavior_logprobs, valid)
+    if sequence_scale is not None:
+        checks.check_sequence_scale(sequence_scale)
+
+    pack = pack_tokens(valid, cu_seqlens)
+    head = Head(weight, bias, temperature, softcap, compute_dtype)
+    options = PEAROptions(level, block_size, gamma, (ratio_low, ratio_high), (weight_low, weight_high))
+    behavior_logprobs = behavior_logprobs.to(head.dtype)[pack.index]
+    objective = PEARObjective(behavior_logprobs, pack, options, reduction, denominator, sequence_scale)
+    walk = Walk(hidden, head, target, pack, Wanted(grad_hidden, grad_weight, grad_bias), workspace_bytes)
+    walk.run(objective)
+    loss, weights, stats = objective.finish(walk.logprobs)
+    grads = walk.grads
+    return (
+        loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats,
+        grads.hidden, grads.weight, grads.bias,
+    )  # fmt: skip
+
+
+@linear_pear_loss.register_fake
+def _(hidden, weight, bias, target, behavior_logprobs, cu_seqlens, sequence_scale, denominator, *options):
+    compute_dtype, grad_hidden, grad_weight, grad_bias = options[-4:]
+    dtype = result_dtype(compute_dtype)
+    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(len(STATS), dtype=dtype),
+        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=hidden_dtype),
+        hidden.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if grad_bias else (0,), dtype=dtype),
+    )
+
+
+def _save_pear_gradients(ctx, inputs, output):
+    hidden, weight, bias, *_ = inputs
+    ctx.wanted = inputs[-3:]
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+
+
+def _pear_backward(ctx, upstream, *_):
+    forbid_double_backward("linear_pear_loss")
+    grads = [
+        scaled(gradient, upstream, dtype) if wanted and upstream is not None else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return *grads, *[None] * (ctx.inputs - 3)
+
+
+linear_pear_loss.register_autograd(_pear_backward, setup_context=_save_pear_gradients)
+
+
+# ---- linear_logprobs
+
+
+@torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(logprobs (N,), entropy (N,) or empty)."""
+    size = target.numel()
+    valid = target != ignore_index
+    checks.check_target(target, valid, weight.shape[0], ignore_index)
+    pack = pack_tokens(valid, one_sequence(target))
+    head = Head(weight, bias, temperature, softcap, compute_dtype)
+    walk = Walk(hidden, head, target, pack, Wanted(False, False, False), workspace_bytes)
+    entropy = walk.score_all(return_entropy)
+    return unpack(walk.logprobs, pack, size), unpack(entropy, pack, size) if return_entropy else entropy
+
+
+@linear_logprobs.register_fake
+def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_entropy, workspace_bytes, compute_dtype):
+    dtype = result_dtype(compute_dtype)
+    return (
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(target.shape if return_entropy else (0,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("pear_kernels::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    grad_logprobs: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    compute_dtype: torch.dtype,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
+    pack = pack_tokens(target != ignore_index, one_sequence(target))
+    head = Head(weight, bias, temperature, softcap, compute_dtype)
+    walk = Walk(hidden, head, target, pack, Wanted(grad_hidden, grad_weight, grad_bias), workspace_bytes)
+    of_nll = walk.logprobs if grad_logprobs is None else -grad_logprobs.to(head.dtype)[pack.index]
+    if grad_entropy is None:
+        walk.run(FixedCoefficients(of_nll))
+    else:
+        walk.run_dense(of_nll, grad_entropy.to(head.dtype)[pack.index])
+    grads = walk.grads
+    return (
+        grads.hidden.to(hidden.dtype),
+        grads.weight.to(weight.dtype),
+        grads.bias.to(weight.dtype if bias is None else bias.dtype),
+    )
+
+
+@linear_logprobs_backward.register_fake
+def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
+    grad_hidden, grad_weight, grad_bias = options[-3:]
+    return (
+        hidden.new_empty(hidden.shape if grad_hidden else (0,)),
+        weight.new_empty(weight.shape if grad_weight else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[:1] if grad_bias else (0,)),
+    )
+
+
+def _save_logprobs_inputs(ctx, inputs, output):
+    ctx.return_entropy = inputs[7]
+    ctx.options = *inputs[4:7], *inputs[8:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
+    forbid_double_backward("linear_logprobs")
+    if not ctx.return_entropy:
+        grad_entropy = None
+    wanted = ctx.needs_input_grad[:3]
+    if grad_logprobs is None and grad_entropy is None:
+        grads = None, None, None
+    else:
+        grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 7
+
+
+linear_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs_inputs)
+
+
+def one_sequence(target: Tensor) -> Tensor:
+    return torch.arange(2, device=target.device) * target.numel()

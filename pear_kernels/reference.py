@@ -1,0 +1,91 @@
+"""PEAR as the paper writes it: full logits, one sequence and one token at a time. Slow; for readers and for tests.
+
+Shares no code with the rest of the package. Gradients come from autograd through `log_softmax`.
+"""
+
+import math
+
+from torch import Tensor
+import torch
+
+
+def naive_weights(
+    logprobs: Tensor,  # (T,), one sequence, response tokens only
+    behavior_logprobs: Tensor,  # (T,)
+    level: str = "token",
+    block_size: int = 4,
+    gamma: float = 0.999,
+    log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
+    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+) -> Tensor:
+    """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there)."""
+    T = len(logprobs)
+    delta = [min(max((p - q).item(), log_ratio_clip[0]), log_ratio_clip[1]) for p, q in zip(logprobs, behavior_logprobs)]
+    log_g = []
+    for t in range(1, T + 1):
+        if level == "token":
+            value = (T - t) * math.log(gamma) + sum(delta[j - 1] for j in range(t + 1, T + 1))
+        elif level == "block":
+            e_k = min(-(-t // block_size) * block_size, T)  # the last position of t's block
+            value = (T - e_k) * math.log(gamma) + sum(delta[j - 1] for j in range(e_k + 1, T + 1))
+        else:
+            value = sum(delta)
+        log_g.append(min(max(value, log_weight_clip[0]), log_weight_clip[1]))
+    return torch.tensor(log_g, dtype=torch.float64, device=logprobs.device).exp().to(logprobs.dtype)
+
+
+def naive_logprobs(hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100) -> Tensor:
+    """log pi of each target from the full logits (N, V); 0 at ignored tokens."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    valid = target != ignore_index
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(-1, target.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
+
+
+def naive_pear_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    behavior_logprobs: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
+    level: str = "token",
+    block_size: int = 4,
+    gamma: float = 0.999,
+    log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
+    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+    sequence_scale: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, logprobs, weights)` of linear_pear_loss, naively. L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor."""
+    logprobs = naive_logprobs(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+    )
+    bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
+    weights = torch.zeros_like(logprobs)
+    total, sequences = logprobs.sum() * 0, 0
+    for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        response = begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1)
+        if len(response) == 0:
+            continue
+        sequences += 1
+        with torch.no_grad():
+            weights[response] = naive_weights(
+                logprobs[response], behavior_logprobs[response].to(logprobs.dtype), level, block_size, gamma,
+                log_ratio_clip, log_weight_clip,
+            )  # fmt: skip
+        term = -(weights[response] * logprobs[response]).sum()
+        if sequence_scale is not None:
+            term = term * sequence_scale[s]
+        total = total + (term / len(response) if reduction == "sequence_mean" else term)
+    divisor = {"mean": int((target != ignore_index).sum()), "sum": 1, "sequence_mean": sequences}[reduction]
+    return total / (denominator or max(divisor, 1)), logprobs.detach(), weights
