@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 CORRECT = 0.99  # reasoning-gym pays 0.01 to 0.05 for a wrong answer, so a reward counts only from here
@@ -22,7 +22,7 @@ class Task:
     config: dict[str, Any]  # our difficulty; `load_task(**config)` overrides it
     compact: Callable[[dict], str]  # item -> a prompt of a few tokens, for models trained from nothing
     identity: Callable[[dict], str]  # item -> what makes two items the same problem, whatever their wording
-    answer: re.Pattern  # what an answer may look like, itself in group 1; anything else is wrong before a scorer sees it
+    answer: re.Pattern  # group 1 is what the scorer may see; no match is a wrong answer
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def _expression_identity(item: dict) -> str:
 
 
 _NUMBER = re.compile(r"(?:.*=)?\s*([+-]?[\d,]*\.?\d+)")  # "12 + 7 = 19" answers 19
-# Countdown's scorer runs sympy's parse_expr, which is Python's eval: only digits, + - * / and brackets may reach it, and no
-# power (9**9**9**9 would never come back).
+# Countdown's scorer runs sympy's parse_expr, which is Python's eval: only digits, + - * / and brackets may reach it,
+# and no power (9**9**9**9 would never come back).
 _ARITHMETIC = re.compile(r"((?:[\d+\-() ]|/(?!/)|\*(?!\*))+)")
 
-# Only tasks whose scorer and answer pattern we have read are listed: several of reasoning-gym's scorers evaluate what they are given.
+# A task belongs here once its scorer has been read: several of reasoning-gym's evaluate whatever they are given.
 TASKS = {
     "countdown": Task(
         dataset="countdown",
@@ -154,8 +154,8 @@ def extract_answer(text: str) -> str:
     """The answer in a completion, "" when there is none.
 
     The last of, in this order of preference: what stands between <answer> tags; what follows the word "answer" (or
-    "answer is", "answer:") on its line; the last line that is not blank. Quotes, backticks, dollar signs and a final full
-    stop around it go. Nothing else is repaired: "3*7*2 = 42" stays as it is, and countdown's scorer calls it wrong.
+    "answer is", "answer:") on its line; the last line that is not blank. Quotes, backticks, dollar signs and a final
+    full stop around it go. Nothing else is repaired: "3*7*2 = 42" stays as it is, which countdown calls wrong.
     """
     if tagged := _ANSWER_TAG.findall(text):
         answer = tagged[-1]
@@ -167,7 +167,7 @@ def extract_answer(text: str) -> str:
     return answer.strip(" \t\r\n`$\"'").removesuffix(".").strip()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scorer(dataset: str) -> Callable[[str, dict], float]:
     import reasoning_gym
 
@@ -184,6 +184,10 @@ def reward(problem: Problem, text: str) -> int:
         return 0
     try:
         score = _scorer(task.dataset)(found[1], problem.entry)
-    except (ValueError, ArithmeticError, SyntaxError):  # what number and expression parsers raise on junk; the rest is a bug
+    except (
+        ValueError,
+        ArithmeticError,
+        SyntaxError,
+    ):  # what number and expression parsers raise on junk; the rest is a bug
         return 0
     return int(score >= CORRECT)
