@@ -127,7 +127,7 @@ def check_head(model: PreTrainedModel) -> None:
     if head is None or not hasattr(head, "weight"):
         raise DataError(f"{type(model).__name__} has no output embeddings; give a causal language model")
     if not isinstance(getattr(model.base_model, "forward", None), types.MethodType) or model.base_model is model:
-        raise DataError(f"{type(model).__name__} has no decoder trunk of its own (`base_model`); it cannot be used here")
+        raise DataError(f"{type(model).__name__} has no decoder trunk of its own (`base_model`); it cannot be used")
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
         raise DataError(
             "a PEFT adapter on the LM head is not supported: the loss reads the head's weight, which does not hold the "

@@ -34,7 +34,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line_number, row)`, counting lines from 1. Lines of only white space are no rows.
 
     Raises:
-        DataError: no such file, a line that is not UTF-8 or not JSON, or one that is no JSON object; with file and line.
+        DataError: no such file, or a line that is not UTF-8, not JSON or no JSON object; with file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,7 +73,7 @@ def write_error(path: str | os.PathLike, error: OSError, *, kept: str = "") -> W
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError inside `error`, if that is what it is about: safetensors and torch.save wrap it in types of theirs."""
+    """The OSError that `error` is about, if any: safetensors and torch.save wrap a full disk in types of their own."""
     if isinstance(error, OSError):
         return error
     text = str(error)

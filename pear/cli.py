@@ -1,0 +1,117 @@
+"""The command `pear`: score, sft, eval, demo. Heavy imports wait inside the commands, so that --help is quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Fine-tune language models with PEAR weights: score -> sft -> eval.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _fail(error: Exception) -> typer.Exit:
+    """A mistake in the input is told in a sentence, without a traceback."""
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(help="Behaviour policy: smollm2, a transformers folder or a hub name.")],
+    data: Annotated[Path, typer.Option(help="JSONL rows: prompt and completion, or messages.")],
+    out: Annotated[Path, typer.Option(help="JSONL to write: the rows with input_ids and behavior_logprobs.")],
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch, at most.")] = 8192,
+    max_length: Annotated[int | None, typer.Option(help="Leave out longer rows; default: the model's context.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from what an earlier, killed call has scored.")] = True,
+) -> None:
+    """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs."""
+    from pear.io import DataError, WriteError
+    from pear.score import score as run
+
+    try:
+        summary = run(
+            model,
+            data,
+            out,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+            resume=resume,
+        )
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    typer.echo(
+        f"{summary['out']}: {summary['scored']} of {summary['rows']} rows scored ({summary['resumed']} of them by an "
+        f"earlier call), {summary['too_long']} left out as longer than {summary['max_length']} tokens; "
+        f"{summary['tokens']} response tokens, mean log-prob {summary['mean_logprob']:.4f}, {summary['seconds']:.1f} s"
+    )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def sft(context: typer.Context) -> None:
+    """Train: pear sft --model M --data scored.jsonl [--config x.yaml] [any SFTConfig flag]; `pear sft --help` lists."""
+    from pear.io import DataError, WriteError
+    from pear.sft import main
+
+    try:
+        main(context.args)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Model to evaluate: smollm2, a transformers folder or a hub name.")],
+    task: Annotated[str, typer.Option(help="Task from reasoning-gym.")] = "countdown",
+    k: Annotated[int, typer.Option(help="Report pass@k for this k, besides 1.")] = 8,
+    samples: Annotated[int, typer.Option(help="Samples for each problem, at least k.")] = 16,
+    size: Annotated[int, typer.Option(help="Problems.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON report to write.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer sampled.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+) -> None:
+    """Unbiased pass@1 and pass@k on verifiable problems that no training split holds."""
+    from pear.eval import main
+    from pear.io import DataError, WriteError
+
+    try:
+        main(
+            model=model,
+            task=task,
+            k=k,
+            samples=samples,
+            size=size,
+            seed=seed,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, report and pictures.")] = Path("runs/demo"),
+    fast: Annotated[bool, typer.Option(help="A much smaller run that only shows that everything works.")] = False,
+) -> None:
+    """Small student and teacher on Countdown: SFT against PEAR, from data to report, on two CPU cores."""
+    from pear.demo import run
+    from pear.io import DataError, WriteError
+
+    try:
+        run(out, fast)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None

@@ -1,0 +1,595 @@
+"""`pear sft`: supervised fine-tuning with PEAR weights, a subclass of TRL's SFTTrainer.
+
+What TRL does stays TRL's: model loading, LoRA, packing, schedules, checkpoints, logging. Ours are the behaviour
+log-probs carried through preparation and collation, the loss (from hidden states, see fused_head.py) and the statistics
+`pear/*`. TRL's entropy and token accuracy are not logged: our pass does not make them, and one more would cost as much.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, Value
+from datasets import List as ListOf
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
+from pear.io import DataError, check_scored_row, disk_error, read_jsonl, write_error
+from pear.models import load_tokenizer, resolve_model, tokenizer_fingerprint
+from pear.rows import prompt_and_completion, tokenize_row
+from pear_kernels import LossOutput
+from pear_kernels.checks import check_options
+from pear_kernels.objectives import STATS
+from pear_kernels.weights import DEFAULTS, PEAROptions
+
+logger = get_logger(__name__)
+
+MEANS = tuple(name for name in STATS if name != "tokens")
+
+COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")
+FLOOR_SHARE = 0.5  # above it, most response tokens no longer train
+# A behaviour policy this close to the student is the student. In half precision, rounding alone moves log-probs more.
+COPY_MAX_RATIO = {"full": 1e-3, "half": 0.25}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass
+class PEARSFTConfig(SFTConfig):
+    """TRL's SFTConfig and the options of PEAR (arXiv 2602.01058); each is a flag and a YAML key.
+
+    Without an accelerator `bf16` is off unless asked for: bfloat16 is slow and coarse on a CPU.
+    """
+
+    weighting: str = field(
+        default="pear",
+        metadata={
+            "help": "'pear' weights each token's loss, 'none' is plain SFT on the same data, batches and code.",
+            "choices": ["pear", "none"],
+        },
+    )
+    level: str = field(
+        default=DEFAULTS.level,
+        metadata={
+            "help": "What a PEAR weight sums over: the tokens, blocks or whole of a response.",
+            "choices": ["token", "block", "sequence"],
+        },
+    )
+    block_size: int = field(
+        default=DEFAULTS.block_size, metadata={"help": "Response tokens in a block, at level 'block'."}
+    )
+    gamma: float = field(
+        default=DEFAULTS.gamma, metadata={"help": "Discount in (0, 1], at levels 'token' and 'block'."}
+    )
+    log_ratio_clip: list[float] = field(
+        default_factory=lambda: list(DEFAULTS.log_ratio_clip),
+        metadata={"help": "Clip of each token's log-ratio of student and behaviour policy: low high."},
+    )
+    log_weight_clip: list[float] = field(
+        default_factory=lambda: list(DEFAULTS.log_weight_clip),
+        metadata={"help": "Clip of each weight's logarithm, last: low high."},
+    )
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
+    )
+    strict_length: bool = field(
+        default=False,
+        metadata={"help": "Stop at a row longer than max_length, instead of counting it and leaving it out."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
+        super().__post_init__()
+        check_options(self.pear_options())
+        if self.weighting not in ("pear", "none"):
+            raise DataError(f"weighting must be 'pear' or 'none', got {self.weighting!r}")
+        self._refuse_what_cannot_hold()
+
+    def pear_options(self) -> PEAROptions:
+        return PEAROptions(
+            self.level, self.block_size, self.gamma, tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
+        )
+
+    def _refuse_what_cannot_hold(self) -> None:
+        refused = {
+            "trust_remote_code": (self.trust_remote_code, "code that comes with a model is never run"),
+            "loss_type": (self.loss_type != "nll", "the loss is PEAR's, over the NLL"),
+            "label_smoothing_factor": (self.label_smoothing_factor > 0, "it needs the logits, which are never made"),
+            "assistant_only_loss": (self.assistant_only_loss, "what counts is the scored file's `completion_mask`"),
+            "completion_only_loss": (
+                self.completion_only_loss is False,
+                "there are behaviour log-probs for the completion alone",
+            ),
+            "packing_strategy": (
+                self.packing and self.packing_strategy != "bfd",
+                "it cuts responses, and a weight looks at the whole response; use 'bfd'",
+            ),
+            "eval_packing": (
+                bool(self.eval_packing) and not self.packing,
+                "TRL lays out packed rows as such only with packing on; else they attend to each other",
+            ),
+        }
+        for name, (is_refused, why) in refused.items():
+            if is_refused:
+                raise DataError(f"{name} = {getattr(self, name)!r} does not go with `pear sft`: {why}")
+        if self.packing and self.max_length is None:
+            raise DataError("packing needs max_length, the length of a pack; got None")
+
+
+@dataclass
+class DataArguments:
+    """Which files and which model."""
+
+    data: str | None = field(default=None, metadata={"help": "Training rows, as written by `pear score`."})
+    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, as written by `pear score`."})
+    model: str | None = field(
+        default=None, metadata={"help": "The student: smollm2, a transformers folder or a hub name."}
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={"help": "LoRA: write a plain merged model to output_dir (the adapter alone goes to adapter/)."},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_scored(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    strict: bool = False,
+) -> Dataset:
+    """Rows written by `pear score`, checked, as a dataset with `input_ids`, `completion_mask`, `behavior_logprobs`.
+
+    Rows longer than `max_length` are counted, logged with their line numbers and left out (with `strict`: an error);
+    none is ever cut. The student's `tokenizer` must make the very ids that were scored: true if its fingerprint is
+    the stored one, else each row's text is tokenised again and compared.
+
+    Raises:
+        DataError: with file and line: a damaged row, or ids that are not the student's (first differing position and
+            both tokens); no row left.
+    """
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    too_long = []
+    for line, row in read_jsonl(path):
+        where = f"{path}:{line}"
+        check_scored_row(row, where)
+        if row.get("tokenizer") != fingerprint:
+            _check_ids(row, tokenizer, where)
+        if max_length is not None and len(row["input_ids"]) > max_length:
+            if strict:
+                raise DataError(
+                    f"{where}: {len(row['input_ids'])} tokens, more than max_length = {max_length}. "
+                    "Raise max_length, or leave strict_length off to train without such rows."
+                )
+            too_long.append(line)
+            continue
+        mask = np.array(row["completion_mask"], dtype=np.int8)
+        columns["input_ids"].append(np.array(row["input_ids"], dtype=np.int32))
+        columns["completion_mask"].append(mask)
+        logprobs = np.array(row["behavior_logprobs"], dtype=np.float32)
+        columns["behavior_logprobs"].append(np.where(mask == 1, logprobs, np.float32(0)))
+    rows = len(columns["input_ids"])
+    if too_long:
+        logger.warning(_too_long_message(path, too_long, rows, max_length))
+    if not rows:
+        raise DataError(f"{path}: no row to train on" + (f" within max_length = {max_length}" if too_long else ""))
+    features = Features(
+        {
+            "input_ids": ListOf(Value("int32")),
+            "completion_mask": ListOf(Value("int8")),
+            "behavior_logprobs": ListOf(Value("float32")),
+        }
+    )
+    return Dataset.from_dict(columns, features=features)
+
+
+def _too_long_message(path: str | os.PathLike, lines: list[int], rows: int, max_length: int) -> str:
+    listed = ", ".join(map(str, lines[:20])) + (", ..." if len(lines) > 20 else "")
+    return (
+        f"{path}: left out {len(lines)} of {len(lines) + rows} rows, longer than max_length = {max_length} tokens "
+        f"(lines {listed})"
+    )
+
+
+def _check_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """The student's tokenizer is another one: raise unless its ids for this row's text agree with the scored ones."""
+    if "prompt" not in row or "completion" not in row:
+        raise DataError(
+            f"{where}: scored with another tokenizer than the student's (fingerprint {row.get('tokenizer')!r}), and "
+            "the row has no `prompt` and `completion` to compare the ids by. Score the data again with a behaviour "
+            "policy of the student's tokenizer."
+        )
+    stored = row["input_ids"]
+    own = tokenize_row(prompt_and_completion(row, where), tokenizer, where)
+    for t in range(max(len(stored), len(own.input_ids))):
+        pair = [ids[t] if t < len(ids) else None for ids in (stored, own.input_ids)]
+        if pair[0] != pair[1]:
+            raise DataError(
+                f"{where}: the student's tokenizer is not the one the row was scored with: at position {t} the file "
+                f"has {_show_token(pair[0], tokenizer)}, the student {_show_token(pair[1], tokenizer)}. A log-ratio "
+                "of different tokens means nothing; score data of a policy with the student's tokenizer."
+            )
+    if list(map(int, row["completion_mask"])) != own.completion_mask:
+        raise DataError(
+            f"{where}: the student's tokenizer or chat template starts the completion at position "
+            f"{own.completion_mask.index(1)}, the scored row at {row['completion_mask'].index(1)}. Score the data "
+            "again with a behaviour policy of the student's tokenizer and chat template."
+        )
+
+
+def _show_token(token: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    if token is None:
+        return "no more tokens"
+    if token >= len(tokenizer):
+        return f"token {token} (not in the student's vocabulary of {len(tokenizer)})"
+    return f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r} to the student)"
+
+
+@dataclass
+class PEARCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with `behavior_logprobs` laid out like `labels` and the first token of each sequence ignored."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        behavior = [torch.tensor(example["behavior_logprobs"], dtype=torch.float32) for example in examples]
+        if self.padding_free:
+            behavior = [torch.cat(behavior)]
+        batch["behavior_logprobs"] = pad(
+            behavior, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        batch["labels"] = first_tokens_ignored(batch["labels"], batch.get("cu_seq_lens_q"))
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+
+
+class PEARSFTTrainer(SFTTrainer):
+    """SFTTrainer whose loss is PEAR's. Datasets come from `load_scored`; arguments are SFTTrainer's.
+
+    The loss is the sum of G_t * NLL_t over the response tokens of an optimiser step, over all its micro-batches and
+    processes, divided by their number: accumulation gives the loss of one big batch.
+
+    Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log:
+    `nll` (unweighted: compare runs by this one), `log_ratio_mean`, `ratio_clipped_low`, `ratio_clipped_high`,
+    `weight_mean`, `weight_floor`, `weight_ceiling`, `effective_sample_size` (per micro-batch, then averaged), and
+    `tokens`, their number. With `weighting="none"` only `nll`, `log_ratio_mean` and `tokens`.
+    """
+
+    _tag_names = ["trl", "sft", "pear"]
+    _name = "PEAR SFT"
+    _paper = {
+        "title": "Good SFT Optimizes for SFT, Better SFT Prepares for Reinforcement Learning",
+        "id": "2602.01058",
+    }
+
+    def __init__(self, model, args: PEARSFTConfig | None = None, **kwargs: Any):
+        if args is None:
+            args = PEARSFTConfig("pear-sft")
+        if not isinstance(args, PEARSFTConfig):
+            raise TypeError(f"args must be a PEARSFTConfig, got {type(args).__name__}")
+        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise DataError(f"{name} does not go with PEARSFTTrainer: batches and loss are its own, without logits")
+        if kwargs.get("formatting_func") is not None:
+            raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
+        # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
+        self._max_length = args.max_length
+        if args.padding_free and not args.packing:
+            args.max_length = None
+        try:
+            super().__init__(model, args, **kwargs)
+        finally:
+            args.max_length = self._max_length
+        self.data_collator = PEARCollator(
+            pad_token_id=self.data_collator.pad_token_id,
+            padding_free=self.padding_free,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        if self.aux_loss_enabled:
+            raise DataError(
+                f"router_aux_loss_coef = {self.router_aux_loss_coef}: the auxiliary loss of mixtures of experts is not "
+                "supported; set router_aux_loss_coef to 0.0 to train without it"
+            )
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
+            raise DataError("context and sequence parallelism are not supported: a weight needs the whole response")
+        base = self.model
+        if isinstance(base, PeftModel):
+            if base.active_peft_config.is_prompt_learning:
+                raise DataError(
+                    f"{base.active_peft_config.peft_type}: prompt-learning adapters are not supported; use LoRA"
+                )
+            base = base.get_base_model()
+        add_fused_head(base)
+        self._pear_stats: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._max_ratio: torch.Tensor | None = None  # over the first optimiser step
+        self._warned: set[str] = set()
+
+    def _send_telemetry(self) -> None:
+        """TRL reports which of its trainers are used; ours is none of them."""
+
+    # ---- data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
+        """TRL's steps for tokenised rows: labels, length, packing, shuffling; with our column beside `labels`."""
+        if not isinstance(dataset, Dataset):
+            raise DataError(f"{dataset_name} dataset: expected load_scored's Dataset, got {type(dataset).__name__}")
+        if "labels" in dataset.column_names and "behavior_logprobs" in dataset.column_names:
+            return dataset  # prepared before
+        if missing := [name for name in COLUMNS if name not in dataset.column_names]:
+            raise DataError(
+                f"{dataset_name} dataset: no column {', '.join(missing)}; load it with pear.sft.load_scored from a "
+                f"file that `pear score` wrote. Columns found: {', '.join(dataset.column_names)}"
+            )
+        with args.main_process_first(local=False):
+            dataset = dataset.select_columns(list(COLUMNS)).with_format("numpy")
+            kwargs = {"num_proc": args.dataset_num_proc}
+            if self._max_length is not None:
+                lengths = [len(ids) for ids in dataset["input_ids"]]
+                fits = [i for i, length in enumerate(lengths) if length <= self._max_length]
+                if len(fits) < len(lengths):
+                    message = (
+                        f"{dataset_name} dataset: {len(lengths) - len(fits)} of {len(lengths)} rows are longer than "
+                        f"max_length = {self._max_length} tokens"
+                    )
+                    if args.strict_length or not fits:
+                        raise DataError(message)
+                    logger.warning(f"{message}; they are left out")
+                    dataset = dataset.select(fits)
+            dataset = dataset.map(
+                _labels, remove_columns="completion_mask", desc=f"Labels of {dataset_name} dataset", **kwargs
+            ).with_format(None)
+            if packing:
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+                dataset = dataset.select_columns(["input_ids", "labels", "behavior_logprobs"])
+                dataset = pack_dataset(dataset, self._max_length, "bfd", kwargs | {"desc": f"Packing {dataset_name}"})
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "behavior_logprobs" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "behavior_logprobs"]
+
+    # ---- loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """PEAR loss of a micro-batch, over the response tokens of the whole optimiser step."""
+        mode = "train" if self.model.training else "eval"
+        args = self.args
+        options = args.pear_options()
+        if args.weighting == "none":  # every log-ratio clipped to 0, so every weight is exactly 1
+            options = PEAROptions("token", 1, 1.0, (0.0, 0.0), DEFAULTS.log_weight_clip)
+        denominator = None
+        if num_items_in_batch is not None:
+            denominator = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
+        output: LossOutput = model(
+            **inputs,
+            pear={**options._asdict(), "denominator": denominator, "workspace_bytes": args.workspace_bytes},
+        )
+        loss = output.loss
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The divisor counts the tokens of every process, and their gradients are averaged (as in TRL).
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._note(mode, inputs, output)
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss only; there are no logits to return."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    # ---- statistics: gathered as tensors, read back only when they are logged
+
+    def _note(self, mode: str, inputs: dict[str, Any], output: LossOutput) -> None:
+        tokens = output.stats["tokens"]
+        if "attention_mask" in inputs:
+            seen = inputs["attention_mask"].sum()
+        else:
+            seen = tokens.new_full((), inputs["input_ids"].numel())
+        means = [output.stats[name] for name in MEANS]
+        self._pear_stats[mode].append(torch.stack([seen.to(tokens), tokens, *means]).float())
+        if mode == "train" and self.state.global_step == 0:
+            counted = inputs["labels"] != IGNORE
+            ratio = (output.logprobs - inputs["behavior_logprobs"].to(output.logprobs)).abs()
+            largest = torch.where(counted, ratio, 0).max()
+            self._max_ratio = largest if self._max_ratio is None else torch.maximum(self._max_ratio, largest)
+
+    def _read_stats(self, mode: str) -> dict[str, float]:
+        """Means over all response tokens, of every process, since the last call. The one place that waits."""
+        if not self._pear_stats[mode]:
+            return {}
+        table = torch.stack(self._pear_stats[mode]).cpu().double()  # a row a micro-batch
+        self._pear_stats[mode].clear()
+        table[:, 2:] *= table[:, 1:2]  # means back to sums over tokens
+        sums = table.sum(dim=0)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
+        seen, tokens, *rest = sums.tolist()
+        if mode == "train":
+            self._total_train_tokens += int(seen) // self._tp_size
+        stats = {f"pear/{name}": value / max(tokens, 1) for name, value in zip(MEANS, rest, strict=True)}
+        stats["pear/tokens"] = tokens / self._tp_size
+        if self.args.weighting == "none":
+            stats = {name: stats[name] for name in ("pear/nll", "pear/log_ratio_mean", "pear/tokens")}
+        return stats
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        stats = self._read_stats(mode)
+        if stats:
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({prefix + name: value for name, value in stats.items()})
+            logs["num_tokens"] = self._total_train_tokens
+            if mode == "train":
+                self._warn_in_words(stats)
+        super().log(logs, start_time)
+
+    def _warn_in_words(self, stats: dict[str, float]) -> None:
+        if self.args.weighting == "none":
+            return
+        if stats["pear/weight_floor"] > FLOOR_SHARE and "floor" not in self._warned:
+            self._warned.add("floor")
+            logger.warning(
+                f"PEAR: {stats['pear/weight_floor']:.0%} of the response tokens have their weight at the floor, "
+                f"exp({self.args.log_weight_clip[0]:g}), so most of the batch no longer trains. The behaviour policy "
+                f"is more confident than the student (mean log-ratio {stats['pear/log_ratio_mean']:.3f}). Try a lower "
+                "end of log_ratio_clip nearer to 0, shorter responses, or data from a closer policy."
+            )
+        if self._max_ratio is not None:
+            half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
+            largest = self.accelerator.gather(self._max_ratio.reshape(1)).max().item()
+            self._max_ratio = None
+            if largest < COPY_MAX_RATIO["half" if half else "full"]:
+                logger.warning(
+                    f"PEAR: before the first update every log-ratio is near 0 (largest {largest:.1e}): the behaviour "
+                    "policy is a copy of the student, and only gamma is left in the weights. Score the data with the "
+                    "model that wrote it."
+                )
+
+    # ---- files
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint that cannot be written whole is taken away again, so that no resume finds it."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if (cause := disk_error(error)) is None:
+                raise
+            if not existed and self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise write_error(folder, cause, kept="Earlier checkpoints are whole.") from error
+
+
+def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
+    """`pear sft --config x.yaml --flag value ...`; `argv` without the program's name, None for the process's own."""
+    parser = TrlParser((DataArguments, PEARSFTConfig, ModelConfig), prog="pear sft")
+    data_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    name = data_args.model or model_args.model_name_or_path
+    if name is None:
+        raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")
+    if data_args.data is None:
+        raise DataError("no data given: pass --data, a file written by `pear score`")
+    if args.eval_strategy != "no" and data_args.eval_data is None:
+        raise DataError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_data: pass --eval_data")
+
+    tokenizer = load_tokenizer(name)
+    max_length, strict = args.max_length, args.strict_length
+    train_dataset = load_scored(data_args.data, tokenizer, max_length, strict=strict)
+    eval_dataset = None
+    if data_args.eval_data is not None:
+        eval_dataset = load_scored(data_args.eval_data, tokenizer, max_length, strict=strict)
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "use_safetensors": True,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = PEARSFTTrainer(
+        resolve_model(name),
+        args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    trainer.train(resume_from_checkpoint=resume)
+    if eval_dataset is not None:
+        trainer.evaluate()
+    save_final(trainer, merge_adapter=data_args.merge_adapter)
+    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
+        trainer.end()
+    return trainer
+
+
+def save_final(trainer: PEARSFTTrainer, merge_adapter: bool = True) -> None:
+    """Write the trained model and its tokenizer to `output_dir` as a plain transformers folder.
+
+    A LoRA model is merged into plain weights, and its adapter is kept in `adapter/`; quantised or sharded ones stay
+    adapters. Files are made in a folder beside and moved in when all are whole.
+
+    Raises:
+        WriteError: the disk is full; what `output_dir` held is as it was.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    temporary = output_dir / ".final.tmp"
+    is_main = trainer.args.should_save
+    try:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        model = trainer.model
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        quantised = getattr(model, "hf_quantizer", None) is not None
+        mergeable = isinstance(model, PeftModel) and not sharded and not quantised
+        if mergeable and merge_adapter:
+            trainer.save_model(str(temporary / "adapter"), _internal_call=True)
+            if is_main:
+                merged = model.merge_and_unload()
+                merged.save_pretrained(temporary)
+                trainer.processing_class.save_pretrained(temporary)
+        else:
+            trainer.save_model(str(temporary), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if is_main:
+            _move_in(temporary, output_dir)
+    except Exception as error:
+        if (cause := disk_error(error)) is None:
+            raise
+        raise write_error(output_dir, cause, kept="Checkpoints in it are whole.") from error
+    finally:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.print(f"Model saved to {output_dir}")
+
+
+def _move_in(source: Path, target: Path) -> None:
+    """Replace `target`'s files by `source`'s, each whole; the config comes last, as without it a folder is no model."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        destination = target / path.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, destination)
