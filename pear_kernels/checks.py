@@ -8,8 +8,8 @@ reading a value back would stall the stream.
 import math
 from collections.abc import Callable
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 LEVELS = ("token", "block", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean")

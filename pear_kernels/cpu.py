@@ -15,8 +15,8 @@ float32 accumulators, so half-precision weights are widened a tile of the vocabu
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 # exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
 MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -61,7 +61,7 @@ class Head:
         self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
 
     def widen(self, x: Tensor) -> Tensor:
-        """Operand of a product: rounded to the compute dtype, in the accumulators' dtype. No copy where nothing changes."""
+        """Operand of a product: rounded to the compute dtype, widened to the accumulators' (no copy if both are its own)."""
         return x.to(self.compute_dtype).to(self.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -168,7 +168,7 @@ class Head:
         return out.mul_(row_scale[:, None])
 
     def add_grad_weight_(self, grad: Tensor, exp: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        """Product 3: grad (V, D) (+)= E^T diag(row_scale) x; the `first` chunk writes, so `grad` may start as garbage."""
+        """Product 3: grad (V, D) += E^T diag(row_scale) x; the `first` chunk writes, so `grad` may start as garbage."""
         torch.addmm(grad, exp.t(), x * row_scale[:, None], beta=0 if first else 1, out=grad)
 
     def add_grad_bias_(self, grad: Tensor, exp: Tensor, row_scale: Tensor) -> None:

@@ -1,23 +1,24 @@
 """The right-to-left walk: an LM head, its loss's gradients and the log-probs, chunk by chunk, without the full logits.
 
-The engine knows chunks and coefficients; it knows no loss and no device. What it asks of a loss is an `Objective`: take
-the log-probs of a chunk, later say the coefficient c_t = dL/d(-log p_t) of each of its tokens. A coefficient may depend
-on all tokens to the right of its own in its sequence, because the walk goes from the last chunk to the first; then a
-chunk's logits are made once, and its two gradient products follow while they are still there:
+The engine knows chunks and coefficients; it knows no loss and no device. What it asks of a loss is an `Objective`:
+take the log-probs of a chunk, later say the coefficient c_t = dL/d(-log p_t) of each of its tokens. A coefficient may
+depend on all tokens to the right of its own in its sequence, because the walk goes from the last chunk to the first;
+so a chunk's logits are made once, and its two gradient products follow while they are still there:
 
     E, log p = softmax(x W^T)        dX = diag(r) E W        dW += E^T diag(r) x        r = c * row_scale
 
-A loss that is `coupled` gives one coefficient to a sequence, and only when it has seen all of it (PEAR's sequence level).
-Its chunks end where sequences end, and a sequence longer than a chunk is deferred: dW is gathered with c = 1 and scaled
-once c is known. The first such sequence does that in dW itself, before anything else is there; a further one needs a
-(V, D) buffer of its own or, where the workspace has no room for that, a pass for its log-probs first (a fourth product).
+A loss that is `coupled` gives one coefficient to a sequence, and only when it has seen all of it (PEAR's sequence
+level). Its chunks end where sequences end, and a sequence longer than a chunk is deferred: dW is gathered with c = 1
+and scaled once c is known. The first such sequence does that in dW itself, before anything else is there; a further one
+needs a (V, D) buffer of its own or, where the workspace has no room for that, a pass for its log-probs first (a fourth
+product).
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pear_kernels.cpu import Head, Softmax
 from pear_kernels.packing import Pack, chunk_rows, cut, cut_at_sequences
@@ -78,7 +79,9 @@ def default_workspace(weight: Tensor, itemsize: int) -> int:
 class Walk:
     """One call: which tokens, which head, which gradients, and the buffers they are gathered in."""
 
-    def __init__(self, hidden: Tensor, head: Head, target: Tensor, pack: Pack, wanted: Wanted, workspace_bytes: int | None):
+    def __init__(
+        self, hidden: Tensor, head: Head, target: Tensor, pack: Pack, wanted: Wanted, workspace_bytes: int | None
+    ):
         self.hidden = hidden  # (N, D), the caller's
         self.head = head
         self.target = target[pack.index]  # (n,)
@@ -206,7 +209,9 @@ class Walk:
         x = self.head.widen(self.rows(self.hidden, begin, end))
         return x, self.head.softmax(x, self.target[begin:end], gradient=any(self.wanted))
 
-    def accumulate(self, begin: int, end: int, x: Tensor, softmax: Softmax, coefficients: Tensor, into: Gradients) -> None:
+    def accumulate(
+        self, begin: int, end: int, x: Tensor, softmax: Softmax, coefficients: Tensor, into: Gradients
+    ) -> None:
         """The gradient products of one chunk, for coefficients (end - begin,)."""
         row_scale = coefficients.to(self.head.dtype) * softmax.row_scale
         if row_scale.device.type == "cpu" and not row_scale.any():

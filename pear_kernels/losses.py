@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.objectives import STATS
@@ -46,26 +46,29 @@ def linear_pear_loss(
 
     with G from `pear_weights` over the response tokens of each sequence, `pi` being the softmax of
     `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature`. Gradients are made in the forward pass: three
-    matrix products when the head is trained, two when `weight` needs no gradient, one without gradients. (Sequence level:
-    of several sequences longer than a chunk, those after the first cost a fourth product if the workspace has no room
-    for a second (V, D) buffer.)
+    matrix products when the head is trained, two when `weight` needs no gradient, one without gradients. (Sequence
+    level: of several sequences longer than a chunk, those after the first cost a fourth product if the workspace has no
+    room for a second (V, D) buffer.)
 
     Args:
         hidden: (N, D), a pack, or (B, T, D), one sequence a row; float32, bfloat16, float16 or float64.
-        weight: (V, D), the LM head; hidden's dtype. Under autocast the two may differ, and are rounded to autocast's dtype
-            as in `F.linear`.
-        target: (N,) or (B, T) int64, already shifted: target[t] is what hidden[t] predicts. `ignore_index` marks prompt,
-            padding and whatever else is no response token.
+        weight: (V, D), the LM head, of hidden's dtype. Under autocast the two may differ, and are rounded to autocast's
+            dtype as in `F.linear`.
+        target: (N,) or (B, T) int64, already shifted: target[t] is what hidden[t] predicts. `ignore_index` marks
+            prompt, padding and whatever else is no response token.
         behavior_logprobs: like target, float32 or float64: log pi_b of each target under the policy that wrote the
             data. What stands at ignored tokens does not matter.
         bias: (V,), the head's bias.
         cu_seqlens: (S+1,) int32 or int64 on hidden's device: the sequences of a pack; None means one sequence.
         level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
-        sequence_scale: (S,) or (B,), multiplies each sequence's loss; not part of G. A factor of ours, not the paper's.
+        sequence_scale: (S,) or (B,), multiplies each sequence's loss; not part of G. Ours, not the paper's.
         reduction: the divisor, on which the paper is silent (the default is ours): "mean", the call's valid tokens;
             "sum", 1; "sequence_mean", the mean over sequences with a valid token of their token means.
-        denominator: a number or 0-d tensor that replaces the divisor, such as the tokens of all accumulation steps.
-        temperature: divides the logits. softcap: bound of the logits, for heads that have one.
+        denominator: a number or 0-d tensor that replaces the divisor, such as the tokens of all accumulation steps
+            (for "sequence_mean": the sequences of all steps).
+        temperature: divides the logits.
+        softcap: bound of the logits, for heads that have one.
+        ignore_index: the target of tokens that do not count.
         workspace_bytes: size of the chunk of logits. None: the size of a float32 gradient of the head, within 128 MiB
             and 1 GiB. It changes speed and memory, not the result.
 
@@ -73,7 +76,8 @@ def linear_pear_loss(
         LossOutput. With every token ignored: loss 0 and zero gradients.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what to do. RuntimeError for a double backward.
+        ValueError, TypeError: naming the argument, what it got and what to do.
+        RuntimeError: for a double backward.
     """
     options = PEAROptions(level, block_size, gamma, tuple(log_ratio_clip), tuple(log_weight_clip))
     checks.check_options(options)
@@ -81,17 +85,33 @@ def linear_pear_loss(
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
     checks.check_loss_arguments(hidden, target, behavior_logprobs, cu_seqlens, sequence_scale)
     if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = torch.full((), float(denominator), device=hidden.device)
+        denominator = torch.full((), float(denominator), dtype=torch.float64, device=hidden.device)
     grad = torch.is_grad_enabled()
     loss, logprobs, weights, stats, *_ = ops.linear_pear_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1), behavior_logprobs.detach().reshape(-1),
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        behavior_logprobs.detach().reshape(-1),
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         None if sequence_scale is None else sequence_scale.detach(),
         None if denominator is None else denominator.detach(),
-        level, block_size, gamma, *map(float, options.log_ratio_clip), *map(float, options.log_weight_clip), reduction,
-        temperature, softcap, ignore_index, workspace_bytes, compute_dtype,
-        grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad,
-    )  # fmt: skip
+        level,
+        block_size,
+        gamma,
+        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        reduction,
+        temperature,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        compute_dtype,
+        [
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+            grad and bias is not None and bias.requires_grad,
+        ],
+    )
     return LossOutput(
         loss, logprobs.view(target.shape), weights.view(target.shape), {name: stats[i] for i, name in enumerate(STATS)}
     )
@@ -115,14 +135,26 @@ def linear_logprobs(
     makes the logits again. Arguments as in `linear_pear_loss`.
 
     Returns:
-        Log-probs of target's shape, float32 (float64 for float64 inputs), 0 at ignored tokens; with `return_entropy` also
-        the entropy of each token's distribution in nats, likewise. Both are differentiable, once.
+        Log-probs of target's shape, float32 (float64 for float64 inputs), 0 at ignored tokens; with `return_entropy`
+        also the entropy of each token's distribution in nats, likewise. Both are differentiable, once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what to do.
+        RuntimeError: for a double backward.
     """
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
     logprobs, entropy = ops.linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1),
-        temperature, softcap, ignore_index, return_entropy, workspace_bytes, compute_dtype,
-    )  # fmt: skip
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        temperature,
+        softcap,
+        ignore_index,
+        return_entropy,
+        workspace_bytes,
+        compute_dtype,
+    )
     if return_entropy:
         return logprobs.view(target.shape), entropy.view(target.shape)
     return logprobs.view(target.shape)

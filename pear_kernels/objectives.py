@@ -1,7 +1,7 @@
 """Losses, as the engine sees them: from log-probs to coefficients. Each formula here is used by every backend."""
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pear_kernels.packing import Pack
 from pear_kernels.weights import PEAROptions, PEARWeights
@@ -90,8 +90,11 @@ class FixedCoefficients:
 def token_scale(
     pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(n,): what multiplies each token's weighted loss. Divisors: tokens ("mean"), 1 ("sum"), or, on top of each
-    token's own 1 / T_s, the sequences with a token that counts ("sequence_mean"); `denominator` replaces the divisor."""
+    """(n,): what multiplies each token's weighted loss.
+
+    The divisor is the tokens ("mean"), 1 ("sum"), or, on top of each token's own 1 / T_s, the sequences with a token
+    that counts ("sequence_mean"); `denominator` replaces it.
+    """
     device = pack.index.device
     scale = torch.ones(pack.tokens, dtype=torch.float64, device=device)
     if reduction == "sequence_mean":

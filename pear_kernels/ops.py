@@ -3,8 +3,8 @@
 A loss makes its gradients in the forward pass, so its backward pass only multiplies them by the upstream scalar.
 """
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.cpu import Head
@@ -31,8 +31,8 @@ def forbid_double_backward(name: str) -> None:
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream in the dtype of the tensor it belongs to.
 
-    In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy of
-    dW would be the largest tensor of the whole pass.
+    In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy
+    of dW would be the largest tensor of the whole pass.
     """
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
@@ -56,19 +56,14 @@ def linear_pear_loss(
     level: str,
     block_size: int,
     gamma: float,
-    ratio_low: float,
-    ratio_high: float,
-    weight_low: float,
-    weight_high: float,
+    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
     reduction: str,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     workspace_bytes: int | None,
     compute_dtype: torch.dtype,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
+    wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats (9,), dX, dW, db); the last three are empty where not wanted."""
     size = target.numel()
@@ -81,22 +76,20 @@ def linear_pear_loss(
 
     pack = pack_tokens(valid, cu_seqlens)
     head = Head(weight, bias, temperature, softcap, compute_dtype)
-    options = PEAROptions(level, block_size, gamma, (ratio_low, ratio_high), (weight_low, weight_high))
+    options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
     behavior_logprobs = behavior_logprobs.to(head.dtype)[pack.index]
     objective = PEARObjective(behavior_logprobs, pack, options, reduction, denominator, sequence_scale)
-    walk = Walk(hidden, head, target, pack, Wanted(grad_hidden, grad_weight, grad_bias), workspace_bytes)
+    walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
     walk.run(objective)
     loss, weights, stats = objective.finish(walk.logprobs)
     grads = walk.grads
-    return (
-        loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats,
-        grads.hidden, grads.weight, grads.bias,
-    )  # fmt: skip
+    logprobs, weights = unpack(walk.logprobs, pack, size), unpack(weights, pack, size)
+    return loss, logprobs, weights, stats, grads.hidden, grads.weight, grads.bias
 
 
 @linear_pear_loss.register_fake
 def _(hidden, weight, bias, target, behavior_logprobs, cu_seqlens, sequence_scale, denominator, *options):
-    compute_dtype, grad_hidden, grad_weight, grad_bias = options[-4:]
+    compute_dtype, (grad_hidden, grad_weight, grad_bias) = options[-2:]
     dtype = result_dtype(compute_dtype)
     hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     return (
@@ -112,7 +105,7 @@ def _(hidden, weight, bias, target, behavior_logprobs, cu_seqlens, sequence_scal
 
 def _save_pear_gradients(ctx, inputs, output):
     hidden, weight, bias, *_ = inputs
-    ctx.wanted = inputs[-3:]
+    ctx.wanted = inputs[-1]
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
@@ -181,14 +174,12 @@ def linear_logprobs_backward(
     ignore_index: int,
     workspace_bytes: int | None,
     compute_dtype: torch.dtype,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
+    wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
     pack = pack_tokens(target != ignore_index, one_sequence(target))
     head = Head(weight, bias, temperature, softcap, compute_dtype)
-    walk = Walk(hidden, head, target, pack, Wanted(grad_hidden, grad_weight, grad_bias), workspace_bytes)
+    walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
     of_nll = walk.logprobs if grad_logprobs is None else -grad_logprobs.to(head.dtype)[pack.index]
     if grad_entropy is None:
         walk.run(FixedCoefficients(of_nll))
@@ -204,7 +195,7 @@ def linear_logprobs_backward(
 
 @linear_logprobs_backward.register_fake
 def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
-    grad_hidden, grad_weight, grad_bias = options[-3:]
+    grad_hidden, grad_weight, grad_bias = options[-1]
     return (
         hidden.new_empty(hidden.shape if grad_hidden else (0,)),
         weight.new_empty(weight.shape if grad_weight else (0,)),
@@ -227,7 +218,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
     if grad_logprobs is None and grad_entropy is None:
         grads = None, None, None
     else:
-        grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
+        grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, list(wanted))
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 7
 
 

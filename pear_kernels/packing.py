@@ -7,8 +7,8 @@ neighbours in a pack cannot change a result, and why ignored tokens never reach 
 
 from typing import NamedTuple
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 ROW_MULTIPLE = 128  # chunks are a multiple of this many rows, which suits every matrix unit
 
@@ -48,7 +48,7 @@ def chunk_rows(workspace_bytes: int, bytes_per_row: int) -> int:
 
 
 def cut(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
-    """[begin, end) in chunks of at most `rows`, of nearly equal size, so that no product runs on a sliver at the tail."""
+    """[begin, end) in chunks of at most `rows`, nearly equal, so that no product runs on a sliver at the tail."""
     if end == begin:
         return []
     pieces = -(-(end - begin) // rows)

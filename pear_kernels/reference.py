@@ -5,8 +5,8 @@ Shares no code with the rest of the package. Gradients come from autograd throug
 
 import math
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 
 def naive_weights(
@@ -20,7 +20,10 @@ def naive_weights(
 ) -> Tensor:
     """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there)."""
     T = len(logprobs)
-    delta = [min(max((p - q).item(), log_ratio_clip[0]), log_ratio_clip[1]) for p, q in zip(logprobs, behavior_logprobs)]
+    delta = [
+        min(max((p - q).item(), log_ratio_clip[0]), log_ratio_clip[1])
+        for p, q in zip(logprobs, behavior_logprobs, strict=True)
+    ]
     log_g = []
     for t in range(1, T + 1):
         if level == "token":
@@ -66,14 +69,14 @@ def naive_pear_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, logprobs, weights)` of linear_pear_loss, naively. L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor."""
+    """`(loss, logprobs, weights)` of linear_pear_loss: L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor."""
     logprobs = naive_logprobs(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )
     bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
     weights = torch.zeros_like(logprobs)
     total, sequences = logprobs.sum() * 0, 0
-    for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+    for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         response = begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1)
         if len(response) == 0:
             continue

@@ -6,15 +6,15 @@ With the T response tokens of one sequence, `delta_t = clip(log pi(y_t) - log pi
     block      log G_t = (T - e_k) log gamma + sum_{j > e_k} delta_j     e_k: the last position of t's block of B
     sequence   log G_t =                       sum_{j >= 1}  delta_j
 
-the three are one formula: a sum over the tokens *from* some position on, and gamma to their number. `summed_from` is that
-position; `log G` is then clipped to `log_weight_clip`. Token level is block level with B = 1.
+the three are one formula: a sum over the tokens *from* some position on, and gamma to their number. `summed_from` is
+that position; `log G` is then clipped to `log_weight_clip`. Token level is block level with B = 1.
 """
 
 import math
 from typing import NamedTuple
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.packing import Pack, pack_tokens, unpack
@@ -34,7 +34,7 @@ DEFAULTS = PEAROptions()
 
 
 def summed_from(begin: int, end: int, pack: Pack, options: PEAROptions) -> Tensor:
-    """(end - begin,) int64: compact index of the first token whose ratio counts in the weight of each of these tokens."""
+    """(end - begin,) int64: compact index of the first token whose ratio counts in each of these tokens' weights."""
     start, stop = pack.start[begin:end], pack.stop[begin:end]
     if options.level == "sequence":
         return start
@@ -97,7 +97,7 @@ def pear_weights(
     log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
     log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
 ) -> Tensor:
-    """PEAR weights G (arXiv 2602.01058) from log-probs that a trainer already has. Detached: no gradient flows through G.
+    """PEAR weights G (arXiv 2602.01058) from log-probs that a trainer already has. No gradient flows through G.
 
     Args:
         logprobs: (N,) a pack, or (B, T) one sequence a row; float32 or float64; log pi of each token under the model in
@@ -105,7 +105,8 @@ def pear_weights(
         behavior_logprobs: same shape; log pi_b of each token under the policy that wrote it.
         mask: same shape, bool; True at response tokens. Others carry no ratio and no position, and get weight 0. None
             means all of them count.
-        cu_seqlens: (S+1,) int32 or int64, ascending from 0 to N: the sequences of a pack. None with (N,) means one sequence.
+        cu_seqlens: (S+1,) int32 or int64, ascending from 0 to N: the sequences of a pack. None with (N,) means one
+            sequence.
         level: "token", "block" or "sequence"; see the module's docstring for the three formulas.
         block_size: B, in response tokens, for level "block".
         gamma: discount per later token, in (0, 1]; not used at level "sequence".
@@ -125,20 +126,32 @@ def pear_weights(
         mask = torch.ones_like(logprobs, dtype=torch.bool)
     bounds = checks.sequence_bounds(logprobs.shape, cu_seqlens, logprobs.device)
     flat = _pear_weights_op(
-        logprobs.detach().reshape(-1), behavior_logprobs.detach().reshape(-1), mask.reshape(-1), bounds,
-        level, block_size, gamma, *options.log_ratio_clip, *options.log_weight_clip,
-    )  # fmt: skip
+        logprobs.detach().reshape(-1),
+        behavior_logprobs.detach().reshape(-1),
+        mask.reshape(-1),
+        bounds,
+        level,
+        block_size,
+        gamma,
+        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+    )
     return flat.view(logprobs.shape)
 
 
 @torch.library.custom_op("pear_kernels::pear_weights", mutates_args=())
 def _pear_weights_op(
-    logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor,
-    level: str, block_size: int, gamma: float, ratio_low: float, ratio_high: float, weight_low: float, weight_high: float,
-) -> Tensor:  # fmt: skip
+    logprobs: Tensor,  # (N,)
+    behavior_logprobs: Tensor,  # (N,)
+    mask: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    level: str,
+    block_size: int,
+    gamma: float,
+    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+) -> Tensor:
     checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
     checks.check_behavior_logprobs(behavior_logprobs, mask)
-    options = PEAROptions(level, block_size, gamma, (ratio_low, ratio_high), (weight_low, weight_high))
+    options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
     pack = pack_tokens(mask, cu_seqlens)
     walk = PEARWeights(behavior_logprobs.to(logprobs.dtype)[pack.index], pack, options)
     walk.observe(0, pack.tokens, logprobs[pack.index])
