@@ -76,18 +76,18 @@ def evaluate(
     task: Annotated[str, typer.Option(help="Task from reasoning-gym.")] = "countdown",
     k: Annotated[int, typer.Option(help="Report pass@k for this k, besides 1.")] = 8,
     samples: Annotated[int, typer.Option(help="Samples for each problem, at least k.")] = 16,
-    size: Annotated[int, typer.Option(help="Problems.")] = 100,
+    size: Annotated[int, typer.Option(help="Problems.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON report to write.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer sampled.")] = 256,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
 ) -> None:
     """Unbiased pass@1 and pass@k on verifiable problems that no training split holds."""
-    from pear.eval import main
-    from pear.io import DataError, WriteError
+    from pear.eval import run
+    from pear.io import WriteError
 
     try:
-        main(
+        run(
             model=model,
             task=task,
             k=k,
@@ -98,7 +98,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
-    except (DataError, WriteError) as error:
+    except (ValueError, WriteError) as error:
         raise _fail(error) from None
 
 

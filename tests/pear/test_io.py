@@ -1,0 +1,167 @@
+"""Files: errors that say where, and files that are whole or not there."""
+
+import errno
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from pear.io import (
+    DataError,
+    WriteError,
+    atomic_writer,
+    check_scored_row,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+def test_jsonl_round_trip_keeps_order_numbers_and_text(tmp_path):
+    rows = [{"a": 1.5, "text": "ü \u2028 \n quote\""}, {"b": [1, 2, 3]}, {}]
+    assert write_jsonl(tmp_path / "x.jsonl", rows) == 3
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, rows[0]), (2, rows[1]), (3, rows[2])]
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n  \n{"a": 2}')
+    assert [number for number, _ in read_jsonl(tmp_path / "x.jsonl")] == [1, 4]
+
+
+def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"a": 1,}', "not JSON"),
+        (b"hello there", "not JSON.*hello there"),
+        (b'{"a": ', "not JSON"),
+        (b"[1, 2]", "expected a JSON object.*list"),
+        (b'"text"', "expected a JSON object.*str"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_bad_line_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"ok": 1}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"x\.jsonl:2: {message}"):
+        list(read_jsonl(path))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        list(read_jsonl(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_failure_inside_the_block_leaves_the_folder_as_it_was(tmp_path, before):
+    path = tmp_path / "x.txt"
+    if before:
+        path.write_text(before)
+    with pytest.raises(RuntimeError, match="stop"), atomic_writer(path) as file:
+        file.write("half of it")
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == (["x.txt"] if before else [])
+    assert not before or path.read_text() == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_is_an_error_in_words_and_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": True})
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"pear.io.os.{call}", full)
+    with pytest.raises(WriteError, match=r"could not write .*x\.json: the disk is full") as error:
+        write_json(path, {"new": True})
+    assert error.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["x.json"] and json.loads(path.read_text()) == {"old": True}
+
+
+def test_file_size_limit_of_the_system_leaves_nothing_half_written(tmp_path):
+    """A real short write, not a simulated one: RLIMIT_FSIZE in a process of its own."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from pear.io import WriteError, write_jsonl\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: write_jsonl(sys.argv[1], ({'n': n, 'text': 'x' * 100} for n in range(100_000)))\n"
+        "except WriteError as error: print(error.errno, error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.jsonl")], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith(f"{errno.EFBIG} ") and "x.jsonl: the disk is full" in run.stdout
+    assert os.listdir(tmp_path) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+def test_new_file_has_the_usual_mode_and_an_old_one_keeps_its_own(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    write_text(tmp_path / "new", "x")
+    assert (tmp_path / "new").stat().st_mode == plain.stat().st_mode
+    plain.chmod(0o600)
+    write_text(plain, "x")
+    assert plain.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "x"
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="Out of range|not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": math.nan})
+    assert os.listdir(tmp_path) == []
+
+
+def good_row() -> dict:
+    return {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "behavior_logprobs": [0.0, -1.5, -0.25]}
+
+
+def test_good_row_passes():
+    check_scored_row(good_row(), "f:1")
+    check_scored_row(good_row() | {"behavior_logprobs": [math.nan, 5e-5, 0]}, "f:1")  # the prompt's values are nothing
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"behavior_logprobs": [0.0, -1.0]}, "one length, got 3, 3 and 2"),
+        ({"completion_mask": [0, 1, 1, 1]}, "one length, got 3, 4 and 3"),
+        ({"completion_mask": [0, 2, 1]}, r"completion_mask\[1\].*0 or 1, got 2"),
+        ({"completion_mask": [0, 0, 0]}, "no completion"),
+        ({"completion_mask": [1, 1, 1]}, r"completion_mask\[0\]` must be 0"),
+        ({"behavior_logprobs": [0.0, math.nan, -1.0]}, r"behavior_logprobs\[1\]` is nan"),
+        ({"behavior_logprobs": [0.0, -1.0, 2e-4]}, r"behavior_logprobs\[2\]` is 0.0002"),
+        ({"behavior_logprobs": [0.0, -math.inf, -1.0]}, r"behavior_logprobs\[1\]` is -inf"),
+        ({"behavior_logprobs": [0.0, "-1", -1.0]}, r"behavior_logprobs\[1\]` must be a number, got '-1'"),
+        ({"behavior_logprobs": [0.0, True, -1.0]}, r"behavior_logprobs\[1\]` must be a number, got True"),
+        ({"input_ids": [5, -6, 7]}, r"input_ids\[1\]` must be a token id >= 0, got -6"),
+        ({"input_ids": [5, 6.0, 7]}, r"input_ids\[1\]` must be a token id"),
+        ({"input_ids": "abc"}, "`input_ids` must be a list, got str"),
+    ],
+)
+def test_bad_row_is_named_with_field_position_and_value(change, message):
+    with pytest.raises(DataError, match=f"^f:7: .*{message}"):
+        check_scored_row(good_row() | change, "f:7")
+
+
+@pytest.mark.parametrize("key", ["input_ids", "completion_mask", "behavior_logprobs"])
+def test_missing_field_is_named(key):
+    row = good_row()
+    del row[key]
+    with pytest.raises(DataError, match=f"f:7: no `{key}`"):
+        check_scored_row(row, "f:7")

