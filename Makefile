@@ -2,6 +2,7 @@
 # constraints.txt change.
 
 PYTHON ?=
+TEST_JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +18,7 @@ demo: $(STAMP)  ## train SFT and PEAR side by side on this machine, and write ru
 	$(BIN)/pear demo
 
 test: $(STAMP)  ## the test suite (PYTEST_ARGS="-k name" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## speed, memory and accuracy beside the peers: a table and a picture under bench/results/
 	$(BIN)/python -m bench $(BENCH_ARGS)

@@ -63,9 +63,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     noise = torch.randn(shape.tokens, device=shape.device, generator=rng)
     behavior_logprobs = (logprobs + 0.02 + 0.1 * noise).clamp(max=0.0)
 
-    return Inputs(
-        hidden.requires_grad_(), weight.requires_grad_(), target, behavior_logprobs, sequences(shape, seed)
-    )
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), target, behavior_logprobs, sequences(shape, seed))
 
 
 def sequences(shape: Shape, seed: int) -> Tensor:
