@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -42,13 +42,13 @@ class Problem:
         return self.question if style == "question" else self.compact
 
 
-def _countdown_compact(item: dict) -> str:
-    return f"{' '.join(map(str, item['metadata']['numbers']))} = {item['metadata']['target']} :"
+def countdown_prompt(numbers: Sequence[int], target: int) -> str:
+    return f"{' '.join(map(str, numbers))} = {target} :"
 
 
-def _countdown_identity(item: dict) -> str:
+def countdown_identity(numbers: Sequence[int], target: int) -> str:
     # The order of the numbers is wording: 3 7 2 = 42 in train must keep 2 3 7 = 42 out of test.
-    return f"{sorted(item['metadata']['numbers'])} = {item['metadata']['target']}"
+    return f"{sorted(numbers)} = {target}"
 
 
 def _expression_compact(item: dict) -> str:
@@ -69,8 +69,8 @@ TASKS = {
     "countdown": Task(
         dataset="countdown",
         config=dict(min_numbers=3, max_numbers=3, min_value=1, max_value=10, min_target=1, max_target=50),
-        compact=_countdown_compact,
-        identity=_countdown_identity,
+        compact=lambda item: countdown_prompt(item["metadata"]["numbers"], item["metadata"]["target"]),
+        identity=lambda item: countdown_identity(item["metadata"]["numbers"], item["metadata"]["target"]),
         answer=_ARITHMETIC,
     ),
     "chain_sum": Task(
@@ -164,7 +164,8 @@ def extract_answer(text: str) -> str:
     else:
         lines = [line for line in text.splitlines() if line.strip()]
         answer = lines[-1] if lines else ""
-    return answer.strip(" \t\r\n`$\"'").removesuffix(".").strip()
+    around = " \t\r\n`$\"'"
+    return answer.lstrip(around).rstrip(around + ".")
 
 
 @cache
