@@ -61,7 +61,7 @@ class Head:
         self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
 
     def widen(self, x: Tensor) -> Tensor:
-        """Operand of a product: rounded to the compute dtype, widened to the accumulators' (no copy if both are its own)."""
+        """Operand of a product: rounded to the compute dtype, then widened to that of the accumulators."""
         return x.to(self.compute_dtype).to(self.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:

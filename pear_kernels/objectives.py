@@ -61,11 +61,11 @@ class PEARObjective:
         values = (
             -logprobs.double().sum() / share,
             log_ratio.double().sum() / share,
-            (log_ratio < low).sum() / share,
-            (log_ratio > high).sum() / share,
+            (log_ratio < low).double().sum() / share,
+            (log_ratio > high).double().sum() / share,
             weight_sum / share,
-            (log_g <= floor).sum() / share,
-            (log_g >= ceiling).sum() / share,
+            (log_g <= floor).double().sum() / share,
+            (log_g >= ceiling).double().sum() / share,
             weight_sum.square() / (share * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
             torch.full_like(weight_sum, self.pack.tokens),
         )

@@ -1,0 +1,84 @@
+"""Random problems for the tests of pear_kernels, and the naive float64 answer to each."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pear_kernels import linear_pear_loss
+from pear_kernels.reference import naive_pear_loss
+
+
+@dataclass
+class Problem:
+    """A pack of sequences with ignored tokens between, and a head."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (N,)
+    behavior_logprobs: Tensor  # (N,)
+    cu_seqlens: Tensor  # (S+1,)
+    options: dict = field(default_factory=dict)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Fresh leaves of hidden, weight and (where there is one) bias."""
+        tensors = [self.hidden, self.weight, *([self.options["bias"]] if "bias" in self.options else [])]
+        return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+    def ours(self, **overrides):
+        """linear_pear_loss on fresh leaves: (LossOutput, leaves)."""
+        leaves = self.leaves()
+        options = {**self.options, "cu_seqlens": self.cu_seqlens, **overrides}
+        if "bias" in self.options:
+            options["bias"] = leaves[2]
+        return linear_pear_loss(*leaves[:2], self.target, self.behavior_logprobs, **options), leaves
+
+    def naive(self, **overrides):
+        """naive_pear_loss on the same numbers in float64: ((loss, logprobs, weights), leaves)."""
+        leaves = self.leaves(torch.float64)
+        options = {**self.options, "cu_seqlens": self.cu_seqlens, **overrides}
+        options.pop("workspace_bytes", None)
+        if "bias" in self.options:
+            options["bias"] = leaves[2]
+        return naive_pear_loss(*leaves[:2], self.target, self.behavior_logprobs.double(), **options), leaves
+
+
+def make_problem(
+    lengths=(7, 1, 0, 12, 5),
+    *,
+    D: int = 8,
+    V: int = 37,
+    ignored: float = 0.3,
+    drift: float = 0.0,  # mean of log pi - log pi_b
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    bias: bool = False,
+    **options,
+) -> Problem:
+    rng = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+    hidden = torch.randn(N, D, generator=rng, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, D, generator=rng, dtype=torch.float64).to(dtype)
+    target = torch.randint(V, (N,), generator=rng)
+    logprobs = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, target[:, None])[:, 0]
+    noise = 0.3 * torch.randn(N, generator=rng, dtype=torch.float64)
+    behavior = (logprobs - drift + noise).clamp(max=0).to(torch.promote_types(dtype, torch.float32))
+    target[torch.rand(N, generator=rng) < ignored] = -100
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    if bias:
+        options["bias"] = torch.randn(V, generator=rng, dtype=torch.float64).to(dtype)
+    return Problem(hidden, weight, target, behavior, cu_seqlens, options)
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """||ours - exact|| / ||exact||, in float64."""
+    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def workspace(rows: int, V: int, itemsize: int = 8) -> int:
+    """Bytes of a chunk of that many rows."""
+    return rows * V * itemsize

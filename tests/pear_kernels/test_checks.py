@@ -1,0 +1,161 @@
+"""Bad input: each a clear error that names the argument."""
+
+import math
+
+import pytest
+import torch
+
+from pear_kernels import LinearPEARLoss, linear_logprobs, linear_pear_loss, pear_weights
+
+N, D, V = 6, 4, 9
+
+
+def call(**changes):
+    arguments = dict(
+        hidden=torch.randn(N, D), weight=torch.randn(V, D), target=torch.arange(N), behavior_logprobs=-torch.ones(N)
+    )
+    arguments.update(changes)
+    return linear_pear_loss(**arguments)
+
+
+def with_value(position, value, base=None):
+    tensor = -torch.ones(N) if base is None else base
+    tensor[position] = value
+    return tensor
+
+
+BAD = {
+    "target too large": (
+        dict(target=with_value(2, V, torch.arange(N))),
+        r"target must be in \[0, 9\).*got 9 at flat position 2",
+    ),
+    "target negative": (dict(target=with_value(2, -1, torch.arange(N))), r"target must be in .*got -1"),
+    "target of int32": (
+        dict(target=torch.arange(N, dtype=torch.int32)),
+        r"target must be torch.int64.*target.long\(\)",
+    ),
+    "target of floats": (dict(target=torch.zeros(N)), "target must be torch.int64"),
+    "target of another length": (
+        dict(target=torch.arange(N - 1)),
+        r"target must have hidden's leading shape \(6,\), got \(5,\)",
+    ),
+    "hidden of one dimension": (
+        dict(hidden=torch.randn(D)),
+        r"hidden must be \(N, D\) or \(B, T, D\), got shape \(4,\)",
+    ),
+    "weight transposed": (
+        dict(weight=torch.randn(D, V)),
+        r"weight must be \(V, D\) with hidden's D = 4, got shape \(4, 9\)",
+    ),
+    "weight of integers": (dict(weight=torch.ones(V, D, dtype=torch.int64)), "weight must be floating point"),
+    "weight of another dtype": (
+        dict(weight=torch.randn(V, D).bfloat16()),
+        "hidden and weight must have one dtype.*float32 and torch.bfloat16",
+    ),
+    "weight on another device": (
+        dict(weight=torch.randn(V, D, device="meta")),
+        "weight must be on the device of .*cpu, got meta",
+    ),
+    "bias of another length": (dict(bias=torch.zeros(V + 1)), r"bias must have \(V,\) \(9,\), got \(10,\)"),
+    "behavior of another length": (
+        dict(behavior_logprobs=-torch.ones(N + 1)),
+        r"behavior_logprobs must have target's shape \(6,\), got \(7,\)",
+    ),
+    "behavior in bfloat16": (
+        dict(behavior_logprobs=-torch.ones(N).bfloat16()),
+        "behavior_logprobs must be float32.*too coarse",
+    ),
+    "behavior nan": (
+        dict(behavior_logprobs=with_value(3, math.nan)),
+        "behavior_logprobs must be finite and at most 0, got nan at flat position 3",
+    ),
+    "behavior -inf": (dict(behavior_logprobs=with_value(3, -math.inf)), "behavior_logprobs must be finite"),
+    "behavior positive": (
+        dict(behavior_logprobs=with_value(3, 2e-4)),
+        r"behavior_logprobs must be .*1 such tokens\): score the data again",
+    ),
+    "cu_seqlens not ascending": (
+        dict(cu_seqlens=torch.tensor([0, 4, 2, N])),
+        r"cu_seqlens must be ascending, got \[0, 4, 2, 6\]",
+    ),
+    "cu_seqlens short of N": (
+        dict(cu_seqlens=torch.tensor([0, 4])),
+        "cu_seqlens must begin with 0 and end at N = 6, got 0 and 4",
+    ),
+    "cu_seqlens not from 0": (dict(cu_seqlens=torch.tensor([1, N])), "cu_seqlens must begin with 0"),
+    "cu_seqlens of floats": (dict(cu_seqlens=torch.tensor([0.0, N])), "cu_seqlens must be torch.int32 or torch.int64"),
+    "cu_seqlens of one number": (dict(cu_seqlens=torch.tensor([0])), r"cu_seqlens must be \(S\+1,\)"),
+    "level": (dict(level="word"), "level must be one of 'token', 'block', 'sequence', got 'word'"),
+    "block_size": (dict(block_size=0), "block_size must be an integer of at least 1.*got 0"),
+    "block_size of a float": (dict(block_size=2.5), "block_size must be an integer"),
+    "gamma zero": (dict(gamma=0.0), r"gamma must be in \(0, 1\], got 0.0"),
+    "gamma above one": (dict(gamma=1.01), r"gamma must be in \(0, 1\]"),
+    "gamma nan": (dict(gamma=math.nan), r"gamma must be in \(0, 1\]"),
+    "log_ratio_clip reversed": (dict(log_ratio_clip=(0.3, -0.08)), r"log_ratio_clip must be \(low, high\).*swap"),
+    "log_weight_clip reversed": (dict(log_weight_clip=(5.0, -10.0)), r"log_weight_clip must be \(low, high\).*swap"),
+    "log_ratio_clip of one": (dict(log_ratio_clip=(0.3,)), "log_ratio_clip must be two numbers"),
+    "reduction": (dict(reduction="none"), "reduction must be one of 'mean', 'sum', 'sequence_mean', got 'none'"),
+    "denominator": (dict(denominator=0.0), "denominator must be a positive number"),
+    "denominator of two": (dict(denominator=torch.ones(2)), "denominator must hold one number"),
+    "sequence_scale of another length": (
+        dict(sequence_scale=torch.ones(2)),
+        r"sequence_scale must have \(S,\).*\(1,\), got \(2,\)",
+    ),
+    "sequence_scale nan": (dict(sequence_scale=torch.full((1,), math.nan)), "sequence_scale must be finite"),
+    "temperature": (dict(temperature=0.0), "temperature must be a positive number"),
+    "softcap": (dict(softcap=-1.0), "softcap must be a positive number"),
+    "workspace_bytes": (dict(workspace_bytes=0), "workspace_bytes must be a positive number"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_linear_pear_loss(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(**changes)
+
+
+def test_cu_seqlens_with_padded_input():
+    with pytest.raises(ValueError, match="cu_seqlens is for packs"):
+        linear_pear_loss(
+            torch.randn(2, 3, D), torch.randn(V, D), torch.zeros(2, 3).long(), -torch.ones(2, 3),
+            cu_seqlens=torch.tensor([0, 3, 6]),
+        )  # fmt: skip
+
+
+def test_what_stands_at_ignored_tokens_does_not_matter():
+    target = with_value(3, -100, torch.arange(N))
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    losses = [
+        linear_pear_loss(hidden, weight, target, with_value(3, value)).loss.item() for value in (-1.0, math.nan, 7.0)
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_rounding_just_above_zero_is_no_error():
+    assert call(behavior_logprobs=with_value(3, 5e-5)).loss.isfinite()
+
+
+def test_linear_logprobs_and_module_check_too():
+    with pytest.raises(ValueError, match="target must be in"):
+        linear_logprobs(torch.randn(N, D), torch.randn(V, D), torch.full((N,), V))
+    with pytest.raises(ValueError, match="gamma must be in"):
+        LinearPEARLoss(gamma=2.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(behavior_logprobs=-torch.ones(N + 1)), "behavior_logprobs must have logprobs' shape"),
+        (dict(logprobs=-torch.ones(N).half()), "logprobs must be float32"),
+        (dict(mask=torch.ones(N)), r"mask must be torch.bool.*mask.bool\(\)"),
+        (dict(mask=torch.ones(N - 1, dtype=torch.bool)), "mask must have logprobs' shape"),
+        (dict(logprobs=-torch.ones(1, 1, N)), r"logprobs must be \(N,\) or \(B, T\)"),
+        (dict(behavior_logprobs=torch.full((N,), math.nan)), "behavior_logprobs must be finite"),
+        (dict(cu_seqlens=torch.tensor([0, 3])), "cu_seqlens must begin with 0 and end at N"),
+        (dict(gamma=0), "gamma must be in"),
+    ],
+)
+def test_pear_weights(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pear_weights(**{"logprobs": -torch.ones(N), "behavior_logprobs": -torch.ones(N), **changes})

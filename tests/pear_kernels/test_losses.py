@@ -1,0 +1,347 @@
+"""linear_pear_loss against the naive float64 loss on full logits, and what must not change it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import gradients, make_problem, relative_error, workspace
+
+from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
+from pear_kernels.cpu import Head
+from pear_kernels.objectives import STATS
+
+LEVELS = ["token", "block", "sequence"]
+UPSTREAM = 3.7  # the loss is one term of many, so its upstream gradient is not 1
+
+
+def assert_matches_naive(problem, tolerance=1e-12, **overrides):
+    out, leaves = problem.ours(**overrides)
+    (loss, logprobs, weights), exact_leaves = problem.naive(**overrides)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=tolerance, atol=0)
+    torch.testing.assert_close(out.logprobs.double(), logprobs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.weights.double(), weights, rtol=10 * tolerance, atol=0)
+    pairs = zip(gradients(out.loss * UPSTREAM, leaves), gradients(loss * UPSTREAM, exact_leaves), strict=True)
+    for ours, exact in pairs:
+        assert relative_error(ours, exact) < tolerance
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 25, None])
+def test_chunk_sweep(level, rows):
+    problem = make_problem(level=level, block_size=3, V=37)
+    assert_matches_naive(problem, workspace_bytes=rows and workspace(rows, 37))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"bias": True}, {"temperature": 0.7}, {"softcap": 2.5}, {"bias": True, "temperature": 1.6, "softcap": 4.0}],
+)
+def test_heads_and_reductions(level, reduction, head):
+    scale = torch.tensor([0.5, 2.0, 7.0, -1.0, 0.0], dtype=torch.float64)
+    problem = make_problem(
+        level=level, reduction=reduction, sequence_scale=scale, workspace_bytes=workspace(4, 37), **head
+    )
+    assert_matches_naive(problem)
+    assert_matches_naive(problem, denominator=11.0)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) > 0),
+    level=st.sampled_from(LEVELS),
+    block_size=st.integers(1, 20),
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 70),
+    ignored=st.sampled_from([0.0, 0.4, 0.9]),
+    drift=st.sampled_from([-0.5, 0.0, 0.5]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_random_packs(lengths, level, block_size, rows, vocabulary, ignored, drift, seed):
+    problem = make_problem(
+        lengths, V=vocabulary, ignored=ignored, drift=drift, seed=seed, level=level, block_size=block_size
+    )
+    if (problem.target >= 0).any():
+        assert_matches_naive(problem, tolerance=1e-10, workspace_bytes=workspace(rows, vocabulary))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_float32(level):
+    problem = make_problem((40, 3, 200, 90), V=301, D=32, dtype=torch.float32, level=level, bias=True)
+    out, leaves = problem.ours(workspace_bytes=workspace(70, 301, 4))
+    assert out.loss.dtype == out.logprobs.dtype == out.weights.dtype == torch.float32
+    (loss, _, weights), exact_leaves = problem.naive()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=5e-6)
+    torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=0)
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert relative_error(ours, exact) < 5e-6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_padded_equals_packed(level):
+    lengths = (7, 2, 9)
+    pack = make_problem(lengths, level=level, ignored=0.0)
+    packed, leaves = pack.ours()
+    expected = gradients(packed.loss, leaves)
+    for side in ("left", "right"):
+        T, D = 13, pack.hidden.shape[1]
+        hidden = torch.full((3, T, D), 1e3, dtype=torch.float64)
+        target, behavior = torch.full((3, T), -100), torch.full((3, T), math.nan, dtype=torch.float64)
+        where = torch.zeros(3, T, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            where[row, T - length :] = True if side == "left" else where[row, T - length :]
+            where[row, :length] = True if side == "right" else where[row, :length]
+        hidden[where], target[where], behavior[where] = pack.hidden, pack.target, pack.behavior_logprobs
+        hidden.requires_grad_()
+        weight = pack.weight.clone().requires_grad_()
+        out = linear_pear_loss(hidden, weight, target, behavior, level=level)
+        assert out.logprobs.shape == out.weights.shape == (3, T)
+        torch.testing.assert_close(out.loss, packed.loss.detach(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(out.weights[where], packed.weights, rtol=1e-13, atol=0)
+        grad_hidden, grad_weight = gradients(out.loss, [hidden, weight])
+        torch.testing.assert_close(grad_hidden[where], expected[0], rtol=1e-10, atol=1e-15)
+        assert not grad_hidden[~where].any()
+        torch.testing.assert_close(grad_weight, expected[1], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packing_order_changes_nothing(level):
+    lengths = (7, 4, 12, 5)
+    pack = make_problem(lengths, level=level)
+    bounds = pack.cu_seqlens.tolist()
+    order = [2, 0, 3, 1]
+    index = torch.cat([torch.arange(bounds[s], bounds[s + 1]) for s in order])
+    shuffled = make_problem(tuple(lengths[s] for s in order), level=level)
+    shuffled.hidden, shuffled.target = pack.hidden[index], pack.target[index]
+    shuffled.behavior_logprobs, shuffled.weight = pack.behavior_logprobs[index], pack.weight
+    (a, leaves), (b, shuffled_leaves) = pack.ours(), shuffled.ours()
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(a.weights[index], b.weights, rtol=1e-13, atol=0)
+    grads, shuffled_grads = gradients(a.loss, leaves), gradients(b.loss, shuffled_leaves)
+    torch.testing.assert_close(grads[0][index], shuffled_grads[0], rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(grads[1], shuffled_grads[1], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["equal policies", "one block"])
+def test_reduces_to_cross_entropy(kind):
+    problem = make_problem((9, 14), ignored=0.2)
+    if kind == "one block":
+        options = {"level": "block", "block_size": 14}
+    else:
+        options = {"gamma": 1.0}
+        logits = problem.hidden @ problem.weight.T
+        problem.behavior_logprobs = -F.cross_entropy(logits, problem.target, reduction="none")
+    out, leaves = problem.ours(**options)
+    exact_leaves = problem.leaves()
+    exact = F.cross_entropy(exact_leaves[0] @ exact_leaves[1].T, problem.target)
+    torch.testing.assert_close(out.loss, exact, rtol=1e-12, atol=0)
+    for ours, theirs in zip(gradients(out.loss, leaves), gradients(exact, exact_leaves), strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_gradient_flows_through_the_weights(level):
+    # finite differences of sum_t G_t(fixed) * nll_t, which autograd through our loss must reproduce
+    problem = make_problem((6, 5), V=11, D=4, level=level, ignored=0.0)
+    out, leaves = problem.ours(reduction="sum")
+    frozen = out.weights
+    step, ours = 1e-6, gradients(out.loss, leaves)
+    rng = torch.Generator().manual_seed(1)
+    for leaf, gradient in zip(leaves, ours, strict=True):
+        direction = torch.randn(leaf.shape, generator=rng, dtype=torch.float64)
+
+        def at(s, leaf=leaf, direction=direction):
+            moved = [(x + s * direction if x is leaf else x).detach() for x in leaves]
+            nll = F.cross_entropy(moved[0] @ moved[1].T, problem.target, reduction="none")
+            return (frozen * nll).sum().item()
+
+        slope = (at(step) - at(-step)) / (2 * step)
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-6)
+    behavior = problem.behavior_logprobs.requires_grad_()
+    out = linear_pear_loss(leaves[0], leaves[1], problem.target, behavior, cu_seqlens=problem.cu_seqlens, level=level)
+    assert torch.autograd.grad(out.loss, behavior, allow_unused=True) == (None,)
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_all_ignored(level):
+    problem = make_problem(level=level, ignored=1.0, bias=True)
+    out, leaves = problem.ours()
+    assert out.loss.item() == 0.0
+    assert all(not grad.any() for grad in gradients(out.loss, leaves))
+    assert out.stats["tokens"].item() == 0.0
+    assert all(value.isfinite() for value in out.stats.values())
+
+
+def test_no_tokens_at_all():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    out = linear_pear_loss(hidden, weight, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    grads = gradients(out.loss, [hidden, weight])
+    assert out.loss.item() == 0.0 and grads[0].shape == (0, 4) and not grads[1].any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_token(level):
+    assert_matches_naive(make_problem((1,), level=level, ignored=0.0))
+
+
+def test_vocabulary_of_two():
+    assert_matches_naive(make_problem(V=2))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sequences_that_end_on_a_chunk_edge_and_span_several(level):
+    problem = make_problem((4, 4, 16, 8, 5), level=level, ignored=0.0)
+    assert_matches_naive(problem, workspace_bytes=workspace(4, 37))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bitwise_repeatable(level):
+    problem = make_problem((60, 90), V=501, D=32, dtype=torch.float32, level=level)
+    runs = []
+    for _ in range(3):
+        out, leaves = problem.ours(workspace_bytes=workspace(40, 501, 4))
+        runs.append([out.loss.detach(), out.logprobs, out.weights, *gradients(out.loss, leaves)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# ---- what it costs: rows that go through each product
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Rows through product 1 (logits), 2 (dX) and 3 (dW), counted."""
+    rows = {"logits": 0, "hidden": 0, "weight": 0}
+
+    def counting(name, key, argument):
+        original = getattr(Head, name)
+
+        def counted(self, *args, **kwargs):
+            rows[key] += len(args[argument])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Head, name, counted)
+
+    counting("_logits", "logits", 0)
+    counting("grad_hidden", "hidden", 0)
+    counting("add_grad_weight_", "weight", 1)
+    return rows
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("trained", ["both", "hidden", "weight", "neither"])
+def test_products_of_valid_tokens_only(products, level, trained):
+    problem = make_problem((30, 40, 30), level=level)
+    n = int((problem.target >= 0).sum())
+    hidden = problem.hidden.requires_grad_(trained in ("both", "hidden"))
+    weight = problem.weight.requires_grad_(trained in ("both", "weight"))
+    out = linear_pear_loss(
+        hidden, weight, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens, level=level,
+        workspace_bytes=workspace(20, 37),
+    )  # fmt: skip
+    assert n < 100
+    assert products == {"logits": n, "hidden": n * hidden.requires_grad, "weight": n * weight.requires_grad}
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    if leaves:
+        (exact, _, _), exact_leaves = problem.naive()
+        exact_grads = dict(zip(("hidden", "weight"), gradients(exact, exact_leaves), strict=True))
+        for leaf, ours in zip(leaves, gradients(out.loss, leaves), strict=True):
+            assert relative_error(ours, exact_grads["hidden" if leaf is hidden else "weight"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "lengths, rows, passes", [((10, 100, 5), 20, 1), ((100, 100, 100), 20, 2), ((100, 100, 100), 400, 1)]
+)
+def test_sequence_level_is_three_products_unless_memory_forbids(products, lengths, rows, passes):
+    # a dW of 37 * 64 numbers is 64 rows of logits: 20 rows have no room for a second one; with 400 no sequence is long
+    problem = make_problem(lengths, ignored=0.0, level="sequence", D=64)
+    n = sum(lengths)
+    out, leaves = problem.ours(workspace_bytes=workspace(rows, 37))
+    twice = n if passes == 1 else n + sum(lengths[1:])  # all but the first long sequence are seen once more
+    assert products == {"logits": twice, "hidden": n, "weight": n}
+    (loss, _, _), exact_leaves = problem.naive()
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert relative_error(ours, exact) < 1e-12
+
+
+def test_sequence_level_with_a_second_buffer_is_three_products(products):
+    lengths = (100, 100, 100)
+    problem = make_problem(lengths, ignored=0.0, level="sequence", D=4, bias=True)
+    out, leaves = problem.ours(workspace_bytes=workspace(20, 37))
+    assert products == {"logits": 300, "hidden": 300, "weight": 300}
+    (loss, _, _), exact_leaves = problem.naive()
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert relative_error(ours, exact) < 1e-12
+
+
+def test_chunks_without_weight_skip_their_gradient_products(products):
+    scale = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    problem = make_problem((32, 64), ignored=0.0, sequence_scale=scale)
+    out, leaves = problem.ours(workspace_bytes=workspace(32, 37))
+    assert products == {"logits": 96, "hidden": 32, "weight": 32}
+    assert not gradients(out.loss, leaves)[0][32:].any()
+    assert_matches_naive(problem, workspace_bytes=workspace(32, 37))
+
+
+# ---- accumulation, statistics, faces
+
+
+def test_denominator_makes_accumulation_equal_one_batch():
+    problem = make_problem((20, 30, 10), reduction="mean")
+    whole, leaves = problem.ours()
+    expected = gradients(whole.loss, leaves)
+    n = int((problem.target >= 0).sum())
+    leaves, total = problem.leaves(), 0.0
+    for begin, end in [(0, 20), (20, 60)]:
+        bounds = torch.tensor([0, 20] if begin == 0 else [0, 30, 40])
+        out = linear_pear_loss(
+            leaves[0][begin:end], leaves[1], problem.target[begin:end], problem.behavior_logprobs[begin:end],
+            cu_seqlens=bounds, denominator=torch.tensor(n),
+        )  # fmt: skip
+        out.loss.backward()
+        total += out.loss.item()
+    assert total == pytest.approx(whole.loss.item(), rel=1e-12)
+    for leaf, exact in zip(leaves, expected, strict=True):
+        assert relative_error(leaf.grad, exact) < 1e-12
+
+
+def test_statistics_are_what_their_names_say():
+    problem = make_problem((300, 200), drift=-0.2, ignored=0.2, log_weight_clip=(-3.0, 1.0))
+    out, _ = problem.ours()
+    assert tuple(out.stats) == STATS
+    valid = problem.target >= 0
+    p, q, w = out.logprobs[valid].numpy(), problem.behavior_logprobs[valid].numpy(), out.weights[valid].numpy()
+    expected = {
+        "nll": -p.mean(),
+        "log_ratio_mean": (p - q).mean(),
+        "ratio_clipped_low": (p - q < -0.08).mean(),
+        "ratio_clipped_high": (p - q > 0.3).mean(),
+        "weight_mean": w.mean(),
+        "weight_floor": (abs(w - math.exp(-3)) < 1e-12).mean(),
+        "weight_ceiling": (abs(w - math.exp(1)) < 1e-12).mean(),
+        "effective_sample_size": w.sum() ** 2 / (w.size * (w**2).sum()),
+        "tokens": w.size,
+    }
+    assert 0 < expected["weight_floor"] < 1
+    for name, value in expected.items():
+        assert not out.stats[name].requires_grad and out.stats[name].dim() == 0
+        assert out.stats[name].item() == pytest.approx(value, rel=1e-12), name
+
+
+def test_module_is_the_function():
+    problem = make_problem(reduction="sequence_mean", level="block", gamma=0.9)
+    out, leaves = problem.ours()
+    module = LinearPEARLoss(level="block", gamma=0.9, reduction="sequence_mean")
+    theirs = problem.leaves()
+    again = module(*theirs, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens)
+    assert isinstance(again, LossOutput) and not list(module.parameters())
+    assert torch.equal(out.loss, again.loss)
+    for a, b in zip(gradients(out.loss, leaves), gradients(again.loss, theirs), strict=True):
+        assert torch.equal(a, b)

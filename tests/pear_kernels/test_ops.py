@@ -1,0 +1,97 @@
+"""The custom ops under torch.compile, checkpointing and autograd's rarer uses."""
+
+import pytest
+import torch
+from problems import gradients, make_problem
+from torch.utils.checkpoint import checkpoint
+
+from pear_kernels import linear_logprobs, linear_pear_loss, ops, pear_weights
+
+
+def pear(problem):
+    def loss(hidden, weight, bias):
+        out = linear_pear_loss(
+            hidden * 1.5, weight, problem.target, problem.behavior_logprobs, bias=bias, cu_seqlens=problem.cu_seqlens,
+            denominator=17.0,
+        )  # fmt: skip
+        return out.loss * 2 + 0 * out.stats["nll"] + 0 * out.weights.sum()
+
+    return loss
+
+
+def own_loss(problem):
+    def loss(hidden, weight, bias):
+        logprobs, entropy = linear_logprobs(hidden * 1.5, weight, problem.target, bias=bias, return_entropy=True)
+        weights = pear_weights(logprobs, problem.behavior_logprobs, problem.target >= 0, cu_seqlens=problem.cu_seqlens)
+        return -(weights * logprobs).sum() - 0.1 * entropy.square().sum()
+
+    return loss
+
+
+@pytest.fixture
+def problem():
+    return make_problem(dtype=torch.float32, bias=True)
+
+
+@pytest.mark.parametrize("make", [pear, own_loss])
+def test_compile_keeps_one_graph(problem, make):
+    loss = make(problem)
+    leaves, compiled_leaves = problem.leaves(), problem.leaves()
+    value = loss(*leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_leaves)
+    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [pear, own_loss])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(problem, make, use_reentrant):
+    loss = make(problem)
+    leaves, again = problem.leaves(), problem.leaves()
+    value = loss(*leaves)
+    value.backward()
+    recomputed = checkpoint(loss, *again, use_reentrant=use_reentrant)
+    recomputed.backward()
+    assert torch.equal(value, recomputed)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, again, strict=True))
+
+
+@pytest.mark.parametrize("make", [pear, own_loss])
+def test_double_backward_is_refused(problem, make):
+    leaves = problem.leaves()
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph=True"):
+        torch.autograd.grad(make(problem)(*leaves), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("make", [pear, own_loss])
+def test_a_kept_graph_may_be_walked_twice(problem, make):
+    leaves = problem.leaves()
+    value = make(problem)(*leaves)
+    first = torch.autograd.grad(value, leaves, retain_graph=True)
+    second = torch.autograd.grad(5 * value, leaves)
+    torch.testing.assert_close(second, tuple(5 * grad for grad in first), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_accumulate_over_calls(problem):
+    leaves = problem.leaves()
+    for _ in range(2):
+        pear(problem)(*leaves).backward()
+    once = gradients(pear(problem)(*leaves), leaves)
+    for leaf, grad in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * grad)
+
+
+def test_torch_library_opcheck(problem):
+    hidden, weight, bias = problem.leaves()
+    bounds = problem.cu_seqlens
+    torch.library.opcheck(
+        ops.linear_pear_loss,
+        (hidden, weight, bias, problem.target, problem.behavior_logprobs, bounds, None, None, "token", 4, 0.999,
+         [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, torch.float32, [True, True, True]),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    torch.library.opcheck(
+        ops.linear_logprobs,
+        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, torch.float32),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
