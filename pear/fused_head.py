@@ -41,14 +41,15 @@ def add_fused_head(model: PreTrainedModel) -> None:
         return
     head_options = logit_options(model.config.get_text_config())
     check_head(model)
-    original_forward = model.forward
+    # The function, not the bound method, so that a deep copy of the model runs its own forward.
+    original_forward = model.forward.__func__
 
     @functools.wraps(type(model).forward)  # the signature stays: `generate` and the Trainer read it
     def forward(self, *args, pear=None, labels=None, behavior_logprobs=None, **kwargs):
         if pear is None:
             if labels is not None:
                 kwargs["labels"] = labels
-            return original_forward(*args, **kwargs)
+            return original_forward(self, *args, **kwargs)
         # Trunk and head are looked up on each call: FSDP and PEFT replace them after patching.
         kwargs["use_cache"] = False
         cu_seqlens = kwargs.get("cu_seq_lens_q")

@@ -433,7 +433,7 @@ class PEARSFTTrainer(SFTTrainer):
         if mode == "train":
             self._total_train_tokens += int(seen) // self._tp_size
         stats = {f"pear/{name}": value / max(tokens, 1) for name, value in zip(MEANS, rest, strict=True)}
-        stats["pear/tokens"] = tokens / self._tp_size
+        stats["pear/tokens"] = round(tokens) // self._tp_size
         if self.args.weighting == "none":
             stats = {name: stats[name] for name in ("pear/nll", "pear/log_ratio_mean", "pear/tokens")}
         return stats
