@@ -38,6 +38,7 @@ from pear_kernels.weights import DEFAULTS, PEAROptions
 logger = get_logger(__name__)
 
 MEANS = tuple(name for name in STATS if name != "tokens")
+ESS = MEANS.index("effective_sample_size")
 
 COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")
 FLOOR_SHARE = 0.5  # above it, most response tokens no longer train
@@ -274,8 +275,8 @@ class PEARSFTTrainer(SFTTrainer):
 
     Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log:
     `nll` (unweighted: compare runs by this one), `log_ratio_mean`, `ratio_clipped_low`, `ratio_clipped_high`,
-    `weight_mean`, `weight_floor`, `weight_ceiling`, `effective_sample_size` (per micro-batch, then averaged), and
-    `tokens`, their number. With `weighting="none"` only `nll`, `log_ratio_mean` and `tokens`.
+    `weight_mean`, `weight_floor`, `weight_ceiling`, `effective_sample_size` (a share), and `tokens`, their number. With
+    `weighting="none"` only `nll`, `log_ratio_mean` and `tokens`.
     """
 
     _tag_names = ["trl", "sft", "pear"]
@@ -423,9 +424,12 @@ class PEARSFTTrainer(SFTTrainer):
         """Means over all response tokens, of every process, since the last call. The one place that waits."""
         if not self._pear_stats[mode]:
             return {}
-        table = torch.stack(self._pear_stats[mode]).cpu().double()  # a row a micro-batch
+        table = torch.stack(self._pear_stats[mode]).cpu().double()  # a row a micro-batch: seen, tokens, means
         self._pear_stats[mode].clear()
-        table[:, 2:] *= table[:, 1:2]  # means back to sums over tokens
+        tokens, mean, share = table[:, 1], table[:, 2 + MEANS.index("weight_mean")], table[:, 2 + ESS]
+        # share = (sum G)^2 / (n sum G^2), so the sum of G^2 is n mean^2 / share; as means, like the others
+        table[:, 2 + ESS] = mean.square() / share.clamp(min=torch.finfo(torch.float64).tiny)
+        table[:, 2:] *= tokens[:, None]  # means back to sums over tokens
         sums = table.sum(dim=0)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
@@ -433,6 +437,8 @@ class PEARSFTTrainer(SFTTrainer):
         if mode == "train":
             self._total_train_tokens += int(seen) // self._tp_size
         stats = {f"pear/{name}": value / max(tokens, 1) for name, value in zip(MEANS, rest, strict=True)}
+        square = stats["pear/effective_sample_size"]
+        stats["pear/effective_sample_size"] = stats["pear/weight_mean"] ** 2 / square if square else 0.0
         stats["pear/tokens"] = round(tokens) // self._tp_size
         if self.args.weighting == "none":
             stats = {name: stats[name] for name in ("pear/nll", "pear/log_ratio_mean", "pear/tokens")}

@@ -1,0 +1,74 @@
+"""Run by test_distributed.py under torchrun, two processes on a CPU: `sharded` or `trainer`, and a folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import make_model, make_tokenizer
+
+BATCH, LENGTH, STEPS = 8, 12, 2
+
+
+def options(world: int) -> dict:
+    """One optimiser step of BATCH rows, whatever the number of processes."""
+    return dict(
+        max_length=128, per_device_train_batch_size=BATCH // world // 2, gradient_accumulation_steps=2,
+        max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, optim="sgd",
+        learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant", disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 300, (2, LENGTH), generator=generator)
+    labels = ids.masked_fill(torch.arange(LENGTH) < 4, -100)
+    return {"input_ids": ids, "labels": labels, "behavior_logprobs": -3 * torch.rand(2, LENGTH, generator=generator)}
+
+
+def sharded(folder: Path) -> None:
+    """FSDP2: each process one row of the batch; the gradients, gathered, must be those of the whole batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from pear.fused_head import add_fused_head
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for tied in (False, True):
+        model = make_model(make_tokenizer(), tied=tied).train()
+        add_fused_head(model)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        row = {name: x[dist.get_rank() :][:1] for name, x in batch().items()}
+        tokens = (batch()["labels"] != -100).sum()
+        output = model(**row, pear={"denominator": tokens / dist.get_world_size()})  # FSDP averages over processes
+        output.loss.backward()
+        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        loss = output.loss.detach().clone()
+        dist.all_reduce(loss)
+        if dist.get_rank() == 0:
+            torch.save({"loss": loss / dist.get_world_size(), "gradients": gradients}, folder / f"tied-{tied}.pt")
+    dist.destroy_process_group()
+
+
+def trainer(folder: Path) -> None:
+    from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
+
+    tokenizer = make_tokenizer()
+    data = load_scored(folder / "scored.jsonl", tokenizer)
+    config = PEARSFTConfig(str(folder / "run"), **options(world=2))
+    run = PEARSFTTrainer(make_model(tokenizer), config, train_dataset=data, processing_class=tokenizer)
+    run.train()
+    if run.accelerator.is_main_process:
+        torch.save(run.model.state_dict(), folder / "weights.pt")
+        (folder / "log.json").write_text(json.dumps(run.state.log_history))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"sharded": sharded, "trainer": trainer}[sys.argv[1]](Path(sys.argv[2]))
