@@ -60,7 +60,7 @@ def score(
     add_help_option=False,
 )
 def sft(context: typer.Context) -> None:
-    """Train: pear sft --model M --data scored.jsonl [--config x.yaml] [any SFTConfig flag]; `pear sft --help` lists."""
+    """Train on scored rows: --model M --data scored.jsonl, --config x.yaml, any flag of TRL's SFTConfig, PEAR's own."""
     from pear.io import DataError, WriteError
     from pear.sft import main
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
@@ -504,7 +505,10 @@ def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     """`pear sft --config x.yaml --flag value ...`; `argv` without the program's name, None for the process's own."""
     parser = TrlParser((DataArguments, PEARSFTConfig, ModelConfig), prog="pear sft")
-    data_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    try:
+        data_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
+        raise DataError(f"options of pear sft: {error}") from error
     name = data_args.model or model_args.model_name_or_path
     if name is None:
         raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")

@@ -23,7 +23,7 @@ from pear.io import (
 
 
 def test_jsonl_round_trip_keeps_order_numbers_and_text(tmp_path):
-    rows = [{"a": 1.5, "text": "ü \u2028 \n quote\""}, {"b": [1, 2, 3]}, {}]
+    rows = [{"a": 1.5, "text": 'ü \u2028 \n quote"'}, {"b": [1, 2, 3]}, {}]
     assert write_jsonl(tmp_path / "x.jsonl", rows) == 3
     assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, rows[0]), (2, rows[1]), (3, rows[2])]
 

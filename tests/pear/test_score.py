@@ -116,9 +116,7 @@ def test_bad_json_is_named_by_file_and_line(model, tokenizer, jsonl, tmp_path):
 def test_log_probs_are_those_of_the_models_logits(tokenizer, jsonl, tmp_path, text_rows, chat_rows, kind, tied):
     model = make_model(tokenizer, kind, tied)
     rows = text_rows + chat_rows
-    summary = score(
-        model, jsonl(rows), tmp_path / "out.jsonl", tokenizer=tokenizer, batch_tokens=100, progress=False
-    )
+    summary = score(model, jsonl(rows), tmp_path / "out.jsonl", tokenizer=tokenizer, batch_tokens=100, progress=False)
     scored = [row for _, row in read_jsonl(tmp_path / "out.jsonl")]
     assert summary["scored"] == summary["rows"] == len(rows) and summary["too_long"] == 0
     for row, out in zip(rows, scored, strict=True):
@@ -156,7 +154,7 @@ def test_batch_budget_changes_nothing_and_holds(model, tokenizer, jsonl, tmp_pat
 def test_other_keys_of_a_row_stay(model, tokenizer, jsonl, tmp_path):
     data = jsonl([{"prompt": "a", "completion": "b", "id": 17, "meta": {"x": [1, None]}}])
     score(model, data, tmp_path / "o", tokenizer=tokenizer, progress=False)
-    (_, row), = read_jsonl(tmp_path / "o")
+    ((_, row),) = read_jsonl(tmp_path / "o")
     assert row["id"] == 17 and row["meta"] == {"x": [1, None]}
 
 

@@ -588,6 +588,9 @@ def test_yaml_and_flags(student, scored, tmp_path):
         (["--model", "x/y"], "no data given"),
         (["--model", "x/y", "--data", "x", "--eval_strategy", "steps"], "no eval_data"),
         (["--model", "./none", "--data", "x"], "model './none': no such folder"),
+        (["--model", "x/y", "--data", "x", "--gamma", "2"], r"gamma must be in \(0, 1\], got 2.0"),
+        (["--model", "x/y", "--data", "x", "--gama", "1"], "--gama"),
+        (["--config", "none.yaml"], "none.yaml"),
     ],
 )
 def test_command_line_says_what_is_missing(tmp_path, line, message):
