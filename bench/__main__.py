@@ -13,7 +13,7 @@ from bench.machine import ROOT
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, for every measurement (default 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds around the peers (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds around the peers (default 5)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the report")
     arguments = parser.parse_args()
     os.environ.update(

@@ -23,19 +23,27 @@ class Speed:
     """Seconds of each peer in each round of one case; ratios are taken within a round."""
 
     def __init__(self, benchmarks: list[dict], case: str):
-        self.seconds: dict[str, dict[int, float]] = {}
+        self.seconds: dict[str, dict[int, float]] = {}  # wall clock
+        self.cpu_seconds: dict[str, dict[int, float]] = {}  # of the process, all threads together
         for entry in benchmarks:
             about = entry["extra_info"]
             if about["case"] == case and about["turn"] > 0:  # round 0 warms up
                 self.seconds.setdefault(about["peer"], {})[about["turn"]] = entry["stats"]["min"]
+                self.cpu_seconds.setdefault(about["peer"], {})[about["turn"]] = about["cpu_seconds"]
 
     def of(self, peer: str) -> list[float]:
         return list(self.seconds[peer].values())
 
     def ratio(self, peer: str, to: str) -> float | None:
-        mine, other = self.seconds.get(peer, {}), self.seconds.get(to, {})
-        ratios = [mine[turn] / other[turn] for turn in mine if turn in other]
-        return median(ratios) if ratios else None
+        return median_ratio(self.seconds.get(peer, {}), self.seconds.get(to, {}))
+
+    def cpu_ratio(self, peer: str, to: str) -> float | None:
+        return median_ratio(self.cpu_seconds.get(peer, {}), self.cpu_seconds.get(to, {}))
+
+
+def median_ratio(mine: dict[int, float], other: dict[int, float]) -> float | None:
+    ratios = [mine[turn] / other[turn] for turn in mine if turn in other]
+    return median(ratios) if ratios else None
 
 
 def number(value: float | None, style: str = ".2f") -> str:
@@ -49,8 +57,8 @@ def describe(shape: Shape) -> str:
 
 def speed_and_memory_table(speed: Speed, memory: dict[tuple[str, str], dict], case: str) -> list[str]:
     lines = [
-        "| | time, s | 20 to 80% | of naive | of bare | extra memory, MiB | of naive |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | time, s | 20 to 80% | of naive | of bare | CPU time, of naive | of bare | extra memory, MiB | of naive |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     skipped = []
     for name, peer in PEERS.items():
@@ -59,11 +67,11 @@ def speed_and_memory_table(speed: Speed, memory: dict[tuple[str, str], dict], ca
             continue
         times = speed.of(name)
         low, *_, high = quantiles(times, n=5) if len(times) > 1 else times * 2
-        to_naive, to_bare = speed.ratio(name, "naive"), speed.ratio(name, "bare")
+        ratios = [way(name, to) for way in (speed.ratio, speed.cpu_ratio) for to in ("naive", "bare")]
         extra = memory.get((case, name), {}).get("bytes")
         naive = memory.get((case, "naive"), {}).get("bytes")
         lines.append(
-            f"| {peer.label} | {median(times):.3f} | {low:.3f} to {high:.3f} | {number(to_naive)} | {number(to_bare)} "
+            f"| {peer.label} | {median(times):.3f} | {low:.3f} to {high:.3f} | {' | '.join(map(number, ratios))} "
             f"| {number(extra and extra / 2**20, '.0f')} | {number(extra and naive and extra / naive, '.1%')} |"
         )
     return lines + ([""] + skipped if skipped else [])
@@ -122,7 +130,7 @@ def accuracy_table(accuracy: dict) -> list[str]:
         lines.append(f"| {PEERS[name].label} | " + " | ".join(cells) + " |")
     spans = {row["targets"]: (row["logprobs"], row["one_minus_p"]) for row in accuracy["errors"]}
     described = [
-        f"{kind}: log p from {logprobs[0]:.1f} to {logprobs[1]:.1g}, 1 - p from {gap[0]:.0e} to {gap[1]:.0e}"
+        f"{kind}: log p from {logprobs[0]:.3g} to {logprobs[1]:.3g}, 1 - p from {gap[0]:.2g} to {gap[1]:.2g}"
         for kind, (logprobs, gap) in spans.items()
     ]
     rms = ", ".join(f"{row['peer']} {row['rms']:.1e}" for row in accuracy["bf16_logprobs"])
@@ -179,13 +187,13 @@ def write(raw: Path, results: Path) -> Path:
     kept = {"machine": facts, "speed": {}, "memory": memory_json["rows"], "accuracy": accuracy}
     for case in dict.fromkeys(entry["extra_info"]["case"] for entry in speed_json["benchmarks"]):
         shape, speed = SHAPES[case], Speed(speed_json["benchmarks"], case)
-        kept["speed"][case] = speed.seconds
+        kept["speed"][case] = {"seconds": speed.seconds, "cpu_seconds": speed.cpu_seconds}
         rounds = max(len(times) for times in speed.seconds.values())
         lines += [
             "",
             f"## Forward and backward: {describe(shape)}",
             "",
-            f"Medians of {rounds} interleaved rounds; ratios are medians of the ratios within a round. Extra memory is",
+            f"Medians over {rounds} interleaved rounds; ratios are medians of the ratios within a round. Extra memory is",
             "the peak above inputs and gradients, each in a process of its own.",
             "",
             *speed_and_memory_table(speed, memory, case),
