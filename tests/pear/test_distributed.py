@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,19 +19,42 @@ from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 
 
-def launch(mode: str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> Path:
+    """What two_processes.py leaves; started once, since starting is most of its time."""
+    folder = tmp_path_factory.mktemp("two")
+    rows = [
+        {"prompt": f"What is {n} plus {n}? ", "completion": f"It is {2 * n}. " + "Let us think. " * (n % 4)}
+        for n in range(1, 19)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    behavior = make_model(tokenizer, seed=1)
+    score(behavior, folder / "data.jsonl", folder / "scored.jsonl", tokenizer=tokenizer, progress=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("two_processes.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, mode, folder],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    logs = [folder / f"log-{rank}.txt" for rank in range(2)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            env = os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(log, "w") as file:
+                processes.append(
+                    subprocess.Popen([sys.executable, script, folder], stdout=file, stderr=subprocess.STDOUT, env=env)
+                )
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
+    return folder
 
 
-def test_sharded_model_gives_the_gradients_of_a_whole_one(tmp_path):
-    launch("sharded", tmp_path)
+def test_sharded_model_gives_the_gradients_of_a_whole_one(folder):
     for tied in (False, True):
-        found = torch.load(tmp_path / f"tied-{tied}.pt")
+        found = torch.load(folder / f"tied-{tied}.pt")
         model = make_model(make_tokenizer(), tied=tied).train()
         add_fused_head(model)
         loss = model(**batch(), pear={}).loss
@@ -42,24 +66,19 @@ def test_sharded_model_gives_the_gradients_of_a_whole_one(tmp_path):
             torch.testing.assert_close(found["gradients"][name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_train_like_one(tokenizer, text_rows, jsonl, tmp_path):
+def test_two_processes_train_like_one(tokenizer, folder, tmp_path):
     """Same rows a step, of unlike lengths in each process; losses, statistics and weights agree."""
-    score(
-        make_model(tokenizer, seed=1), jsonl(text_rows * 2), tmp_path / "scored.jsonl", tokenizer=tokenizer,
-        progress=False,
-    )  # fmt: skip
-    launch("trainer", tmp_path)
     config = PEARSFTConfig(str(tmp_path / "one"), **options(world=1))
     one = PEARSFTTrainer(
         make_model(tokenizer),
         config,
-        train_dataset=load_scored(tmp_path / "scored.jsonl", tokenizer),
+        train_dataset=load_scored(folder / "scored.jsonl", tokenizer),
         processing_class=tokenizer,
     )
     one.train()
-    two = json.loads((tmp_path / "log.json").read_text())
+    two = json.loads((folder / "log.json").read_text())
     for a, b in zip(one.state.log_history[:STEPS], two[:STEPS], strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    for name, weight in torch.load(tmp_path / "weights.pt").items():
+    for name, weight in torch.load(folder / "weights.pt").items():
         torch.testing.assert_close(weight, one.model.state_dict()[name], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun, two processes on a CPU: `sharded` or `trainer`, and a folder."""
+"""Run twice at once by test_distributed.py, as two processes of one job on a CPU; the argument is a folder."""
 
 import json
 import sys
@@ -35,7 +35,6 @@ def sharded(folder: Path) -> None:
 
     from pear.fused_head import add_fused_head
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for tied in (False, True):
         model = make_model(make_tokenizer(), tied=tied).train()
@@ -52,7 +51,6 @@ def sharded(folder: Path) -> None:
         dist.all_reduce(loss)
         if dist.get_rank() == 0:
             torch.save({"loss": loss / dist.get_world_size(), "gradients": gradients}, folder / f"tied-{tied}.pt")
-    dist.destroy_process_group()
 
 
 def trainer(folder: Path) -> None:
@@ -66,9 +64,11 @@ def trainer(folder: Path) -> None:
     if run.accelerator.is_main_process:
         torch.save(run.model.state_dict(), folder / "weights.pt")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
-    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"sharded": sharded, "trainer": trainer}[sys.argv[1]](Path(sys.argv[2]))
+    dist.init_process_group("gloo")
+    sharded(Path(sys.argv[1]))
+    trainer(Path(sys.argv[1]))
+    dist.destroy_process_group()
