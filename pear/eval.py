@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.generate import generate
 from pear.io import write_json
-from pear.tasks import FORMATS, Problem, load_task, reward
+from pear.tasks import FORMATS, Problem, load_task, rewards
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -64,7 +64,7 @@ def evaluate(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     batch_size: int = 64,
-    progress: str | None = "sampling",
+    progress: str | Callable[[int, int], None] | None = "sampling",
 ) -> dict[str, Any]:
     """pass@1 and pass@k on held-out problems.
 
@@ -102,7 +102,8 @@ def evaluate(
         progress=progress,
     )
     correct = [
-        sum(reward(problem, c.text) for c in completions) for problem, completions in zip(problems, drawn, strict=True)
+        sum(rewards(problem, [c.text for c in completions]))
+        for problem, completions in zip(problems, drawn, strict=True)
     ]
     everything = [completion for completions in drawn for completion in completions]
     figures = {}

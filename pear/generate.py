@@ -1,10 +1,11 @@
 """Batched sampling with a KV cache from a transformers model, repeatable by seed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
-    progress: str | None = "sampling",
+    progress: str | Callable[[int, int], None] | None = "sampling",
 ) -> list[list[Completion]]:
     """Draw `samples` completions of each prompt.
 
@@ -53,7 +54,7 @@ def generate(
         temperature: 0 is greedy
         seed: the same seed, batch size and machine give the same completions
         batch_size: rows sampled together; prompts are padded on the left
-        progress: what the progress bar is called; None for no bar
+        progress: what the progress bar is called, or a function that is told (rows done, rows); None for neither
 
     Returns:
         one list of `samples` completions for each prompt, in the order of `prompts`
@@ -92,7 +93,7 @@ def generate(
     # Rows of one length together: little padding. The sort is stable, so the order, and with it the draws, are fixed.
     rows = sorted((i for i in range(len(encoded)) for _ in range(samples)), key=lambda i: len(encoded[i]))
     completions: list[list[Completion]] = [[] for _ in encoded]
-    with _own_settings(model, config, seed), _bar(progress, len(rows)) as advance, torch.inference_mode():
+    with _own_settings(model, config, seed), _bar(progress, len(rows)) as show, torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             width = max(len(encoded[i]) for i in batch)
@@ -108,7 +109,7 @@ def generate(
                 end = next((t + 1 for t, token in enumerate(ids) if token in stop), None)
                 text = tokenizer.decode(ids[:end], skip_special_tokens=True)
                 completions[i].append(Completion(text, ids[:end], end is not None))
-            advance(len(batch))
+            show(start + len(batch))
     return completions
 
 
@@ -136,8 +137,14 @@ def _own_settings(model: PreTrainedModel, config: GenerationConfig, seed: int) -
 
 
 @contextmanager
-def _bar(title: str | None, total: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left:")
-    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=title is None) as bar:
-        task = bar.add_task(title or "", total=total)
-        yield lambda done: bar.advance(task, done)
+def _bar(progress: str | Callable[[int, int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
+    if callable(progress):
+        yield lambda done: progress(done, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    last = (TextColumn("left:"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    hidden = progress is None or not console.is_terminal
+    with Progress(*columns, *last, transient=True, console=console, disable=hidden) as bar:
+        task = bar.add_task(progress or "", total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -175,20 +175,28 @@ def _scorer(dataset: str) -> Callable[[str, dict], float]:
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def reward(problem: Problem, text: str) -> int:
-    """1 if reasoning-gym's own scorer accepts the answer in `text` (see `extract_answer`), else 0."""
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a completion's text, got {type(text).__name__}")
+def judge(problem: Problem, answer: str) -> int:
+    """1 if reasoning-gym's own scorer accepts this answer, else 0."""
     task = get_task(problem.task)
-    found = task.answer.fullmatch(extract_answer(text))
+    found = task.answer.fullmatch(answer)
     if not found or len(found[1]) > MAX_ANSWER_CHARS:
         return 0
     try:
         score = _scorer(task.dataset)(found[1], problem.entry)
-    except (
-        ValueError,
-        ArithmeticError,
-        SyntaxError,
-    ):  # what number and expression parsers raise on junk; the rest is a bug
+    except (ValueError, ArithmeticError, SyntaxError):  # what parsers raise on junk; anything else is a bug to see
         return 0
     return int(score >= CORRECT)
+
+
+def reward(problem: Problem, text: str) -> int:
+    """1 if the answer in a completion's text is right (see `extract_answer` and `judge`), else 0."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a completion's text, got {type(text).__name__}")
+    return judge(problem, extract_answer(text))
+
+
+def rewards(problem: Problem, texts: Sequence[str]) -> list[int]:
+    """`reward` of several completions; equal answers, of which there are many, are judged once."""
+    answers = [extract_answer(text) for text in texts]
+    verdicts = {answer: judge(problem, answer) for answer in set(answers)}
+    return [verdicts[answer] for answer in answers]

@@ -3,13 +3,14 @@
 import ast
 import operator
 from fractions import Fraction
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pear.tasks as tasks
-from pear.countdown import attempts, train_problems
+from pear.countdown import STYLES, train_problems, worked_example
 from pear.tasks import TASKS, Problem, countdown_identity, countdown_prompt, extract_answer, load_task, reward, split_of
 
 
@@ -121,11 +122,19 @@ def test_reward_agrees_with_exact_fractions(used, ops, left, given_numbers, targ
     assert reward(countdown(numbers, target), text) == int(right)
 
 
-def test_every_worked_attempt_is_judged_by_its_result():
-    for attempt in attempts((3, 7, 2)):
-        for target in (attempt.result, attempt.result + 1):
-            text = f"{attempt.steps} ; answer {attempt.expression}"
-            assert reward(countdown([2, 3, 7], target), text) == int(target == attempt.result)
+@pytest.mark.parametrize("style", STYLES)
+def test_worked_examples_are_right_and_of_the_train_split(style):
+    rng = Random(0)
+    for _ in range(100):
+        prompt, completion = worked_example(rng, train_problems(), style)
+        numbers, target = prompt.removesuffix(" :").split(" = ")
+        numbers, target = [int(n) for n in numbers.split()], int(target)
+        assert split_of(countdown_identity(numbers, target)) == "train"
+        assert reward(countdown(numbers, target), completion) == 1
+        assert reward(countdown(numbers, target + 1), completion) == 0
+        for step in completion.split(" ; answer ")[0].replace(",", ";").split(" ; "):  # each of its equations holds
+            left, right = step.split(" = ")
+            assert _value(ast.parse(left, mode="eval").body) == int(right), completion
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "basic_arithmetic"])
@@ -201,7 +210,7 @@ def test_reordered_numbers_stay_in_one_split(numbers, target):
     assert split_of(countdown_identity(numbers, target)) == split_of(countdown_identity([2, 3, 7, 9], target))
 
 
-def test_worked_examples_are_of_the_train_split():
+def test_problems_to_learn_from_never_meet_test_problems():
     known = {countdown_identity(numbers, target) for numbers, target in train_problems()}
     assert len(known) == len(train_problems()) > 1500
     assert not known & {p.identity for p in load_task("countdown", "test", 200)}

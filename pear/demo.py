@@ -1,0 +1,503 @@
+"""`make demo`: on two CPU cores, from nothing to a report: a student fine-tuned on a teacher's traces, by SFT and PEAR.
+
+Teacher and student are small Llamas trained here, on worked Countdown solutions of different styles. The teacher's
+right answers become the data; they are scored under the teacher; the student is fine-tuned on them twice, from the same
+start and in the same order, without weights (SFT) and with PEAR's (token level). Everything is evaluated on problems
+that no training saw. What comes out is written down as it is.
+
+Simplifications: one seed, one learning rate for both, no RL afterwards. It shows the path, not the paper's claim.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
+from pear.eval import evaluate, prompt_format, table
+from pear.generate import generate
+from pear.io import DataError, disk_error, read_jsonl, write_error, write_json, write_jsonl
+from pear.models import load_model, load_tokenizer
+from pear.report import draw_pictures, write_report
+from pear.side_by_side import Job, Team, quiet
+from pear.tasks import Problem, load_task, rewards
+
+MODELS = ("teacher", "student", "sft", "pear")  # "student" is the common start of the last two
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number the demo depends on; a stage is kept only if none of them has changed."""
+
+    seed: int = 0
+    # teacher and student: Llamas of this size, trained on worked solutions
+    hidden_size: int = 96
+    layers: int = 3
+    heads: int = 4
+    teacher_steps: int = 1000
+    student_steps: int = 600
+    student_backward: float = 0.25  # share of the student's examples in the teacher's style
+    pretrain_batch: int = 32
+    pretrain_lr: float = 4e-3
+    memorise: bool = False  # let the two see only the problems that the traces are about
+    # traces
+    problems: int = 600
+    trace_samples: int = 3
+    heldout_share: float = 0.1  # of the traces, kept from training to measure the NLL on
+    # SFT and PEAR
+    batch: int = 16
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    log_every: int = 2
+    # evaluation
+    test_problems: int = 200
+    samples: int = 16
+    k: int = 8
+    max_new_tokens: int = 112
+    generate_batch: int = 800
+
+
+FAST = Settings(
+    hidden_size=48,
+    layers=2,
+    teacher_steps=200,
+    student_steps=60,
+    pretrain_batch=16,
+    pretrain_lr=1e-2,
+    memorise=True,
+    problems=6,
+    trace_samples=16,
+    batch=8,
+    epochs=2,
+    log_every=1,
+    test_problems=12,
+    samples=8,
+    max_new_tokens=48,
+)
+
+
+def run(out: str | Path = "runs/demo", fast: bool = False, workers: int | None = None) -> dict[str, Any]:
+    """The whole demo; prints as it goes and leaves checkpoints, report.md and pictures in `out`.
+
+    A stage that an earlier call finished with the same settings and versions is kept, so a call after a kill goes on
+    where it stopped. Delete `out` to start over.
+
+    Args:
+        out: a folder, made if missing
+        fast: much smaller and shorter, for tests; its figures mean nothing
+        workers: jobs side by side, one thread each; None for two, or one on a single core. Changes no figure.
+
+    Returns:
+        "results" (the evaluation of each of MODELS by name), "files" written, "seconds", "facts" (what the report says)
+
+    Raises:
+        DataError: `out` is a file, or the teacher got nothing right
+        WriteError: the disk is full; finished stages stay
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"out: {out} is a file; give a folder to write the demo to")
+    console = Console()
+    with Team(workers, console) as team:
+        return _run(out, fast, team, console)
+
+
+def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
+    began = time.monotonic()
+    settings = FAST if fast else Settings()
+    stages = _Stages(out, settings, console, total=6)
+
+    with stages("data", "problems and tokenizer", ["problems.json"]) as todo:
+        if todo:
+            write_problems(out / "problems.json", settings)
+    train, test = read_problems(out / "problems.json")
+
+    with stages("base", "teacher and student, trained from nothing", ["teacher", "student"]) as todo:
+        if todo:
+            known = [_numbers_and_target(p) for p in train] if settings.memorise else None
+            jobs = {
+                name: Job(pretrain, dict(folder=out / name, name=name, settings=settings, known=known))
+                for name in ("teacher", "student")
+            }
+            for name, facts in team.run(jobs).items():
+                console.print(f"      {name}: {facts['parameters']:,} parameters, loss {facts['loss']:.3f}")
+
+    with stages("traces", "the teacher's traces, right ones kept and scored", ["traces.jsonl", "scored"]) as todo:
+        if todo:
+            halves = [train[0::2], train[1::2]]  # two jobs, whatever the number of workers
+            jobs = {
+                f"traces {i + 1} of 2": Job(sample_traces, dict(out=out, problems=half, settings=settings, part=i))
+                for i, half in enumerate(halves)
+            }
+            parts = list(team.run(jobs).values())
+            drawn = sum(part["drawn"] for part in parts)
+            rows = [row for part in parts for row in part["rows"]]
+            if len(rows) < 10:
+                raise DataError(f"the teacher got only {len(rows)} of {drawn} traces right; nothing to train on")
+            Random(settings.seed).shuffle(rows)
+            write_jsonl(out / "traces.jsonl", rows)
+            facts = team.run({"scoring": Job(score_traces, dict(out=out, settings=settings))})["scoring"]
+            facts |= {"drawn": drawn, "right": sum(part["right"] for part in parts)}
+            write_json(out / "scored" / "facts.json", facts)
+    traces = json.loads((out / "scored" / "facts.json").read_text())
+    console.print(
+        f"      {traces['right']} of {traces['drawn']} traces right, {traces['train']} different ones to train on, "
+        f"{traces['heldout']} held out; {traces['mean_tokens']:.1f} tokens a trace"
+    )
+
+    with stages("train", "the student on these traces, by SFT and by PEAR", ["sft", "pear", "training"]) as todo:
+        if todo:
+            jobs = {
+                name: Job(fine_tune, dict(out=out, name=name, weighting=weighting, settings=settings))
+                for name, weighting in (("sft", "none"), ("pear", "pear"))
+            }
+            team.run(jobs)
+    saved = {name: json.loads((out / "training" / f"{name}.json").read_text()) for name in ("sft", "pear")}
+    logs = {name: each["log"] for name, each in saved.items()}
+    warnings = saved["sft"]["warnings"] + saved["pear"]["warnings"]
+    for warning in warnings:
+        console.print(f"      {warning}", style="yellow", markup=False, highlight=False)
+
+    names = [f"{name}.json" for name in MODELS]
+    with stages("eval", "pass@k on problems that none of them saw", [f"eval/{name}" for name in names]) as todo:
+        if todo:
+            jobs = {
+                name: Job(evaluate_one, dict(folder=out / name, problems=test, settings=settings)) for name in MODELS
+            }
+            for name, result in team.run(jobs).items():
+                write_json(out / "eval" / f"{name}.json", result)
+    results = {name: json.loads((out / "eval" / f"{name}.json").read_text()) for name in MODELS}
+
+    with stages("report", "report and pictures", []), quiet():
+        facts = {
+            "settings": asdict(settings),
+            "traces": traces,
+            "parameters": load_model(str(out / "student")).num_parameters(),
+            "warnings": warnings,
+            "device": f"{platform.machine()} CPU ({platform.system()}), one thread a job",
+            "versions": stages.versions,
+            "seconds": {**stages.seconds, "all": time.monotonic() - began},
+            "kept": stages.kept,
+            "fast": fast,
+        }
+        files = draw_pictures(out, logs, traces["heldout"])
+        files.append(write_report(out, results, logs, facts))
+
+    console.print(table(results, title=f"Countdown, {len(test)} problems that none of them saw"))
+    console.print("A demo of the path on toy models, not evidence for or against the paper's claim.")
+    for path in (*(out / name for name in ("sft", "pear")), *sorted(files)):
+        console.print(f"  {path}", soft_wrap=True, highlight=False)
+    seconds = time.monotonic() - began
+    console.print(
+        f"{seconds:.0f} s in all; go on with: pear eval --model {out / 'pear'} --task countdown", soft_wrap=True
+    )
+    return {"results": results, "files": [str(path) for path in files], "seconds": seconds, "facts": facts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: kept when whole and made with the same settings, else made anew
+
+
+class _Stages:
+    """Numbers the stages, prints them, and remembers which are whole.
+
+    A stage's stamp is written last, with a hash of settings and versions. Without a stamp that fits, what the stage
+    left is removed and made again; so is everything after it.
+    """
+
+    def __init__(self, out: Path, settings: Settings, console: Console, total: int):
+        import trl
+
+        self.versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        }
+        text = json.dumps([asdict(settings), self.versions], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self.out, self.console, self.total = out, console, total
+        self.number, self.fresh = 0, False
+        self.seconds: dict[str, float] = {}
+        self.kept: list[str] = []
+
+    @contextmanager
+    def __call__(self, name: str, title: str, outputs: list[str]) -> Iterator[bool]:
+        """Yields whether there is anything to do."""
+        self.number += 1
+        head = f"[bold]{self.number} of {self.total}[/bold] {title}"
+        stamp = self.out / ".stages" / f"{name}.json"
+        paths = [self.out / output for output in outputs]
+        whole = outputs and not self.fresh and self._fits(stamp) and all(path.exists() for path in paths)
+        if whole:
+            self.kept.append(name)
+            self.console.print(f"{head}: kept from an earlier run")
+            yield False
+            return
+        self.fresh = True
+        stamp.unlink(missing_ok=True)
+        for path in paths:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        began = time.monotonic()
+        self.console.print(head)
+        yield True
+        self.seconds[name] = time.monotonic() - began
+        write_json(stamp, {"key": self.key})
+        self.console.print(f"      {self.seconds[name]:.0f} s", highlight=False)
+
+    def _fits(self, stamp: Path) -> bool:
+        try:
+            return json.loads(stamp.read_text())["key"] == self.key
+        except (OSError, ValueError, KeyError):
+            return False
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name when it is complete, and never otherwise."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except Exception as error:
+        if (cause := disk_error(error)) is None:
+            raise
+        raise write_error(folder, cause) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def write_problems(path: Path, settings: Settings) -> None:
+    """Train and test problems from reasoning-gym, of splits that never meet."""
+    problems = {
+        "train": load_task("countdown", "train", settings.problems, settings.seed),
+        "test": load_task("countdown", "test", settings.test_problems, settings.seed),
+    }
+    assert not {p.identity for p in problems["train"]} & {p.identity for p in problems["test"]}
+    write_json(path, {split: [asdict(p) for p in each] for split, each in problems.items()})
+
+
+def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
+    saved = json.loads(path.read_text())
+    return tuple([Problem(**p) for p in saved[split]] for split in ("train", "test"))
+
+
+def _numbers_and_target(problem: Problem) -> tuple[Numbers, int]:
+    return tuple(problem.entry["metadata"]["numbers"]), problem.entry["metadata"]["target"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs: each runs in a process of its own with one thread, and reports how far it is by `tick(done, total)`
+
+Tick = Callable[[int, int], None]
+
+
+def pretrain(
+    tick: Tick, folder: Path, name: str, settings: Settings, known: list[tuple[Numbers, int]] | None
+) -> dict[str, Any]:
+    """Train a small Llama from nothing on worked solutions; loss on the solution's tokens only.
+
+    The teacher learns to work backward from the target. The student learns less, and mostly to go forward: it states a
+    first step without having looked for it.
+    """
+    steps = settings.teacher_steps if name == "teacher" else settings.student_steps
+    backward = 1.0 if name == "teacher" else settings.student_backward
+    rng = Random(f"{name} {settings.seed}")
+    torch.manual_seed(rng.getrandbits(32))
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pretrain_lr, betas=(0.9, 0.98), weight_decay=0.1)
+    problems = train_problems() if known is None else known
+    recent = []
+    for step in range(steps):
+        warmup, cosine = min(1.0, 20 * (step + 1) / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.pretrain_lr * warmup * cosine
+        styles = ["backward" if rng.random() < backward else "forward" for _ in range(settings.pretrain_batch)]
+        batch = _tokenize([worked_example(rng, problems, style) for style in styles], tokenizer)
+        loss = model(**batch).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent = [*recent[-49:], loss.detach()]
+        tick(step + 1, steps)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return {"parameters": model.num_parameters(), "loss": torch.stack(recent).mean().item()}
+
+
+def _tokenize(examples: list[tuple[str, str]], tokenizer) -> dict[str, torch.Tensor]:
+    """input_ids and labels (B, T), padded on the right: behind a causal mask, padding needs no mask of its own."""
+    rows = [(tokenizer(p)["input_ids"], tokenizer(c)["input_ids"] + [tokenizer.eos_token_id]) for p, c in examples]
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (prompt, completion) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(completion)
+        input_ids[i, :end] = torch.tensor(prompt + completion)
+        labels[i, start:end] = input_ids[i, start:end]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def sample_traces(tick: Tick, out: Path, problems: list[Problem], settings: Settings, part: int) -> dict[str, Any]:
+    """Draw the teacher's completions of these problems; keep the right ones that ended, each text once a problem."""
+    model, tokenizer = load_model(str(out / "teacher")), load_tokenizer(str(out / "teacher"))
+    style = prompt_format(tokenizer)
+    drawn = generate(
+        model,
+        tokenizer,
+        [p.prompt(style) for p in problems],
+        samples=settings.trace_samples,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed + part,
+        batch_size=settings.generate_batch,
+        progress=tick,
+    )
+    rows, right = [], 0
+    for problem, completions in zip(problems, drawn, strict=True):
+        verdicts = rewards(problem, [c.text for c in completions])
+        right += sum(verdicts)
+        texts = {c.text: None for c, ok in zip(completions, verdicts, strict=True) if ok and c.finished}
+        rows += [{"prompt": problem.prompt(style), "completion": text} for text in texts]
+    return {"rows": rows, "right": right, "drawn": len(problems) * settings.trace_samples}
+
+
+def score_traces(tick: Tick, out: Path, settings: Settings) -> dict[str, Any]:
+    """Behaviour log-probs of the traces under the teacher who wrote them, and the student's own for the pictures."""
+    from pear.score import score
+
+    files = {"behavior": "teacher", "student": "student"}
+    with whole_folder(out / "scored") as folder:
+        for i, (file, name) in enumerate(files.items()):
+            summary = score(str(out / name), out / "traces.jsonl", folder / f"{file}.jsonl", progress=False)
+            tick(i + 1, len(files))
+        rows = [row for _, row in read_jsonl(folder / "behavior.jsonl")]
+        heldout = max(1, round(settings.heldout_share * len(rows)))
+        write_jsonl(folder / "heldout.jsonl", rows[:heldout])
+        write_jsonl(folder / "train.jsonl", rows[heldout:])
+    example = min(
+        rows[heldout:], key=lambda row: abs(len(row["input_ids"]) - 45)
+    )  # neither the shortest nor the longest
+    return {
+        "train": len(rows) - heldout,
+        "heldout": heldout,
+        "mean_tokens": summary["tokens"] / len(rows),
+        "example": {key: example[key] for key in ("prompt", "completion")},
+    }
+
+
+def fine_tune(tick: Tick, out: Path, name: str, weighting: str, settings: Settings) -> None:
+    """The student on the teacher's traces, by `pear.sft`; `weighting` is all that differs between "sft" and "pear"."""
+    from transformers import TrainerCallback
+
+    from pear.score import score
+    from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
+
+    class Ticker(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            tick(state.global_step, state.max_steps)
+
+    warnings = _Collect()
+    logger = logging.getLogger("pear.sft")
+    logger.addHandler(warnings)
+    logger.propagate = False
+    tokenizer = load_tokenizer(str(out / "student"))
+    with whole_folder(out / name) as folder:
+        trainer = PEARSFTTrainer(
+            load_model(str(out / "student")),
+            PEARSFTConfig(
+                output_dir=str(folder),
+                weighting=weighting,
+                level="token",
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch,
+                per_device_eval_batch_size=64,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=10,
+                logging_steps=settings.log_every,
+                eval_strategy="epoch",
+                eval_on_start=True,
+                save_strategy="no",
+                report_to="none",
+                seed=settings.seed,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=load_scored(out / "scored" / "train.jsonl", tokenizer),
+            eval_dataset=load_scored(out / "scored" / "heldout.jsonl", tokenizer),
+            processing_class=tokenizer,
+            callbacks=[Ticker()],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        logger.removeHandler(warnings)
+    after = out / "training" / f"{name}.jsonl"
+    score(trainer.model, out / "traces.jsonl", after, tokenizer=tokenizer, progress=False, resume=False)
+    write_json(after.with_suffix(".json"), {"log": trainer.state.log_history, "warnings": warnings.messages})
+
+
+class _Collect(logging.Handler):
+    """Keeps what is logged as a warning, to show it where it can be read."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def evaluate_one(tick: Tick, folder: Path, problems: list[Problem], settings: Settings) -> dict[str, Any]:
+    """pass@1 and pass@k of the model in `folder`."""
+    result = evaluate(
+        load_model(str(folder)),
+        load_tokenizer(str(folder)),
+        problems,
+        settings.k,
+        settings.samples,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.generate_batch,
+        progress=tick,
+    )
+    return result | {"model": str(folder), "split": "test"}

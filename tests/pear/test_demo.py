@@ -1,0 +1,214 @@
+"""The demo from end to end, small: two runs print one table, nothing half-made is kept, the report holds together."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pear.demo as demo
+from pear.countdown import make_tokenizer
+from pear.demo import FAST, Settings, run
+from pear.eval import evaluate, pass_at_k
+from pear.io import DataError, WriteError
+from pear.report import PICTURES
+from pear.side_by_side import Job, Team
+from pear_kernels import pear_weights
+
+
+def table_of(report: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    run(out, fast=True, workers=1)
+    return out
+
+
+def test_report_has_every_figure_and_picture(finished):
+    text = (finished / "report.md").read_text()
+    head, rule, *rows = table_of(text)[:6]
+    assert head == ["model", "pass@1", "pass@8", "held-out NLL", "finished", "tokens"]
+    assert [row[0] for row in rows] == ["teacher", "student (start of both)", "SFT", "PEAR"]
+    for row, name in zip(rows, demo.MODELS, strict=True):
+        saved = json.loads((finished / "eval" / f"{name}.json").read_text())
+        for cell, key in zip(row[1:3], ("pass@1", "pass@8"), strict=True):
+            value, error = re.fullmatch(r"([\d.]+) % ± ([\d.]+)", cell).groups()
+            counts = [pass_at_k(p["samples"], p["correct"], int(key[5:])) for p in saved["problems"]]
+            assert float(value) == pytest.approx(100 * sum(counts) / len(counts), abs=0.051)
+            assert float(error) >= 0
+        assert (row[3] == "") == (name == "teacher")
+        assert 0 < float(row[5]) <= FAST.max_new_tokens
+    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == set(PICTURES)
+    for name in PICTURES:
+        picture = matplotlib.image.imread(finished / name)
+        assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 0.05
+    for word in ("not evidence", "seed", torch.__version__, "CPU", "reasoning-gym"):
+        assert word in text
+
+
+def test_checkpoints_are_plain_folders_that_differ_from_their_common_start(finished):
+    models = {name: AutoModelForCausalLM.from_pretrained(finished / name) for name in demo.MODELS}
+    start = models["student"].state_dict()
+    for name in ("sft", "pear"):
+        assert AutoTokenizer.from_pretrained(finished / name).init_kwargs["prompt_format"] == "compact"
+        assert any(not torch.equal(value, start[key]) for key, value in models[name].state_dict().items())
+    pear = models["pear"].state_dict()
+    assert any(not torch.equal(value, pear[key]) for key, value in models["sft"].state_dict().items())
+
+
+def test_both_runs_saw_the_same_batches_from_the_same_start(finished):
+    logs = {n: json.loads((finished / "training" / f"{n}.json").read_text())["log"] for n in ("sft", "pear")}
+    steps = {name: [entry for entry in log if "pear/nll" in entry] for name, log in logs.items()}
+    assert [e["pear/tokens"] for e in steps["sft"]] == [e["pear/tokens"] for e in steps["pear"]]
+    assert steps["sft"][0]["pear/nll"] == pytest.approx(steps["pear"][0]["pear/nll"], rel=1e-6)
+    assert steps["sft"][-1]["pear/nll"] != steps["pear"][-1]["pear/nll"]
+    assert "pear/weight_floor" in steps["pear"][0]
+
+
+def test_traces_are_right_different_and_held_apart(finished):
+    train, _ = demo.read_problems(finished / "problems.json")
+    by_prompt = {p.compact: p for p in train}
+    rows = [json.loads(line) for line in (finished / "traces.jsonl").read_text().splitlines()]
+    assert len({(row["prompt"], row["completion"]) for row in rows}) == len(rows)
+    assert all(demo.rewards(by_prompt[row["prompt"]], [row["completion"]]) == [1] for row in rows)
+    kept = {
+        split: {
+            (row["prompt"], row["completion"])
+            for row in map(json.loads, (finished / "scored" / f"{split}.jsonl").read_text().splitlines())
+        }
+        for split in ("train", "heldout")
+    }
+    assert not kept["train"] & kept["heldout"]
+    assert len(kept["train"]) + len(kept["heldout"]) == len(rows)
+
+
+def test_behavior_logprobs_are_the_teachers(finished):
+    teacher = AutoModelForCausalLM.from_pretrained(finished / "teacher").double()
+    for line in (finished / "scored" / "train.jsonl").read_text().splitlines()[:5]:
+        row = json.loads(line)
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logprobs = teacher(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        mask = torch.tensor(row["completion_mask"][1:], dtype=torch.bool)
+        given = torch.tensor(row["behavior_logprobs"][1:], dtype=torch.float64)
+        torch.testing.assert_close(given[mask], logprobs[mask], atol=1e-5, rtol=0)
+
+
+def test_a_second_run_elsewhere_prints_the_same_table(finished, tmp_path):
+    run(tmp_path / "again", fast=True, workers=1)
+    tables = [table_of((out / "report.md").read_text())[:6] for out in (finished, tmp_path / "again")]
+    assert tables[0] == tables[1]
+
+
+def test_whole_stages_are_kept_and_broken_ones_made_again(finished, monkeypatch):
+    before = (finished / "report.md").read_text()
+    done = []
+    for job in ("pretrain", "sample_traces", "score_traces", "fine_tune", "evaluate_one"):
+        original = getattr(demo, job)
+        monkeypatch.setattr(demo, job, lambda *a, _f=original, _n=job, **k: done.append(_n) or _f(*a, **k))
+    facts = run(finished, fast=True, workers=1)["facts"]
+    assert done == [] and facts["kept"] == ["data", "base", "traces", "train", "eval"]
+
+    (finished / ".stages" / "eval.json").unlink()  # as if the run had died while it evaluated
+    facts = run(finished, fast=True, workers=1)["facts"]
+    assert done == ["evaluate_one"] * 4 and facts["kept"] == ["data", "base", "traces", "train"]
+    assert table_of((finished / "report.md").read_text())[:6] == table_of(before)[:6]
+
+    done.clear()
+    stamp = finished / ".stages" / "eval.json"
+    stamp.write_text(json.dumps({"key": "of other settings"}))
+    run(finished, fast=True, workers=1)
+    assert done == ["evaluate_one"] * 4
+
+
+def test_no_settings_change_goes_unnoticed(tmp_path):
+    from rich.console import Console
+
+    keys = {demo._Stages(tmp_path, s, Console(), 6).key for s in (Settings(), FAST, replace(FAST, seed=1))}
+    assert len(keys) == 3
+
+
+def test_a_teacher_that_knows_nothing_is_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "FAST", replace(FAST, teacher_steps=1, student_steps=1))
+    with pytest.raises(DataError, match=r"the teacher got only \d of 96 traces right"):
+        run(tmp_path / "demo", fast=True, workers=1)
+    assert not (tmp_path / "demo" / "traces.jsonl").exists()
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="out: .*file is a file; give a folder"):
+        run(tmp_path / "file", fast=True, workers=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "model"
+    with demo.whole_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    for error, expected in ((OSError(28, "No space left on device"), WriteError), (KeyError("a bug"), KeyError)):
+        with pytest.raises(expected), demo.whole_folder(target) as folder:
+            (folder / "weights").write_text("half")
+            raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (target / "weights").read_text() == "old"
+
+
+# ---- jobs side by side
+
+
+def double(tick, value):
+    tick(1, 2)
+    assert torch.get_num_threads() == 1
+    torch.manual_seed(value)
+    return 2 * value, torch.randn(300, 300).matmul(torch.randn(300, 300)).sum().item()
+
+
+def fail(tick):
+    raise DataError("no such thing")
+
+
+def test_workers_change_no_result():
+    jobs = {str(n): Job(double, dict(value=n)) for n in range(3)}
+    results = []
+    for workers in (1, 2):
+        with Team(workers) as team:
+            results.append(team.run(jobs))
+            with pytest.raises(DataError, match="no such thing"):
+                team.run({"fails": Job(fail, {})})
+            assert team.run(jobs) == results[-1]  # an error of one call is not the next call's
+    assert results[0] == results[1] and results[0]["2"][0] == 4
+
+
+def test_generation_and_evaluation_report_how_far_they_are():
+    tokenizer = make_tokenizer()
+    seen = []
+    evaluate(
+        make_model(tokenizer), tokenizer, "countdown", 1, 2, size=3, max_new_tokens=2, batch_size=4,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_pear_weights_of_the_pictures_end_at_one(finished):
+    from pear.report import _load
+
+    behavior, mask = _load(finished / "scored" / "behavior.jsonl", 0)
+    student, _ = _load(finished / "scored" / "student.jsonl", 0)
+    weights = pear_weights(student, behavior, mask)
+    last = mask.sum(1) - 1
+    assert torch.equal(weights[torch.arange(len(last)), last], torch.ones(len(last)))
+    delta = (student - behavior).clamp(-0.08, 0.3)[0, mask[0]].double()
+    by_hand = [
+        torch.exp(delta[t + 1 :].sum() + (len(delta) - 1 - t) * torch.log(torch.tensor(0.999, dtype=torch.float64)))
+        for t in range(len(delta))
+    ]
+    torch.testing.assert_close(weights[0, mask[0]].double(), torch.stack(by_hand), atol=1e-6, rtol=1e-5)
