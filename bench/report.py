@@ -164,10 +164,10 @@ def picture(speed: Speed, memory: dict[tuple[str, str], dict], case: str, path: 
         axis.set_title(title, fontsize=11)
         axis.set_xlim(0, 1.15 * max(values))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9, loc="lower right")
     bare = TIME_TO_BARE * speed.ratio("bare", "naive")
     axes[0].axvline(bare, color="#4c72b0", linestyle=":", linewidth=1.2, label=f"target {TIME_TO_BARE} of bare")
-    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
     figure.suptitle(f"Forward and backward, {describe(SHAPES[case])}", fontsize=12)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -193,8 +193,8 @@ def write(raw: Path, results: Path) -> Path:
             "",
             f"## Forward and backward: {describe(shape)}",
             "",
-            f"Medians over {rounds} interleaved rounds; ratios are medians of the ratios within a round. Extra memory is",
-            "the peak above inputs and gradients, each in a process of its own.",
+            f"Medians over {rounds} interleaved rounds; ratios are medians of the ratios within a round. Extra memory",
+            "is the peak above inputs and gradients, each in a process of its own.",
             "",
             *speed_and_memory_table(speed, memory, case),
         ]
