@@ -72,19 +72,19 @@ class Settings:
 
 
 FAST = Settings(
-    hidden_size=48,
+    hidden_size=32,
     layers=2,
-    teacher_steps=200,
+    teacher_steps=180,
     student_steps=60,
     pretrain_batch=16,
     pretrain_lr=1e-2,
     memorise=True,
-    problems=6,
+    problems=4,
     trace_samples=16,
-    batch=8,
-    epochs=2,
+    batch=4,
+    epochs=1,
     log_every=1,
-    test_problems=12,
+    test_problems=8,
     samples=8,
     max_new_tokens=48,
 )

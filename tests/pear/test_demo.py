@@ -9,15 +9,15 @@ import matplotlib.image
 import pytest
 import torch
 from conftest import make_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pear.demo as demo
 from pear.countdown import make_tokenizer
-from pear.demo import FAST, Settings, run
+from pear.demo import FAST, run
 from pear.eval import evaluate, pass_at_k
 from pear.io import DataError, WriteError
 from pear.report import PICTURES
-from pear.side_by_side import Job, Team
 from pear_kernels import pear_weights
 
 
@@ -122,23 +122,43 @@ def test_whole_stages_are_kept_and_broken_ones_made_again(finished, monkeypatch)
     assert done == ["evaluate_one"] * 4 and facts["kept"] == ["data", "base", "traces", "train"]
     assert table_of((finished / "report.md").read_text())[:6] == table_of(before)[:6]
 
-    done.clear()
-    stamp = finished / ".stages" / "eval.json"
-    stamp.write_text(json.dumps({"key": "of other settings"}))
-    run(finished, fast=True, workers=1)
-    assert done == ["evaluate_one"] * 4
+
+def test_a_stage_is_made_again_after_any_doubt(tmp_path):
+    """Asked twice, a stage has nothing to do the second time; with other settings, a lost output or a broken stamp it
+    has, and so have all stages after it."""
+
+    def asked(settings):
+        stages, todo = demo._Stages(tmp_path, settings, Console(quiet=True), 2), []
+        for name in ("one", "two"):
+            with stages(name, name, [f"{name}.txt"]) as is_todo:
+                todo.append(is_todo)
+                if is_todo:
+                    assert not (tmp_path / f"{name}.txt").exists()
+                    (tmp_path / f"{name}.txt").write_text(name)
+        return todo
+
+    assert asked(FAST) == [True, True]
+    assert asked(FAST) == [False, False]
+    assert asked(replace(FAST, seed=1)) == [True, True]
+    assert asked(FAST) == [True, True]
+    (tmp_path / "two.txt").unlink()
+    assert asked(FAST) == [False, True]
+    (tmp_path / ".stages" / "one.json").write_text('{"ke')
+    assert asked(FAST) == [True, True]
 
 
-def test_no_settings_change_goes_unnoticed(tmp_path):
-    from rich.console import Console
-
-    keys = {demo._Stages(tmp_path, s, Console(), 6).key for s in (Settings(), FAST, replace(FAST, seed=1))}
-    assert len(keys) == 3
+def test_a_stage_that_fails_is_not_kept(tmp_path):
+    for _ in range(2):
+        stages = demo._Stages(tmp_path, FAST, Console(quiet=True), 1)
+        with pytest.raises(KeyError), stages("one", "one", ["one.txt"]) as todo:
+            assert todo
+            (tmp_path / "one.txt").write_text("half")
+            raise KeyError
 
 
 def test_a_teacher_that_knows_nothing_is_an_error_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "FAST", replace(FAST, teacher_steps=1, student_steps=1))
-    with pytest.raises(DataError, match=r"the teacher got only \d of 96 traces right"):
+    with pytest.raises(DataError, match=r"the teacher got only \d of 64 traces right"):
         run(tmp_path / "demo", fast=True, workers=1)
     assert not (tmp_path / "demo" / "traces.jsonl").exists()
 
@@ -160,32 +180,6 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
             raise error
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (target / "weights").read_text() == "old"
-
-
-# ---- jobs side by side
-
-
-def double(tick, value):
-    tick(1, 2)
-    assert torch.get_num_threads() == 1
-    torch.manual_seed(value)
-    return 2 * value, torch.randn(300, 300).matmul(torch.randn(300, 300)).sum().item()
-
-
-def fail(tick):
-    raise DataError("no such thing")
-
-
-def test_workers_change_no_result():
-    jobs = {str(n): Job(double, dict(value=n)) for n in range(3)}
-    results = []
-    for workers in (1, 2):
-        with Team(workers) as team:
-            results.append(team.run(jobs))
-            with pytest.raises(DataError, match="no such thing"):
-                team.run({"fails": Job(fail, {})})
-            assert team.run(jobs) == results[-1]  # an error of one call is not the next call's
-    assert results[0] == results[1] and results[0]["2"][0] == 4
 
 
 def test_generation_and_evaluation_report_how_far_they_are():
