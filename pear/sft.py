@@ -3,14 +3,13 @@
 What TRL does stays TRL's: model loading, LoRA, packing, schedules, checkpoints, logging. Ours are the behaviour
 log-probs carried through preparation and collation, the loss (from hidden states, see fused_head.py) and the statistics
 `pear/*`. TRL's entropy and token accuracy are not logged: our pass does not make them, and one more would cost as much.
+Options are in sft_config.py, the data in scored.py, the files that training leaves in save.py.
 """
 
-import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,20 @@ import numpy as np
 import torch
 import yaml
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, Value
-from datasets import List as ListOf
+from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
-from pear.io import DataError, check_scored_row, disk_error, read_jsonl, write_error
-from pear.models import load_tokenizer, resolve_model, tokenizer_fingerprint
-from pear.rows import prompt_and_completion, tokenize_row
+from pear.io import DataError, disk_error, write_error
+from pear.models import load_tokenizer, resolve_model
+from pear.save import save_final
+from pear.scored import COLUMNS, load_scored
+from pear.sft_config import DataArguments, PEARSFTConfig
 from pear_kernels import LossOutput
-from pear_kernels.checks import check_options
 from pear_kernels.objectives import STATS
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -41,211 +39,9 @@ logger = get_logger(__name__)
 MEANS = tuple(name for name in STATS if name != "tokens")
 ESS = MEANS.index("effective_sample_size")
 
-COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")
 FLOOR_SHARE = 0.5  # above it, most response tokens no longer train
 # A behaviour policy this close to the student is the student. In half precision, rounding alone moves log-probs more.
 COPY_MAX_RATIO = {"full": 1e-3, "half": 0.25}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-
-
-@dataclass
-class PEARSFTConfig(SFTConfig):
-    """TRL's SFTConfig and the options of PEAR (arXiv 2602.01058); each is a flag and a YAML key.
-
-    Without an accelerator `bf16` is off unless asked for: bfloat16 is slow and coarse on a CPU.
-    """
-
-    weighting: str = field(
-        default="pear",
-        metadata={
-            "help": "'pear' weights each token's loss, 'none' is plain SFT on the same data, batches and code.",
-            "choices": ["pear", "none"],
-        },
-    )
-    level: str = field(
-        default=DEFAULTS.level,
-        metadata={
-            "help": "What a PEAR weight sums over: the tokens, blocks or whole of a response.",
-            "choices": ["token", "block", "sequence"],
-        },
-    )
-    block_size: int = field(
-        default=DEFAULTS.block_size, metadata={"help": "Response tokens in a block, at level 'block'."}
-    )
-    gamma: float = field(
-        default=DEFAULTS.gamma, metadata={"help": "Discount in (0, 1], at levels 'token' and 'block'."}
-    )
-    log_ratio_clip: list[float] = field(
-        default_factory=lambda: list(DEFAULTS.log_ratio_clip),
-        metadata={"help": "Clip of each token's log-ratio of student and behaviour policy: low high."},
-    )
-    log_weight_clip: list[float] = field(
-        default_factory=lambda: list(DEFAULTS.log_weight_clip),
-        metadata={"help": "Clip of each weight's logarithm, last: low high."},
-    )
-    workspace_bytes: int | None = field(
-        default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
-    )
-    strict_length: bool = field(
-        default=False,
-        metadata={"help": "Stop at a row longer than max_length, instead of counting it and leaving it out."},
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False
-        super().__post_init__()
-        check_options(self.pear_options())
-        if self.weighting not in ("pear", "none"):
-            raise DataError(f"weighting must be 'pear' or 'none', got {self.weighting!r}")
-        self._refuse_what_cannot_hold()
-
-    def pear_options(self) -> PEAROptions:
-        return PEAROptions(
-            self.level, self.block_size, self.gamma, tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
-        )
-
-    def _refuse_what_cannot_hold(self) -> None:
-        refused = {
-            "trust_remote_code": (self.trust_remote_code, "code that comes with a model is never run"),
-            "loss_type": (self.loss_type != "nll", "the loss is PEAR's, over the NLL"),
-            "label_smoothing_factor": (self.label_smoothing_factor > 0, "it needs the logits, which are never made"),
-            "assistant_only_loss": (self.assistant_only_loss, "what counts is the scored file's `completion_mask`"),
-            "completion_only_loss": (
-                self.completion_only_loss is False,
-                "there are behaviour log-probs for the completion alone",
-            ),
-            "packing_strategy": (
-                self.packing and self.packing_strategy != "bfd",
-                "it cuts responses, and a weight looks at the whole response; use 'bfd'",
-            ),
-            "eval_packing": (
-                bool(self.eval_packing) and not self.packing,
-                "TRL lays out packed rows as such only with packing on; else they attend to each other",
-            ),
-        }
-        for name, (is_refused, why) in refused.items():
-            if is_refused:
-                raise DataError(f"{name} = {getattr(self, name)!r} does not go with `pear sft`: {why}")
-        if self.packing and self.max_length is None:
-            raise DataError("packing needs max_length, the length of a pack; got None")
-
-
-@dataclass
-class DataArguments:
-    """Which files and which model."""
-
-    data: str | None = field(default=None, metadata={"help": "Training rows, as written by `pear score`."})
-    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, as written by `pear score`."})
-    model: str | None = field(
-        default=None, metadata={"help": "The student: smollm2, a transformers folder or a hub name."}
-    )
-    merge_adapter: bool = field(
-        default=True,
-        metadata={"help": "LoRA: write a plain merged model to output_dir (the adapter alone goes to adapter/)."},
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def load_scored(
-    path: str | os.PathLike,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    *,
-    strict: bool = False,
-) -> Dataset:
-    """Rows written by `pear score`, checked, as a dataset with `input_ids`, `completion_mask`, `behavior_logprobs`.
-
-    Rows longer than `max_length` are counted, logged with their line numbers and left out (with `strict`: an error);
-    none is ever cut. The student's `tokenizer` must make the very ids that were scored: true if its fingerprint is
-    the stored one, else each row's text is tokenised again and compared.
-
-    Raises:
-        DataError: with file and line: a damaged row, or ids that are not the student's (first differing position and
-            both tokens); no row left.
-    """
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    too_long = []
-    for line, row in read_jsonl(path):
-        where = f"{path}:{line}"
-        check_scored_row(row, where)
-        if row.get("tokenizer") != fingerprint:
-            _check_ids(row, tokenizer, where)
-        if max_length is not None and len(row["input_ids"]) > max_length:
-            if strict:
-                raise DataError(
-                    f"{where}: {len(row['input_ids'])} tokens, more than max_length = {max_length}. "
-                    "Raise max_length, or leave strict_length off to train without such rows."
-                )
-            too_long.append(line)
-            continue
-        mask = np.array(row["completion_mask"], dtype=np.int8)
-        columns["input_ids"].append(np.array(row["input_ids"], dtype=np.int32))
-        columns["completion_mask"].append(mask)
-        logprobs = np.array(row["behavior_logprobs"], dtype=np.float32)
-        columns["behavior_logprobs"].append(np.where(mask == 1, logprobs, np.float32(0)))
-    rows = len(columns["input_ids"])
-    if too_long:
-        logger.warning(_too_long_message(path, too_long, rows, max_length))
-    if not rows:
-        raise DataError(f"{path}: no row to train on" + (f" within max_length = {max_length}" if too_long else ""))
-    features = Features(
-        {
-            "input_ids": ListOf(Value("int32")),
-            "completion_mask": ListOf(Value("int8")),
-            "behavior_logprobs": ListOf(Value("float32")),
-        }
-    )
-    return Dataset.from_dict(columns, features=features)
-
-
-def _too_long_message(path: str | os.PathLike, lines: list[int], rows: int, max_length: int) -> str:
-    listed = ", ".join(map(str, lines[:20])) + (", ..." if len(lines) > 20 else "")
-    return (
-        f"{path}: left out {len(lines)} of {len(lines) + rows} rows, longer than max_length = {max_length} tokens "
-        f"(lines {listed})"
-    )
-
-
-def _check_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """The student's tokenizer is another one: raise unless its ids for this row's text agree with the scored ones."""
-    if "prompt" not in row or "completion" not in row:
-        raise DataError(
-            f"{where}: scored with another tokenizer than the student's (fingerprint {row.get('tokenizer')!r}), and "
-            "the row has no `prompt` and `completion` to compare the ids by. Score the data again with a behaviour "
-            "policy of the student's tokenizer."
-        )
-    stored = row["input_ids"]
-    own = tokenize_row(prompt_and_completion(row, where), tokenizer, where)
-    for t in range(max(len(stored), len(own.input_ids))):
-        pair = [ids[t] if t < len(ids) else None for ids in (stored, own.input_ids)]
-        if pair[0] != pair[1]:
-            raise DataError(
-                f"{where}: the student's tokenizer is not the one the row was scored with: at position {t} the file "
-                f"has {_show_token(pair[0], tokenizer)}, the student {_show_token(pair[1], tokenizer)}. A log-ratio "
-                "of different tokens means nothing; score data of a policy with the student's tokenizer."
-            )
-    if list(map(int, row["completion_mask"])) != own.completion_mask:
-        raise DataError(
-            f"{where}: the student's tokenizer or chat template starts the completion at position "
-            f"{own.completion_mask.index(1)}, the scored row at {row['completion_mask'].index(1)}. Score the data "
-            "again with a behaviour policy of the student's tokenizer and chat template."
-        )
-
-
-def _show_token(token: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    if token is None:
-        return "no more tokens"
-    if token >= len(tokenizer):
-        return f"token {token} (not in the student's vocabulary of {len(tokenizer)})"
-    return f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r} to the student)"
 
 
 @dataclass
@@ -262,10 +58,6 @@ class PEARCollator(DataCollatorForLanguageModeling):
         )
         batch["labels"] = first_tokens_ignored(batch["labels"], batch.get("cu_seq_lens_q"))
         return batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The trainer
 
 
 class PEARSFTTrainer(SFTTrainer):
@@ -343,7 +135,7 @@ class PEARSFTTrainer(SFTTrainer):
             return dataset  # prepared before
         if missing := [name for name in COLUMNS if name not in dataset.column_names]:
             raise DataError(
-                f"{dataset_name} dataset: no column {', '.join(missing)}; load it with pear.sft.load_scored from a "
+                f"{dataset_name} dataset: no column {', '.join(missing)}; load it with pear.scored.load_scored from a "
                 f"file that `pear score` wrote. Columns found: {', '.join(dataset.column_names)}"
             )
         with args.main_process_first(local=False):
@@ -498,10 +290,6 @@ def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     """`pear sft --config x.yaml --flag value ...`; `argv` without the program's name, None for the process's own."""
     parser = TrlParser((DataArguments, PEARSFTConfig, ModelConfig), prog="pear sft")
@@ -549,57 +337,3 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
     return trainer
-
-
-def save_final(trainer: PEARSFTTrainer, merge_adapter: bool = True) -> None:
-    """Write the trained model and its tokenizer to `output_dir` as a plain transformers folder.
-
-    A LoRA model is merged into plain weights, and its adapter is kept in `adapter/`; quantised or sharded ones stay
-    adapters. Files are made in a folder beside and moved in when all are whole.
-
-    Raises:
-        WriteError: the disk is full; what `output_dir` held is as it was.
-    """
-    output_dir = Path(trainer.args.output_dir)
-    temporary = output_dir / ".final.tmp"
-    is_main = trainer.args.should_save
-    try:
-        if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        trainer.accelerator.wait_for_everyone()
-        model = trainer.model
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        quantised = getattr(model, "hf_quantizer", None) is not None
-        mergeable = isinstance(model, PeftModel) and not sharded and not quantised
-        if mergeable and merge_adapter:
-            trainer.save_model(str(temporary / "adapter"), _internal_call=True)
-            if is_main:
-                merged = model.merge_and_unload()
-                merged.save_pretrained(temporary)
-                trainer.processing_class.save_pretrained(temporary)
-        else:
-            trainer.save_model(str(temporary), _internal_call=True)
-        trainer.accelerator.wait_for_everyone()
-        if is_main:
-            _move_in(temporary, output_dir)
-    except Exception as error:
-        if (cause := disk_error(error)) is None:
-            raise
-        raise write_error(output_dir, cause, kept="Checkpoints in it are whole.") from error
-    finally:
-        if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.print(f"Model saved to {output_dir}")
-
-
-def _move_in(source: Path, target: Path) -> None:
-    """Replace `target`'s files by `source`'s, each whole; the config comes last, as without it a folder is no model."""
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-        destination = target / path.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, destination)

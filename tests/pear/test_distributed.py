@@ -14,7 +14,9 @@ from two_processes import STEPS, batch, options
 
 from pear.fused_head import add_fused_head
 from pear.score import score
-from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
+from pear.scored import load_scored
+from pear.sft import PEARSFTTrainer
+from pear.sft_config import PEARSFTConfig
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 

@@ -20,8 +20,11 @@ from trl import SFTConfig, SFTTrainer
 
 from pear.io import DataError, WriteError, read_jsonl
 from pear.models import load_model, load_tokenizer
+from pear.save import save_final
 from pear.score import score
-from pear.sft import PEARCollator, PEARSFTConfig, PEARSFTTrainer, load_scored, main, save_final
+from pear.scored import load_scored
+from pear.sft import PEARCollator, PEARSFTTrainer, main
+from pear.sft_config import PEARSFTConfig
 
 OPTIONS = dict(level="token", block_size=4, gamma=0.97, log_ratio_clip=[-0.08, 0.3], log_weight_clip=[-10.0, 5.0])
 

@@ -54,7 +54,9 @@ def sharded(folder: Path) -> None:
 
 
 def trainer(folder: Path) -> None:
-    from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
+    from pear.scored import load_scored
+    from pear.sft import PEARSFTTrainer
+    from pear.sft_config import PEARSFTConfig
 
     tokenizer = make_tokenizer()
     data = load_scored(folder / "scored.jsonl", tokenizer)
