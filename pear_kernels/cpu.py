@@ -8,6 +8,9 @@ so nothing cancels when p is near 1, where most tokens of a fine-tuning run are,
 (rows, V) factor: dL/dz = c / (1 + S) * E with E_y := -S. Rows where some z_v - a is so large that E would overflow are
 anchored on their maximum instead; the target then enters the sum as e_y = exp(a - anchor) in place of 1.
 
+What is a number a row, a and log p among them, is float64: errors of log p add up along the suffix of a sequence, and
+float32 alone rounds a log p of -60 by 2e-6. The anchor is rounded to float32 to meet the logits; e_y makes up for it.
+
 Logits are always float32 (float64 for float64 inputs): a CPU has no product of half-precision inputs that hands out its
 float32 accumulators, so half-precision weights are widened a tile of the vocabulary at a time.
 """
@@ -28,9 +31,9 @@ class Softmax(NamedTuple):
     """What one pass over a chunk's logits gives. `exp` is the workspace: the next chunk overwrites it."""
 
     exp: Tensor  # (R, V): E, with E_y = -S where gradients are wanted
-    row_scale: Tensor  # (R,): 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
-    logprobs: Tensor  # (R,): log p of the target
-    entropy: Tensor | None  # (R,)
+    row_scale: Tensor  # (R,) float64: 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
+    logprobs: Tensor  # (R,) float64: log p of the target
+    entropy: Tensor | None  # (R,) float64
 
 
 class Head:
@@ -78,26 +81,29 @@ class Head:
 
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
-        logits, target_logit, anchor = self._logits(x, target)
-        normaliser, logprobs = torch.empty_like(anchor), torch.empty_like(anchor)
-        entropies = torch.empty_like(anchor) if entropy else None
+        logits, anchor, below = self._logits(x, target)
+        S = torch.empty_like(below)
+        mean_log = torch.empty_like(below) if entropy else None  # sum_v E_v log E_v
         for rows in self._row_blocks(len(x)):
             z, y = logits[rows], target[rows, None]
             tanh = self._activate_(z)
             exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
-            S = exp.sum(1)
-            below = target_logit[rows] - anchor[rows]  # 0, or how far the target lies under the row's maximum
-            e_y = below.exp()
-            normaliser[rows] = e_y + S
-            logprobs[rows] = torch.where(below == 0, -torch.log1p(S), below - normaliser[rows].log())
-            if entropies is not None:
-                # H = log Z - sum_v p_v log(p_v Z), with p_v Z = E_v
-                mean_log = (torch.xlogy(exp, exp).sum(1) + torch.xlogy(e_y, e_y)) / normaliser[rows]
-                entropies[rows] = torch.where(below == 0, torch.log1p(S), normaliser[rows].log()) - mean_log
+            of_rows = exp.sum(1)
+            S[rows] = of_rows.double()
+            if entropy:
+                mean_log[rows] = torch.xlogy(exp, exp).sum(1).double()
             if gradient:
-                exp.scatter_(1, y, -S[:, None])
+                exp.scatter_(1, y, -of_rows[:, None])
                 self._chain_(exp, tanh)
-        return Softmax(logits, (normaliser * self.temperature).reciprocal(), logprobs, entropies)
+        logprobs = -self._nll(S, below)
+        normaliser = below.exp() + S
+        row_scale = (normaliser * self.temperature).reciprocal()
+        if not entropy:
+            return Softmax(logits, row_scale, logprobs, None)
+        # H = log Z - sum_v p_v log(p_v Z), with Z = e_y + S and p_v Z = E_v; log Z = below - log p where Z is near 1
+        log_z = torch.where(below < -1, normaliser.log(), below - logprobs)
+        mean_log = (mean_log + torch.xlogy(below.exp(), below.exp())) / normaliser
+        return Softmax(logits, row_scale, logprobs, log_z - mean_log)
 
     def entropy_gradient(self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor) -> Tensor:
         """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
@@ -106,37 +112,54 @@ class Head:
         rewritten in place. Given for the raw logits, the factor 1 / temperature included.
         """
         coefficient, entropy_gradient = coefficient / self.temperature, entropy_gradient / self.temperature
-        logits, target_logit, anchor = self._logits(x, target)
+        logits, anchor, below = self._logits(x, target)
+        e_y = below.exp().to(self.dtype)[:, None]
         for rows in self._row_blocks(len(x)):
             z, y, c, h = logits[rows], target[rows, None], coefficient[rows, None], entropy_gradient[rows, None]
             tanh = self._activate_(z)
             exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
             S = exp.sum(1, keepdim=True)
-            e_y = (target_logit[rows] - anchor[rows]).exp()[:, None]
-            p = exp.scatter_(1, y, e_y).div_(e_y + S)
+            p = exp.scatter_(1, y, e_y[rows]).div_(e_y[rows] + S)
             p_log_p = torch.xlogy(p, p)
             H = -p_log_p.sum(1, keepdim=True)
             of_entropy = p_log_p.addcmul_(p, H).mul_(h)
-            p.scatter_(1, y, -S / (e_y + S)).mul_(c).sub_(of_entropy)
+            p.scatter_(1, y, -S / (e_y[rows] + S)).mul_(c).sub_(of_entropy)
             self._chain_(p, tanh)
         return logits
 
     def _logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits (R, V) in the workspace, and of the activated ones: the target's (R,) and the anchor (R,)."""
+        """Raw logits (R, V) in the workspace; of the activated ones the anchor (R,), and the target's less the anchor.
+
+        The latter is float64: next to 0 where the target is the anchor, else how far it lies under the row's maximum.
+        """
         logits = self.workspace[: len(x)]
         for tile, weight in self.tiles():
             if self.bias is None:
                 torch.mm(x, weight.t(), out=logits[:, tile])
             else:
                 torch.addmm(self.bias[tile], x, weight.t(), out=logits[:, tile])
-        target_logit = (x * self.widen(self.weight[target])).sum(1)
-        if self.bias is not None:
-            target_logit += self.bias[target]
-        self._activate_(target_logit)
+        target_logit = self._target_logits(x, target)
         largest = logits.amax(1)
         self._activate_(largest)  # increasing, so the largest stays the largest
-        anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit)
-        return logits, target_logit, anchor
+        anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit).to(self.dtype)
+        return logits, anchor, target_logit - anchor
+
+    def _target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        """(R,) float64: the target's activated logit, which is a dot product a row."""
+        logit = torch.empty(len(x), dtype=torch.float64, device=x.device)
+        step = max(1, ROW_BLOCK_BYTES // (x.shape[1] * logit.itemsize))
+        for begin in range(0, len(x), step):
+            rows = slice(begin, begin + step)
+            logit[rows] = (x[rows].double() * self.widen(self.weight[target[rows]]).double()).sum(1)
+        if self.bias is not None:
+            logit += self.bias[target].double()
+        self._activate_(logit)
+        return logit
+
+    @staticmethod
+    def _nll(S: Tensor, below: Tensor) -> Tensor:
+        """-log p = log(1 + S / e_y), right to the last digits for S near 0 and for e_y near 0 alike."""
+        return torch.logaddexp(torch.zeros_like(S), S.log() - below)
 
     def _activate_(self, raw: Tensor) -> Tensor | None:
         """Softcap and temperature in place; returns tanh(raw / softcap) for the chain rule."""

@@ -88,7 +88,7 @@ class Walk:
         self.pack = pack
         self.wanted = wanted
         self.workspace_bytes = workspace_bytes or default_workspace(head.weight, head.dtype.itemsize)
-        self.logprobs = torch.zeros(pack.tokens, dtype=head.dtype, device=hidden.device)
+        self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
         def buffer(shape: tuple[int, ...], dtype: torch.dtype, is_wanted: bool) -> Tensor:
@@ -213,7 +213,7 @@ class Walk:
         self, begin: int, end: int, x: Tensor, softmax: Softmax, coefficients: Tensor, into: Gradients
     ) -> None:
         """The gradient products of one chunk, for coefficients (end - begin,)."""
-        row_scale = coefficients.to(self.head.dtype) * softmax.row_scale
+        row_scale = (coefficients * softmax.row_scale).to(self.head.dtype)
         if row_scale.device.type == "cpu" and not row_scale.any():
             self.skip(begin, end, into)
             return

@@ -35,7 +35,7 @@ class PEARObjective:
         self.options = options
         self.walk = PEARWeights(behavior_logprobs, pack, options)
         self.coupled = options.level == "sequence"
-        self.token_scale = token_scale(pack, reduction, denominator, sequence_scale, behavior_logprobs.dtype)  # (n,)
+        self.token_scale = token_scale(pack, reduction, denominator, sequence_scale)  # (n,)
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         self.walk.observe(begin, end, logprobs)
@@ -44,11 +44,9 @@ class PEARObjective:
         return self.walk.weights(begin, end) * self.token_scale[begin:end]
 
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """After the walk, from all log-probs (n,): loss (), weights (n,) and the statistics of `STATS` (9,)."""
-        n = self.pack.tokens
-        weights = self.walk.weights(0, n)
-        # the sum is float64 so that a loss over a million tokens keeps its last digits
-        loss = -(weights.double() * self.token_scale.double() * logprobs.double()).sum().to(logprobs.dtype)
+        """After the walk, from all log-probs (n,): loss (), weights (n,) and the `STATS` (9,), all float64."""
+        weights = self.walk.weights(0, self.pack.tokens)
+        loss = -(weights * self.token_scale * logprobs).sum()
         return loss, weights, self.statistics(logprobs, weights)
 
     def statistics(self, logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -57,10 +55,10 @@ class PEARObjective:
         low, high = self.options.log_ratio_clip
         floor, ceiling = self.options.log_weight_clip
         share = max(self.pack.tokens, 1)
-        weight_sum, weight_squares = weights.double().sum(), weights.double().square().sum()
+        weight_sum, weight_squares = weights.sum(), weights.square().sum()
         values = (
-            -logprobs.double().sum() / share,
-            log_ratio.double().sum() / share,
+            -logprobs.sum() / share,
+            log_ratio.sum() / share,
             (log_ratio < low).double().sum() / share,
             (log_ratio > high).double().sum() / share,
             weight_sum / share,
@@ -69,7 +67,7 @@ class PEARObjective:
             weight_sum.square() / (share * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
             torch.full_like(weight_sum, self.pack.tokens),
         )
-        return torch.stack([value.to(logprobs.dtype) for value in values])
+        return torch.stack(values)
 
 
 class FixedCoefficients:
@@ -87,10 +85,8 @@ class FixedCoefficients:
         return self.known[begin:end]
 
 
-def token_scale(
-    pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """(n,): what multiplies each token's weighted loss.
+def token_scale(pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None) -> Tensor:
+    """(n,) float64: what multiplies each token's weighted loss.
 
     The divisor is the tokens ("mean"), 1 ("sum"), or, on top of each token's own 1 / T_s, the sequences with a token
     that counts ("sequence_mean"); `denominator` replaces it.
@@ -109,4 +105,4 @@ def token_scale(
         divisor = (pack.lengths > 0).sum().clamp(min=1)
     else:
         divisor = torch.ones((), device=device)
-    return (scale / divisor).to(dtype)
+    return scale / divisor

@@ -77,14 +77,13 @@ def linear_pear_loss(
     pack = pack_tokens(valid, cu_seqlens)
     head = Head(weight, bias, temperature, softcap, compute_dtype)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
-    behavior_logprobs = behavior_logprobs.to(head.dtype)[pack.index]
-    objective = PEARObjective(behavior_logprobs, pack, options, reduction, denominator, sequence_scale)
+    objective = PEARObjective(behavior_logprobs[pack.index], pack, options, reduction, denominator, sequence_scale)
     walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
     walk.run(objective)
     loss, weights, stats = objective.finish(walk.logprobs)
     grads = walk.grads
-    logprobs, weights = unpack(walk.logprobs, pack, size), unpack(weights, pack, size)
-    return loss, logprobs, weights, stats, grads.hidden, grads.weight, grads.bias
+    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
+    return *(result.to(head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
 
 
 @linear_pear_loss.register_fake
@@ -149,7 +148,8 @@ def linear_logprobs(
     head = Head(weight, bias, temperature, softcap, compute_dtype)
     walk = Walk(hidden, head, target, pack, Wanted(False, False, False), workspace_bytes)
     entropy = walk.score_all(return_entropy)
-    return unpack(walk.logprobs, pack, size), unpack(entropy, pack, size) if return_entropy else entropy
+    results = unpack(walk.logprobs, pack, size), unpack(entropy, pack, size) if return_entropy else entropy
+    return tuple(result.to(head.dtype) for result in results)
 
 
 @linear_logprobs.register_fake
@@ -180,7 +180,9 @@ def linear_logprobs_backward(
     pack = pack_tokens(target != ignore_index, one_sequence(target))
     head = Head(weight, bias, temperature, softcap, compute_dtype)
     walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
-    of_nll = walk.logprobs if grad_logprobs is None else -grad_logprobs.to(head.dtype)[pack.index]
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    of_nll = -grad_logprobs.to(head.dtype)[pack.index]
     if grad_entropy is None:
         walk.run(FixedCoefficients(of_nll))
     else:

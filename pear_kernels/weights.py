@@ -47,12 +47,12 @@ class PEARWeights:
     """The weights of one pack, made from its last token to its first.
 
     A weight looks only at tokens after its own (at token and block level), so a walk from the right always has what it
-    needs: `suffix[i]`, the sum of delta from token i to the end of its sequence, of every token already passed. Sums
-    are float64 whatever the log-probs are, since a suffix may be a million tokens long; weights are not.
+    needs: `suffix[i]`, the sum of delta from token i to the end of its sequence, of every token already passed.
+    All of it is float64, since a suffix may be a million tokens long.
     """
 
     def __init__(self, behavior_logprobs: Tensor, pack: Pack, options: PEAROptions):
-        self.behavior_logprobs = behavior_logprobs  # (n,)
+        self.behavior_logprobs = behavior_logprobs.double()  # (n,)
         self.pack = pack
         self.options = options
         # (n + 1,): the last entry stays 0, the sum after the last token
@@ -64,7 +64,7 @@ class PEARWeights:
         delta = (logprobs - self.behavior_logprobs[begin:end]).clamp(low, high)
         # sums from each token to the chunk's end, less what lies beyond the token's own sequence ...
         to_end = torch.zeros(end - begin + 1, dtype=torch.float64, device=delta.device)
-        to_end[:-1] = delta.double().flip(0).cumsum(0).flip(0)
+        to_end[:-1] = delta.flip(0).cumsum(0).flip(0)
         stop = self.pack.stop[begin:end]
         here = to_end[:-1] - to_end[stop.clamp(max=end) - begin]
         # ... plus, for a sequence that goes on to the right, the sum that the walk already has there
@@ -80,9 +80,8 @@ class PEARWeights:
         return log_g + (stop - first).double() * math.log(self.options.gamma)
 
     def weights(self, begin: int, end: int) -> Tensor:
-        """(end - begin,): G, in the dtype of the log-probs."""
-        log_g = self.log_weights(begin, end).clamp(*self.options.log_weight_clip)
-        return log_g.exp().to(self.behavior_logprobs.dtype)
+        """(end - begin,) float64: G."""
+        return self.log_weights(begin, end).clamp(*self.options.log_weight_clip).exp()
 
 
 def pear_weights(
@@ -153,9 +152,9 @@ def _pear_weights_op(
     checks.check_behavior_logprobs(behavior_logprobs, mask)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
     pack = pack_tokens(mask, cu_seqlens)
-    walk = PEARWeights(behavior_logprobs.to(logprobs.dtype)[pack.index], pack, options)
+    walk = PEARWeights(behavior_logprobs[pack.index], pack, options)
     walk.observe(0, pack.tokens, logprobs[pack.index])
-    return unpack(walk.weights(0, pack.tokens), pack, logprobs.numel())
+    return unpack(walk.weights(0, pack.tokens), pack, logprobs.numel()).to(logprobs.dtype)
 
 
 @_pear_weights_op.register_fake

@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from problems import relative_error, workspace
 
 from pear_kernels import linear_logprobs, linear_pear_loss
+from pear_kernels.reference import naive_weights
 
-N, D, V = 192, 128, 3001
+N, D, V = 192, 256, 3001
+BOUNDS = torch.tensor([0, 64, 128, N])  # sequences of 64 tokens
+UNWEIGHTED = dict(gamma=1.0, log_ratio_clip=(0.0, 0.0))  # every weight is exactly 1
 
 
 def hard_problem(kind: str, level: float = 0.0, dtype=torch.float32):
@@ -28,33 +31,39 @@ def hard_problem(kind: str, level: float = 0.0, dtype=torch.float32):
         z_y = logits.gather(1, target[:, None])[:, 0]
         others = torch.logsumexp(logits.scatter(1, target[:, None], -torch.inf), 1)
         hidden = hidden + (wanted - (z_y - others))[:, None] * toward
-    behavior = -3 * torch.rand(N, generator=rng)
-    return hidden.to(dtype), weight.to(dtype), target, behavior
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    # ratios mostly inside their clip, so that every error in a log-prob reaches the weights along the suffix
+    behavior = exact_logprobs(hidden.double(), weight.double(), target) + 0.05 * torch.randn(N, generator=rng) + 0.01
+    return hidden, weight, target, behavior.clamp(max=0).float()
 
 
-def run(hidden, weight, target, behavior, loss):
+def exact_logprobs(hidden, weight, target):
+    """float64; 1 - p by its own sum, or 8 of the 16 digits would be lost at 1 - p = 1e-8."""
+    logits = hidden @ weight.T
+    z_y = logits.gather(1, target[:, None])
+    others = torch.logsumexp(logits.scatter(1, target[:, None], -torch.inf), 1)
+    return -torch.logaddexp(torch.zeros_like(others), others - z_y[:, 0])
+
+
+def run(hidden, weight, target, behavior, loss, **options):
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    value, logprobs = loss(*leaves, target, behavior)
+    value, logprobs = loss(*leaves, target, behavior, **options)
     return value.detach(), logprobs.detach(), *torch.autograd.grad(value, leaves)
 
 
-def ours(hidden, weight, target, behavior):
-    out = linear_pear_loss(hidden, weight, target, behavior, gamma=1.0, workspace_bytes=workspace(80, V, 4))
+def ours(hidden, weight, target, behavior, **options):
+    out = linear_pear_loss(
+        hidden, weight, target, behavior, cu_seqlens=BOUNDS, workspace_bytes=workspace(80, V, 4), **options
+    )
     return out.loss, out.logprobs
 
 
-def exact(weights):
-    """The float64 loss for these weights, so that only the softmax and the products are judged."""
-
-    def loss(hidden, weight, target, behavior):
-        # 1 - p by its own sum, or float64 would lose 8 of its 16 digits at 1 - p = 1e-8
-        logits = hidden @ weight.T
-        z_y = logits.gather(1, target[:, None])
-        others = torch.logsumexp(logits.scatter(1, target[:, None], -torch.inf), 1)
-        nll = torch.logaddexp(torch.zeros_like(others), others - z_y[:, 0])
-        return (weights * nll).sum() / N, -nll
-
-    return loss
+def exact(hidden, weight, target, behavior, **options):
+    """float64 throughout, the weights too."""
+    logprobs = exact_logprobs(hidden, weight, target)
+    edges = zip(BOUNDS[:-1], BOUNDS[1:], strict=True)
+    weights = torch.cat([naive_weights(logprobs[a:b].detach(), behavior[a:b], **options) for a, b in edges])
+    return -(weights * logprobs).sum() / N, logprobs
 
 
 CASES = [
@@ -67,10 +76,9 @@ CASES = [
 @pytest.mark.parametrize("kind, level", CASES)
 def test_float32(kind, level):
     problem = hard_problem(kind, level)
-    out = linear_pear_loss(*problem, gamma=1.0)
     loss, logprobs, grad_hidden, grad_weight = run(*problem, ours)
     wide = [t.double() if t.is_floating_point() else t for t in problem]
-    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact(out.weights.double()))
+    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact)
     if kind == "peaked":
         assert -exact_logprobs.mean().item() == pytest.approx(level, rel=0.05)  # the case is what it says
     if kind == "unlikely":
@@ -84,10 +92,9 @@ def test_float32(kind, level):
 @pytest.mark.parametrize("gap", [80.0, 200.0, 1e4])
 def test_a_target_far_below_the_maximum(gap):
     hidden, weight, target, behavior = hard_problem("unlikely", -gap)
-    loss, logprobs, grad_hidden, grad_weight = run(hidden, weight, target, behavior, ours)
+    loss, logprobs, grad_hidden, grad_weight = run(hidden, weight, target, behavior, ours, **UNWEIGHTED)
     wide = [hidden.double(), weight.double(), target, behavior.double()]
-    weights = linear_pear_loss(hidden, weight, target, behavior, gamma=1.0).weights.double()
-    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact(weights))
+    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact, **UNWEIGHTED)
     assert loss.isfinite() and grad_hidden.isfinite().all() and grad_weight.isfinite().all()
     # the logits themselves are as large as the gap, so their float32 rounding is what is left
     assert relative_error(logprobs, exact_logprobs) < 1e-6
@@ -109,9 +116,8 @@ def test_entropy_where_the_target_is_unlikely_or_certain():
 def test_half_precision_inputs(dtype):
     problem = hard_problem("random", dtype=dtype)
     wide = [t.double() if t.is_floating_point() else t for t in problem]  # the same rounded numbers
-    weights = linear_pear_loss(*problem, gamma=1.0).weights.double()
     loss, logprobs, grad_hidden, grad_weight = run(*problem, ours)
-    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact(weights))
+    exact_loss, exact_logprobs, exact_hidden, exact_weight = run(*wide, exact)
     assert logprobs.dtype == loss.dtype == torch.float32 and grad_hidden.dtype == grad_weight.dtype == dtype
     assert (logprobs.double() - exact_logprobs).square().mean().sqrt() < 5e-4
     assert relative_error(loss, exact_loss) < 5e-6
