@@ -10,7 +10,7 @@ from bench.peers import OURS, PEERS
 from bench.shapes import SHAPES, Shape
 from pear.io import write_json, write_text
 
-# What issue 2 of this project asks for on the CPU: the case, and its four figures.
+# What was asked for on a CPU before anything was measured: the case, and its figures.
 CASE, LONG_CASE = "cpu-4k", "cpu-16k"
 TIME_TO_NAIVE, TIME_TO_BARE, TIME_TO_UNWEIGHTED = 0.80, 1.25, 1.03
 MEMORY_TO_NAIVE, MEMORY_GROWTH = 0.15, 1.05
