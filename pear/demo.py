@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
 from pear.eval import evaluate, prompt_format, table
@@ -49,26 +49,26 @@ class Settings:
     layers: int = 3
     heads: int = 4
     teacher_steps: int = 1000
-    student_steps: int = 600
+    student_steps: int = 800
     student_backward: float = 0.25  # share of the student's examples in the teacher's style
     pretrain_batch: int = 32
     pretrain_lr: float = 4e-3
     memorise: bool = False  # let the two see only the problems that the traces are about
     # traces
-    problems: int = 600
-    trace_samples: int = 3
+    problems: int = 1000
+    trace_samples: int = 4
     heldout_share: float = 0.1  # of the traces, kept from training to measure the NLL on
     # SFT and PEAR
     batch: int = 16
-    epochs: int = 2
-    learning_rate: float = 5e-4
+    epochs: int = 3
+    learning_rate: float = 2e-3
     log_every: int = 2
     # evaluation
     test_problems: int = 200
     samples: int = 16
     k: int = 8
-    max_new_tokens: int = 112
-    generate_batch: int = 800
+    max_new_tokens: int = 96
+    generate_batch: int = 400
 
 
 FAST = Settings(
@@ -197,7 +197,7 @@ def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
         files = draw_pictures(out, logs, traces["heldout"])
         files.append(write_report(out, results, logs, facts))
 
-    console.print(table(results, title=f"Countdown, {len(test)} problems that none of them saw"))
+    console.print(table(results, title="Countdown, problems that none of them saw"))
     console.print("A demo of the path on toy models, not evidence for or against the paper's claim.")
     for path in (*(out / name for name in ("sft", "pear")), *sorted(files)):
         console.print(f"  {path}", soft_wrap=True, highlight=False)
@@ -348,23 +348,37 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = settings.pretrain_lr * warmup * cosine
         styles = ["backward" if rng.random() < backward else "forward" for _ in range(settings.pretrain_batch)]
-        batch = _tokenize([worked_example(rng, problems, style) for style in styles], tokenizer)
-        loss = model(**batch).loss
+        rows = _encode([worked_example(rng, problems, style) for style in styles], tokenizer)
+        tokens = sum(len(completion) for _, completion in rows)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = 0.0
+        half = len(rows) // 2  # short examples and long ones apart, or half of what is computed were padding
+        for part in (rows[:half], rows[half:]):
+            share = model(**_pad(part, tokenizer), num_items_in_batch=tokens).loss
+            share.backward()
+            loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent = [*recent[-49:], loss.detach()]
+        recent = [*recent[-49:], loss]
         tick(step + 1, steps)
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return {"parameters": model.num_parameters(), "loss": torch.stack(recent).mean().item()}
+    return {"parameters": model.num_parameters(), "loss": sum(recent) / len(recent)}
 
 
-def _tokenize(examples: list[tuple[str, str]], tokenizer) -> dict[str, torch.Tensor]:
+Row = tuple[list[int], list[int]]  # the ids of a prompt and of its completion
+
+
+def _encode(examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Shortest first."""
+    prompts, completions = (tokenizer(list(texts))["input_ids"] for texts in zip(*examples, strict=True))
+    rows = [(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+
+
+def _pad(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """input_ids and labels (B, T), padded on the right: behind a causal mask, padding needs no mask of its own."""
-    rows = [(tokenizer(p)["input_ids"], tokenizer(c)["input_ids"] + [tokenizer.eos_token_id]) for p, c in examples]
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), -100)

@@ -142,15 +142,16 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
 
 def table(results: dict[str, dict[str, Any]], title: str | None = None) -> Table:
     """Results of `evaluate` by the name to show, as a rich table; percentages with their standard errors."""
-    ks = [key for key in next(iter(results.values())) if key.startswith("pass@") and not key.endswith("_stderr")]
-    view = Table(title=title)
-    view.add_column("model")
-    for name in (*ks, "finished", "tokens", "problems", "samples"):
-        view.add_column(name, justify="right")
+    first = next(iter(results.values()))
+    ks = [key for key in first if key.startswith("pass@") and not key.endswith("_stderr")]
+    caption = f"{first['samples']} samples of each of {first['size']} problems; ± standard error over problems"
+    view = Table(title=title, caption=caption)
+    view.add_column("model", overflow="fold")
+    for name in (*ks, "finished", "tokens"):
+        view.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
         cells = [percent(result[key], result[f"{key}_stderr"]) for key in ks]
-        cells += [percent(result["finished"]), f"{result['mean_tokens']:.1f}"]
-        view.add_row(name, *cells, str(result["size"]), str(result["samples"]))
+        view.add_row(name, *cells, percent(result["finished"]), f"{result['mean_tokens']:.1f}")
     return view
 
 
@@ -178,7 +179,7 @@ def run(
     problems = load_task(task, "test", size, seed)
     result = evaluate(load_model(model), load_tokenizer(model), problems, k, samples, seed=seed, **options)
     result |= {"model": model, "task": task, "split": "test"}
-    Console().print(table({model: result}, title=f"{task}, {size} held-out problems"))
+    Console().print(table({model: result}, title=f"{task}, held-out problems"))
     if out is not None:
         write_json(out, result)
         Console().print(f"written: {out}", soft_wrap=True)

@@ -127,3 +127,4 @@ def test_table_shows_every_model_with_its_error():
     console.print(table({"base": result, "pear": result}))
     text = console.export_text()
     assert text.count("50.0 % ± 2.1") == 2 and "pass@8" in text and "20.2" in text
+    assert "16 samples of each of 7 problems" in text and max(map(len, text.splitlines())) < 80
