@@ -27,6 +27,8 @@ import transformers
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+import pear
+import pear_kernels
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
 from pear.eval import evaluate, prompt_format, table
 from pear.generate import generate
@@ -93,8 +95,8 @@ FAST = Settings(
 def run(out: str | Path = "runs/demo", fast: bool = False, workers: int | None = None) -> dict[str, Any]:
     """The whole demo; prints as it goes and leaves checkpoints, report.md and pictures in `out`.
 
-    A stage that an earlier call finished with the same settings and versions is kept, so a call after a kill goes on
-    where it stopped. Delete `out` to start over.
+    A stage that an earlier call finished with the same settings, versions and code is kept, so a call after a kill
+    goes on where it stopped. Delete `out` to start over.
 
     Args:
         out: a folder, made if missing
@@ -215,8 +217,8 @@ def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
 class _Stages:
     """Numbers the stages, prints them, and remembers which are whole.
 
-    A stage's stamp is written last, with a hash of settings and versions. Without a stamp that fits, what the stage
-    left is removed and made again; so is everything after it.
+    A stage's stamp is written last, with a hash of settings, versions and code. Without a stamp that fits, what the
+    stage left is removed and made again; so is everything after it.
     """
 
     def __init__(self, out: Path, settings: Settings, console: Console, total: int):
@@ -227,6 +229,7 @@ class _Stages:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "trl": trl.__version__,
+            "code": _code_hash(),
         }
         text = json.dumps([asdict(settings), self.versions], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()
@@ -264,6 +267,15 @@ class _Stages:
             return json.loads(stamp.read_text())["key"] == self.key
         except (OSError, ValueError, KeyError):
             return False
+
+
+def _code_hash() -> str:
+    """Of our two packages' files: a stage that older code made is not kept either."""
+    digest = hashlib.sha256()
+    for package in (pear, pear_kernels):
+        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss
 IGNORE = -100
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def add_fused_head(model: PreTrainedModel) -> None:
@@ -125,10 +126,19 @@ def _head_parameters(
 def check_head(model: PreTrainedModel) -> None:
     """Raise DataError where the head is more than a matrix and a bias."""
     head = model.get_output_embeddings()
+    if not isinstance(getattr(model, "forward", None), types.MethodType):
+        raise DataError(
+            f"{type(model).__name__}.forward was replaced before (by a device_map's hooks, say); load the model without"
+        )
     if head is None or not hasattr(head, "weight"):
         raise DataError(f"{type(model).__name__} has no output embeddings; give a causal language model")
     if not isinstance(getattr(model.base_model, "forward", None), types.MethodType) or model.base_model is model:
         raise DataError(f"{type(model).__name__} has no decoder trunk of its own (`base_model`); it cannot be used")
+    if not any(child is head for child in model.children()):
+        raise DataError(
+            f"{type(model).__name__}: its output embeddings sit inside another module, which may do more than multiply "
+            "(as the heads of BERT's kind do); give a causal language model with a linear head of its own"
+        )
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
         raise DataError(
             "a PEFT adapter on the LM head is not supported: the loss reads the head's weight, which does not hold the "
@@ -147,7 +157,7 @@ def logit_options(config: PretrainedConfig) -> dict[str, float]:
     Raises:
         DataError: a logit scale that is no positive number, or a scale together with a softcap.
     """
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
     scales = {name: getattr(config, name, None) for name in _MULTIPLIERS}
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         # The same name means a factor in HyperCLOVA X, and a divisor elsewhere (Granite, MiniCPM3).

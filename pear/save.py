@@ -1,6 +1,5 @@
 """The trained model's files: a plain transformers folder, whole or not at all."""
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -55,11 +54,29 @@ def save_final(trainer: SFTTrainer, merge_adapter: bool = True) -> None:
     trainer.accelerator.print(f"Model saved to {output_dir}")
 
 
+# What an earlier run may have left in the folder, and transformers would load beside or instead of the new files.
+STALE = ("model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model*", "adapter")
+
+
 def _move_in(source: Path, target: Path) -> None:
-    """Replace `target`'s files by `source`'s, each whole; the config comes last, as without it a folder is no model."""
+    """Replace the model in `target` by the one in `source`.
+
+    The old config goes first and the new one comes last, and without a config a folder is no model: a kill in between
+    leaves no mixture of two models that would load.
+    """
+    for path in source.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (target / "config.json", *(path for pattern in STALE for path in target.glob(pattern))):
+        _remove(path)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-        destination = target / path.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, destination)
+        _remove(target / path.name)
+        os.replace(path, target / path.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,11 +6,13 @@ reading a value back would stall the stream.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = ("token", "block", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean")
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
@@ -33,25 +35,37 @@ def check_options(options) -> None:
     level, block_size, gamma, log_ratio_clip, log_weight_clip = options
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+    if not (is_number(block_size, numbers.Integral) and block_size >= 1):
         raise ValueError(f"block_size must be an integer of at least 1 (response tokens a block), got {block_size!r}")
-    if not 0 < gamma <= 1:
+    if not (is_number(gamma) and 0 < gamma <= 1):
         raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
     for name, bounds in (("log_ratio_clip", log_ratio_clip), ("log_weight_clip", log_weight_clip)):
-        if len(bounds) != 2 or any(math.isnan(bound) for bound in bounds):
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not all(map(is_number, bounds)):
             raise ValueError(f"{name} must be two numbers (low, high), got {bounds!r}")
-        if bounds[0] > bounds[1]:
+        if not bounds[0] <= bounds[1]:  # NaN compares false
             raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds!r}: swap the two")
+    if log_weight_clip[1] == math.inf:
+        raise ValueError(f"log_weight_clip must have a finite upper end, got {log_weight_clip!r}")
 
 
 def check_head_options(temperature: float, softcap: float | None, workspace_bytes: int | None) -> None:
     """The options of the LM head that every function shares."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not positive(temperature):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not positive(softcap):
         raise ValueError(f"softcap must be a positive number, or None for a head without one, got {softcap!r}")
-    if workspace_bytes is not None and not workspace_bytes > 0:
-        raise ValueError(f"workspace_bytes must be a positive number of bytes, or None, got {workspace_bytes!r}")
+    if workspace_bytes is not None and not (is_number(workspace_bytes, numbers.Integral) and workspace_bytes > 0):
+        raise ValueError(f"workspace_bytes must be a positive integer of bytes, or None, got {workspace_bytes!r}")
+
+
+def is_number(value, kind: type = numbers.Real) -> bool:
+    """A number of Python's or NumPy's, or what stands for one while `torch.compile` traces."""
+    return isinstance(value, (kind, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def positive(value) -> bool:
+    """A finite number above 0, by comparisons alone, which trace where `math.isfinite` does not."""
+    return is_number(value) and 0 < value < math.inf
 
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
@@ -61,7 +75,7 @@ def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
-    elif denominator is not None and not (denominator > 0 and math.isfinite(denominator)):
+    elif denominator is not None and not positive(denominator):
         raise ValueError(f"denominator must be a positive number, got {denominator!r}")
 
 
@@ -83,8 +97,8 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
     if target.dtype != torch.int64:
         raise TypeError(f"target must be torch.int64 token ids, got {target.dtype}: call target.long()")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if bias is not None:
         same_shape("bias", bias, "(V,)", weight.shape[:1])
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -98,7 +112,9 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
     same_device(hidden, weight=weight, target=target, bias=bias)
 
 
-def check_loss_arguments(hidden: Tensor, target: Tensor, behavior_logprobs: Tensor, cu_seqlens, sequence_scale) -> None:
+def check_loss_arguments(
+    hidden: Tensor, target: Tensor, behavior_logprobs: Tensor, cu_seqlens, sequence_scale, denominator
+) -> None:
     """What linear_pear_loss takes beside the head."""
     same_shape("behavior_logprobs", behavior_logprobs, "target's shape", target.shape)
     check_logprobs_dtype("behavior_logprobs", behavior_logprobs)
@@ -106,7 +122,15 @@ def check_loss_arguments(hidden: Tensor, target: Tensor, behavior_logprobs: Tens
     if sequence_scale is not None:
         count = target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1)
         same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", (count,))
-    same_device(hidden, behavior_logprobs=behavior_logprobs, cu_seqlens=cu_seqlens, sequence_scale=sequence_scale)
+    if not isinstance(denominator, Tensor):
+        denominator = None
+    same_device(
+        hidden,
+        behavior_logprobs=behavior_logprobs,
+        cu_seqlens=cu_seqlens,
+        sequence_scale=sequence_scale,
+        denominator=denominator,
+    )
 
 
 def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu_seqlens) -> None:
@@ -127,16 +151,17 @@ def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu
 def check_logprobs_dtype(name: str, logprobs: Tensor) -> None:
     """float32 or float64: in half precision a log-prob is off by 4e-3, and the errors add up along the suffix."""
     if logprobs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} must be float32 (or float64), got {logprobs.dtype}: half precision is too coarse for ratios, so "
-            "score again in float32 rather than cast"
-        )
+        why = ": half precision is too coarse for ratios, so score again in float32 rather than cast"
+        half = logprobs.dtype in (torch.bfloat16, torch.float16)
+        raise TypeError(f"{name} must be float32 (or float64), got {logprobs.dtype}{why if half else ''}")
 
 
 def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> None:
     """`cu_seqlens` goes with packs, and is a vector of integers."""
     if cu_seqlens is None:
         return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor (S+1,) of int32 or int64, got {type(cu_seqlens).__name__}")
     if dims == 2:
         raise ValueError(f"cu_seqlens is for packs, but {padded}, a sequence a row: leave it out, or flatten to a pack")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -146,6 +171,8 @@ def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> 
 
 
 def same_shape(name: str, tensor: Tensor, like: str, shape) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have {like} {tuple(shape)}, got {tuple(tensor.shape)}")
 
@@ -206,6 +233,13 @@ def check_behavior_logprobs(behavior_logprobs: Tensor, valid: Tensor) -> None:
             f"behavior_logprobs must be finite and at most 0, got {behavior_logprobs[bad][0].item()} at flat position "
             f"{bad.nonzero()[0].item()} ({int(bad.sum())} such tokens): score the data again under its behaviour policy"
         ),
+    )
+
+
+def check_denominator(denominator: Tensor) -> None:
+    require(
+        (denominator.isfinite() & (denominator > 0)).all(),
+        lambda: f"denominator must be a positive number, got {denominator.item()}",
     )
 
 

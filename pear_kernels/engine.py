@@ -57,7 +57,7 @@ class Gradients:
     hidden: Tensor  # (N, D): hidden's dtype, but float32 for float16, whose range a coefficient of 1/N would leave
     weight: Tensor  # (V, D): float32 (float64); rounded to the weight's dtype once, in the backward pass
     bias: Tensor  # (V,): like weight
-    written: bool = False  # the first chunk writes `weight`, which starts as garbage; later ones add
+    written: bool = False  # whether a chunk is in: the first one writes `weight`, which starts as garbage; others add
 
     def own_head(self) -> "Gradients":
         """The same dX, and a dW and db apart."""
@@ -122,7 +122,7 @@ class Walk:
         whole, long = cut_at_sequences(lengths, rows)
         own_buffer = False
         if self.wanted.head and len(long) > 1:
-            buffer_bytes = self.head.dtype.itemsize * self.head.weight.numel()
+            buffer_bytes = self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel())
             own_buffer = 2 * buffer_bytes <= self.workspace_bytes
             if own_buffer:
                 rows = chunk_rows(self.workspace_bytes - buffer_bytes, self.row_bytes)
@@ -226,9 +226,9 @@ class Walk:
             into.hidden.index_copy_(0, self.pack.index[begin:end], dx)
         if self.wanted.weight:
             self.head.add_grad_weight_(into.weight, factor, x, row_scale, first=not into.written)
-            into.written = True
         if self.wanted.bias:
             self.head.add_grad_bias_(into.bias, factor, row_scale)
+        into.written = True
 
     def skip(self, begin: int, end: int, into: Gradients) -> None:
         """A chunk in which no token has a weight: its gradient is 0, and no product is taken."""

@@ -79,11 +79,10 @@ def linear_pear_loss(
         ValueError, TypeError: naming the argument, what it got and what to do.
         RuntimeError: for a double backward.
     """
-    options = PEAROptions(level, block_size, gamma, tuple(log_ratio_clip), tuple(log_weight_clip))
-    checks.check_options(options)
+    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
     checks.check_reduction(reduction, denominator)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
-    checks.check_loss_arguments(hidden, target, behavior_logprobs, cu_seqlens, sequence_scale)
+    checks.check_loss_arguments(hidden, target, behavior_logprobs, cu_seqlens, sequence_scale, denominator)
     if denominator is not None and not isinstance(denominator, Tensor):
         denominator = torch.full((), float(denominator), dtype=torch.float64, device=hidden.device)
     grad = torch.is_grad_enabled()

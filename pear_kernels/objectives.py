@@ -46,7 +46,7 @@ class PEARObjective:
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk, from all log-probs (n,): loss (), weights (n,) and the `STATS` (9,), all float64."""
         weights = self.walk.weights(0, self.pack.tokens)
-        loss = -(weights * self.token_scale * logprobs).sum()
+        loss = (weights * self.token_scale * -logprobs).sum()
         return loss, weights, self.statistics(logprobs, weights)
 
     def statistics(self, logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class PEARObjective:
         share = max(self.pack.tokens, 1)
         weight_sum, weight_squares = weights.sum(), weights.square().sum()
         values = (
-            -logprobs.sum() / share,
+            (-logprobs).sum() / share,
             log_ratio.sum() / share,
             (log_ratio < low).double().sum() / share,
             (log_ratio > high).double().sum() / share,

@@ -73,6 +73,8 @@ def linear_pear_loss(
     checks.check_behavior_logprobs(behavior_logprobs, valid)
     if sequence_scale is not None:
         checks.check_sequence_scale(sequence_scale)
+    if denominator is not None:
+        checks.check_denominator(denominator)
 
     pack = pack_tokens(valid, cu_seqlens)
     head = Head(weight, bias, temperature, softcap, compute_dtype)

@@ -38,9 +38,17 @@ def summed_from(begin: int, end: int, pack: Pack, options: PEAROptions) -> Tenso
     start, stop = pack.start[begin:end], pack.stop[begin:end]
     if options.level == "sequence":
         return start
-    block_size = 1 if options.level == "token" else options.block_size
+    # a block longer than the pack is as good as one of its length, and cannot overflow
+    block_size = 1 if options.level == "token" else min(options.block_size, pack.tokens + 1)
     token = torch.arange(begin, end, device=start.device)
     return torch.minimum(token + block_size - (token - start) % block_size, stop)
+
+
+def suffix_sums(values: Tensor, stop: Tensor) -> Tensor:
+    """(n,) sum of `values` (n,) over [i, stop[i]), for segments that end at `stop` (n,)."""
+    to_end = torch.zeros(len(values) + 1, dtype=values.dtype, device=values.device)
+    to_end[:-1] = values.flip(0).cumsum(0).flip(0)
+    return to_end[:-1] - to_end[stop]
 
 
 class PEARWeights:
@@ -62,12 +70,11 @@ class PEARWeights:
         """Take the log-probs (end - begin,) of these tokens; those right of them in their sequence came before."""
         low, high = self.options.log_ratio_clip
         delta = (logprobs - self.behavior_logprobs[begin:end]).clamp(low, high)
-        # sums from each token to the chunk's end, less what lies beyond the token's own sequence ...
-        to_end = torch.zeros(end - begin + 1, dtype=torch.float64, device=delta.device)
-        to_end[:-1] = delta.flip(0).cumsum(0).flip(0)
         stop = self.pack.stop[begin:end]
-        here = to_end[:-1] - to_end[stop.clamp(max=end) - begin]
-        # ... plus, for a sequence that goes on to the right, the sum that the walk already has there
+        here = suffix_sums(delta.nan_to_num(), stop.clamp(max=end) - begin)
+        # hidden states that are NaN spoil the tokens before them in their sequence, and no other sequence
+        here = torch.where(suffix_sums(delta.isnan().double(), stop.clamp(max=end) - begin) > 0, torch.nan, here)
+        # a sequence that goes on to the right has its sum from there on already
         self.suffix[begin:end] = here + torch.where(stop > end, self.suffix[end], 0.0)
 
     def log_weights(self, begin: int, end: int) -> Tensor:
@@ -118,8 +125,7 @@ def pear_weights(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it should be.
     """
-    options = PEAROptions(level, block_size, gamma, tuple(log_ratio_clip), tuple(log_weight_clip))
-    checks.check_options(options)
+    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
     checks.check_weight_arguments(logprobs, behavior_logprobs, mask, cu_seqlens)
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)

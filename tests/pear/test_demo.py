@@ -123,9 +123,9 @@ def test_whole_stages_are_kept_and_broken_ones_made_again(finished, monkeypatch)
     assert table_of((finished / "report.md").read_text())[:6] == table_of(before)[:6]
 
 
-def test_a_stage_is_made_again_after_any_doubt(tmp_path):
-    """Asked twice, a stage has nothing to do the second time; with other settings, a lost output or a broken stamp it
-    has, and so have all stages after it."""
+def test_a_stage_is_made_again_after_any_doubt(tmp_path, monkeypatch):
+    """Asked twice, a stage has nothing to do the second time; with other settings or code, a lost output or a broken
+    stamp it has, and so have all stages after it."""
 
     def asked(settings):
         stages, todo = demo._Stages(tmp_path, settings, Console(quiet=True), 2), []
@@ -144,6 +144,12 @@ def test_a_stage_is_made_again_after_any_doubt(tmp_path):
     (tmp_path / "two.txt").unlink()
     assert asked(FAST) == [False, True]
     (tmp_path / ".stages" / "one.json").write_text('{"ke')
+    assert asked(FAST) == [True, True]
+    assert asked(FAST) == [False, False]
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("changed = True")
+    monkeypatch.setattr(demo.pear_kernels, "__file__", str(package / "__init__.py"))
     assert asked(FAST) == [True, True]
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -641,6 +642,28 @@ def test_disk_full_at_the_end_keeps_the_old_model(make_trainer, tmp_path, monkey
     assert error.value.errno == errno.ENOSPC
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert ".final.tmp" not in os.listdir(tmp_path / "run")
+
+
+def test_a_new_model_leaves_nothing_of_the_old_one(make_trainer, tmp_path):
+    trainer = make_trainer()
+    save_final(trainer)
+    folder = Path(trainer.args.output_dir)
+    # an adapter and shards of an earlier run: transformers would load them on top of, or instead of, the new weights
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    (folder / "checkpoint-1").mkdir(exist_ok=True)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.5
+    save_final(trainer)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+    assert (folder / "checkpoint-1").is_dir()
+    assert (
+        not list(folder.glob("adapter*")) and not list(folder.glob("model-*")) and not list(folder.glob("*.index.json"))
+    )
 
 
 def test_disk_full_in_a_checkpoint_leaves_no_half_checkpoint(make_trainer, tmp_path, monkeypatch):

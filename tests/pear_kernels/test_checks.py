@@ -47,7 +47,10 @@ BAD = {
         dict(weight=torch.randn(D, V)),
         r"weight must be \(V, D\) with hidden's D = 4, got shape \(4, 9\)",
     ),
-    "weight of integers": (dict(weight=torch.ones(V, D, dtype=torch.int64)), "weight must be floating point"),
+    "weight of integers": (
+        dict(weight=torch.ones(V, D, dtype=torch.int64)),
+        "weight must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
     "weight of another dtype": (
         dict(weight=torch.randn(V, D).bfloat16()),
         "hidden and weight must have one dtype.*float32 and torch.bfloat16",
@@ -96,6 +99,16 @@ BAD = {
     "log_ratio_clip of one": (dict(log_ratio_clip=(0.3,)), "log_ratio_clip must be two numbers"),
     "reduction": (dict(reduction="none"), "reduction must be one of 'mean', 'sum', 'sequence_mean', got 'none'"),
     "denominator": (dict(denominator=0.0), "denominator must be a positive number"),
+    "denominator zero, as a tensor": (
+        dict(denominator=torch.tensor(0)),
+        "denominator must be a positive number, got 0",
+    ),
+    "denominator nan": (dict(denominator=torch.tensor(math.nan)), "denominator must be a positive number, got nan"),
+    "gamma of text": (dict(gamma="0.9"), r"gamma must be in \(0, 1\], got '0.9'"),
+    "log_ratio_clip of one number": (dict(log_ratio_clip=0.3), "log_ratio_clip must be two numbers"),
+    "log_weight_clip without end": (dict(log_weight_clip=(0.0, math.inf)), "log_weight_clip must have a finite upper"),
+    "cu_seqlens of a list": (dict(cu_seqlens=[0, N]), "cu_seqlens must be a tensor"),
+    "workspace_bytes of a float": (dict(workspace_bytes=1e9), "workspace_bytes must be a positive integer"),
     "denominator of two": (dict(denominator=torch.ones(2)), "denominator must hold one number"),
     "sequence_scale of another length": (
         dict(sequence_scale=torch.ones(2)),
@@ -104,7 +117,7 @@ BAD = {
     "sequence_scale nan": (dict(sequence_scale=torch.full((1,), math.nan)), "sequence_scale must be finite"),
     "temperature": (dict(temperature=0.0), "temperature must be a positive number"),
     "softcap": (dict(softcap=-1.0), "softcap must be a positive number"),
-    "workspace_bytes": (dict(workspace_bytes=0), "workspace_bytes must be a positive number"),
+    "workspace_bytes": (dict(workspace_bytes=0), "workspace_bytes must be a positive integer"),
 }
 
 

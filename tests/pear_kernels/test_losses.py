@@ -212,6 +212,19 @@ def test_bitwise_repeatable(level):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_nan_stays_in_its_sequence(level):
+    problem = make_problem((20, 30, 20), ignored=0.0, level=level)
+    clean, _ = problem.ours(workspace_bytes=workspace(16, 37))
+    problem.hidden[35] = math.nan
+    out, _ = problem.ours(workspace_bytes=workspace(16, 37))
+    assert out.loss.isnan()
+    others = torch.ones(70, dtype=torch.bool)
+    others[20:50] = False
+    torch.testing.assert_close(out.weights[others], clean.weights[others], rtol=1e-13, atol=0)
+    assert out.weights[20:32].isnan().all()  # tokens before it look at it, but for those of its own block
+
+
 # ---- what it costs: rows that go through each product
 
 
@@ -279,6 +292,23 @@ def test_sequence_level_with_a_second_buffer_is_three_products(products):
     (loss, _, _), exact_leaves = problem.naive()
     for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
         assert relative_error(ours, exact) < 1e-12
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "hidden bias", "weight bias", "hidden weight bias"])
+@pytest.mark.parametrize("rows", [1, 20, 60])
+def test_sequence_level_whatever_is_trained(trained, rows):
+    problem = make_problem((0, 40, 1, 49, 10, 0), level="sequence", bias=True, D=4)
+    names = ("hidden", "weight", "bias")
+    leaves = [leaf.requires_grad_(name in trained.split()) for name, leaf in zip(names, problem.leaves(), strict=True)]
+    out = linear_pear_loss(
+        leaves[0], leaves[1], problem.target, problem.behavior_logprobs, bias=leaves[2], cu_seqlens=problem.cu_seqlens,
+        level="sequence", workspace_bytes=workspace(rows, 37),
+    )  # fmt: skip
+    (loss, _, _), exact_leaves = problem.naive()
+    exact = dict(zip(names, gradients(loss, exact_leaves), strict=True))
+    ours = dict(zip(trained.split(), gradients(out.loss, [x for x in leaves if x.requires_grad]), strict=True))
+    for name, gradient in ours.items():
+        assert relative_error(gradient, exact[name]) < 1e-12, name
 
 
 def test_chunks_without_weight_skip_their_gradient_products(products):

@@ -43,6 +43,23 @@ def test_compile_keeps_one_graph(problem, make):
     torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
 
 
+def test_compile_with_options_that_change_between_calls():
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda hidden, weight, target, behavior, denominator, temperature: (
+            linear_pear_loss(hidden, weight, target, behavior, denominator=denominator, temperature=temperature).loss
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for tokens, denominator, temperature in [(9, 3.0, 1.0), (9, 4.0, 1.5), (12, 5.5, 1.25), (7, 6.0, 0.5)]:
+        problem = make_problem((tokens,), dtype=torch.float32, ignored=0.0)
+        hidden, weight = problem.leaves()
+        loss = step(hidden, weight, problem.target, problem.behavior_logprobs, denominator, temperature)
+        (exact, _, _), _ = problem.naive(denominator=denominator, temperature=temperature)
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("make", [pear, own_loss])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(problem, make, use_reentrant):

@@ -101,6 +101,13 @@ def test_a_block_as_long_as_the_sequence_weighs_one(block_size):
     assert torch.equal(pear_weights(logprobs, behavior, level="block", block_size=block_size), torch.ones(30).double())
 
 
+def test_a_block_longer_than_any_sequence_overflows_nothing():
+    logprobs, behavior = random_logprobs(30, 1)
+    bounds = torch.tensor([0, 10, 30])
+    weights = pear_weights(logprobs, behavior, level="block", block_size=2**63 - 1, cu_seqlens=bounds)
+    assert torch.equal(weights, torch.ones(30).double())
+
+
 def test_the_floor_is_reached_after_123_tokens_at_the_lower_clip():
     # method.md: at -0.08 a token G sits on its floor e^-10 after 123 tokens; log G = -k (0.08 + 0.0010005)
     n = 200
