@@ -345,7 +345,7 @@ def pretrain(
             intermediate_size=3 * settings.hidden_size,
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

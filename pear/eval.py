@@ -174,10 +174,13 @@ def run(
     `options` go to `evaluate`. Arguments are checked before the model is loaded.
     """
     from pear.models import load_model, load_tokenizer
+    from pear.side_by_side import quiet
 
     _check_k(k, samples)
     problems = load_task(task, "test", size, seed)
-    result = evaluate(load_model(model), load_tokenizer(model), problems, k, samples, seed=seed, **options)
+    with quiet():
+        loaded, tokenizer = load_model(model), load_tokenizer(model)
+    result = evaluate(loaded, tokenizer, problems, k, samples, seed=seed, **options)
     result |= {"model": model, "task": task, "split": "test"}
     Console().print(table({model: result}, title=f"{task}, held-out problems"))
     if out is not None:

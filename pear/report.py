@@ -121,7 +121,7 @@ def ratio_histogram(
         axis.set(yscale="log", title=f"{title}, mean after the clip {np.clip(ratio, low, high).mean():+.3f}")
         axis.set(xlabel=f"$\\log\\,\\pi - \\log\\,\\pi_b$ of a token (nats; beyond ±{edge} in the outer bins)")
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left")
+        axis.legend(loc="upper right")  # the peak is at 0
     axes[0].set_ylabel("share of response tokens (%)")
     figure.suptitle("Log-ratio of the student to the teacher who wrote the traces")
     _save(figure, path)

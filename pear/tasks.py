@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -182,7 +183,9 @@ def judge(problem: Problem, answer: str) -> int:
     if not found or len(found[1]) > MAX_ANSWER_CHARS:
         return 0
     try:
-        score = _scorer(task.dataset)(found[1], problem.entry)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # Python's remarks on answers such as "(1)(2)"
+            score = _scorer(task.dataset)(found[1], problem.entry)
     except (ValueError, ArithmeticError, SyntaxError):  # what parsers raise on junk; anything else is a bug to see
         return 0
     return int(score >= CORRECT)

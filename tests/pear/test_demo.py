@@ -64,6 +64,19 @@ def test_checkpoints_are_plain_folders_that_differ_from_their_common_start(finis
     assert any(not torch.equal(value, pear[key]) for key, value in models["sft"].state_dict().items())
 
 
+def test_pear_eval_takes_a_checkpoint_with_its_default_options(finished):
+    from typer.testing import CliRunner
+
+    from pear.cli import app
+
+    arguments = ["eval", "--model", str(finished / "pear"), "--task", "countdown", "--size", "2", "--samples", "8"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(finished / "again.json")])
+    assert result.exit_code == 0, result.output
+    saved = json.loads((finished / "again.json").read_text())
+    assert saved["prompt_format"] == "compact" and saved["size"] == 2 and 0 <= saved["pass@8"] <= 1
+    (finished / "again.json").unlink()
+
+
 def test_both_runs_saw_the_same_batches_from_the_same_start(finished):
     logs = {n: json.loads((finished / "training" / f"{n}.json").read_text())["log"] for n in ("sft", "pear")}
     steps = {name: [entry for entry in log if "pear/nll" in entry] for name, log in logs.items()}

@@ -56,6 +56,7 @@ def test_right_answers(text):
         "3*7*",
         "(3*7*2",
         "3(7)(2)",
+        "()(3*7*2)",
         "3*7*2 is my answer",
         "answer",
         "x*3*7*2",
@@ -70,8 +71,9 @@ def test_right_answers(text):
         "🙂",
     ],
 )
-def test_wrong_answers_and_junk(text):
+def test_wrong_answers_and_junk(text, recwarn):
     assert reward(countdown([3, 7, 2], 42), text) == 0
+    assert not [w for w in recwarn if w.category is SyntaxWarning]
 
 
 @pytest.mark.parametrize("text", ["9**9**9**9", "2**3*7", "7//2*3", "9**(9**9)", "factorial(99999)*3", "3!*7"])
