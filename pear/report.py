@@ -228,8 +228,8 @@ def write_report(
         "This is a demo of the path, from data to evaluation, on toy models with one seed. It is **not evidence** for "
         "or against the paper's claim, which is about large models, and about what reinforcement learning makes of "
         "them afterwards. The figures are what came out. Settings were chosen by SFT's held-out NLL, by whether "
-        "SFT improved on the student, and by the teacher's pass@1 on these very problems; not blindly, since earlier runs "
-        "with other settings had shown PEAR's figures too.",
+        "SFT improved on the student, and by the teacher's pass@1 on these very problems; not blindly, since earlier "
+        "runs with other settings had shown PEAR's figures too.",
     ]
     if facts["fast"]:
         paragraphs.append("**This was a fast run, for tests: its figures mean nothing at all.**")
