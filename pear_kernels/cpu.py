@@ -16,24 +16,16 @@ float32 accumulators, so half-precision weights are widened a tile of the vocabu
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pear_kernels.head import Softmax, torch_row_bytes
 
 # exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
 MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
 ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row blocks that stay in cache
 WEIGHT_TILE_BYTES = 1 << 24  # a widened tile of a half-precision weight
-
-
-class Softmax(NamedTuple):
-    """What one pass over a chunk's logits gives. `exp` is the workspace: the next chunk overwrites it."""
-
-    exp: Tensor  # (R, V): E, with E_y = -S where gradients are wanted
-    row_scale: Tensor  # (R,) float64: 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
-    logprobs: Tensor  # (R,) float64: log p of the target
-    entropy: Tensor | None  # (R,) float64
 
 
 class Head:
@@ -59,7 +51,11 @@ class Head:
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
-    def reserve(self, rows: int) -> None:
+    def row_bytes(self, gradient: bool) -> int:
+        """Bytes of workspace a row takes: its logits, with or without a gradient."""
+        return torch_row_bytes(self.vocabulary, self.dtype.itemsize)
+
+    def reserve(self, rows: int, gradient: bool) -> None:
         """One (rows, V) workspace for every chunk to come."""
         self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
 
@@ -183,12 +179,20 @@ class Head:
 
     # ---- second and third product
 
-    def grad_hidden(self, exp: Tensor, row_scale: Tensor) -> Tensor:
-        """Product 2: diag(row_scale) E W, (R, D)."""
-        out = exp.new_zeros(len(exp), self.weight.shape[1])
+    def write_grad_hidden_(
+        self,
+        into: Tensor,  # (N, D)
+        index: Tensor,  # (R,)
+        factor: Tensor,  # (R, V)
+        row_scale: Tensor,  # (R,)
+        target: Tensor,  # (R,)
+        target_mass: Tensor | None,  # (R,): None, since E_y = -S stands in `factor`
+    ) -> None:
+        """Product 2: into[index] = diag(row_scale) E W."""
+        out = factor.new_zeros(len(factor), self.weight.shape[1])
         for tile, weight in self.tiles():
-            out.addmm_(exp[:, tile], weight)
-        return out.mul_(row_scale[:, None])
+            out.addmm_(factor[:, tile], weight)
+        into.index_copy_(0, index, out.mul_(row_scale[:, None]).to(into.dtype))
 
     def add_grad_weight_(self, grad: Tensor, exp: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
         """Product 3: grad (V, D) += E^T diag(row_scale) x; the `first` chunk writes, so `grad` may start as garbage."""

@@ -15,15 +15,14 @@ product).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pear_kernels.cpu import Head, Softmax
-from pear_kernels.packing import Pack, chunk_rows, cut, cut_at_sequences
-
-MIN_WORKSPACE, MAX_WORKSPACE = 128 << 20, 1 << 30  # bytes
+from pear_kernels.head import Head, Softmax
+from pear_kernels.packing import Pack
+from pear_kernels.plan import Chunk, Schedule, Wanted, default_workspace, schedule
 
 
 class Objective(Protocol):
@@ -36,18 +35,6 @@ class Objective(Protocol):
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         """(end - begin,) c_t = dL/d(-log p_t), of tokens that were observed."""
-
-
-class Wanted(NamedTuple):
-    """Which gradients the caller needs; each is a product not taken where it is not."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
 
 
 @dataclass
@@ -68,14 +55,6 @@ class Gradients:
         self.bias.add_(other.bias)
 
 
-def default_workspace(weight: Tensor, itemsize: int) -> int:
-    """As many bytes as the float32 gradient of the head takes anyway, within 128 MiB and 1 GiB.
-
-    That is D rows or more of logits, and at that many rows adding a chunk to dW costs little beside making it.
-    """
-    return min(max(weight.numel() * itemsize, MIN_WORKSPACE), MAX_WORKSPACE)
-
-
 class Walk:
     """One call: which tokens, which head, which gradients, and the buffers they are gathered in."""
 
@@ -84,11 +63,12 @@ class Walk:
     ):
         self.hidden = hidden  # (N, D), the caller's
         self.head = head
-        self.target = target[pack.index]  # (n,)
+        self.target = pack.take(target)  # (n,)
         self.pack = pack
         self.wanted = wanted
         self.workspace_bytes = workspace_bytes or default_workspace(head.weight, head.dtype.itemsize)
         self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
+        self.target_scale: Tensor | None = None  # (n,): dW[target] less this times x, if the head keeps that apart
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
         def buffer(shape: tuple[int, ...], dtype: torch.dtype, is_wanted: bool) -> Tensor:
@@ -97,137 +77,160 @@ class Walk:
         self.grads = Gradients(
             buffer(tuple(hidden.shape), grad_dtype, wanted.hidden),
             buffer(tuple(head.weight.shape), head.dtype, wanted.weight),
-            buffer((head.vocabulary,), head.dtype, wanted.bias).zero_(),
+            buffer(tuple(head.weight.shape[:1]), head.dtype, wanted.bias).zero_(),
         )
         if pack.tokens < len(hidden):
             self.grads.hidden.zero_()  # ignored tokens have no gradient, and no chunk ever visits them
 
-    # ---- the walk
+    # ---- whole walks
 
     def run(self, objective: Objective) -> None:
         """Fills `logprobs`, and the gradients for a loss whose coefficients come from `objective`."""
-        rows = chunk_rows(self.workspace_bytes, self.row_bytes)
-        if objective.coupled:
-            self.run_coupled(objective, rows)
-        else:
-            chunks = cut(0, self.pack.tokens, rows)
-            self.reserve(chunks)
-            for begin, end in reversed(chunks):
-                self.visit(objective, begin, end)
-        if not self.grads.written:
-            self.grads.weight.zero_()
-
-    def run_coupled(self, objective: Objective, rows: int) -> None:
-        lengths = self.pack.lengths.tolist()
-        whole, long = cut_at_sequences(lengths, rows)
-        own_buffer = False
-        if self.wanted.head and len(long) > 1:
-            buffer_bytes = self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel())
-            own_buffer = 2 * buffer_bytes <= self.workspace_bytes
-            if own_buffer:
-                rows = chunk_rows(self.workspace_bytes - buffer_bytes, self.row_bytes)
-                whole, long = cut_at_sequences(lengths, rows)
-        self.reserve(whole + [chunk for chunks in long for chunk in chunks])
-        for chunks in long:
-            if not (self.wanted.head and self.grads.written):
+        for how, chunks in self.start(objective.coupled).steps:
+            if how == "visit":
+                self.visit(objective, *chunks)
+            elif how == "deferred":
                 self.visit_deferred(objective, chunks, self.grads)
-            elif own_buffer:
+            elif how == "own buffer":
                 own = self.grads.own_head()
                 self.visit_deferred(objective, chunks, own)
                 self.grads.add_head_(own)
             else:
                 self.visit_twice(objective, chunks)
-        for begin, end in reversed(whole):
-            self.visit(objective, begin, end)
-
-    def visit(self, objective: Objective, begin: int, end: int) -> None:
-        """One chunk whose coefficients are known as soon as its log-probs are."""
-        x, softmax = self.score(objective, begin, end)
-        if any(self.wanted):
-            self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end), self.grads)
-
-    def visit_deferred(self, objective: Objective, chunks: list[tuple[int, int]], into: Gradients) -> None:
-        """One sequence of several chunks: gradients with c = 1, scaled when its one coefficient is known."""
-        for begin, end in reversed(chunks):
-            x, softmax = self.score(objective, begin, end)
-            if any(self.wanted):
-                self.accumulate(begin, end, x, softmax, torch.ones_like(softmax.row_scale), into)
-        first = chunks[0][0]
-        coefficient = objective.coefficients(first, first + 1).to(self.head.dtype)
-        into.weight.mul_(coefficient)
-        into.bias.mul_(coefficient)
-        if self.wanted.hidden:
-            for begin, end in chunks:
-                index = self.pack.index[begin:end]
-                into.hidden.index_copy_(0, index, into.hidden[index].mul_(coefficient))
-
-    def visit_twice(self, objective: Objective, chunks: list[tuple[int, int]]) -> None:
-        """One sequence of several chunks: first its log-probs, then its gradients."""
-        for begin, end in reversed(chunks):
-            self.score(objective, begin, end)
-        for begin, end in reversed(chunks):
-            x, softmax = self.softmax(begin, end)
-            self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end), self.grads)
-
-    # ---- walks without an objective
+        self.finish()
 
     def score_all(self, entropy: bool) -> Tensor:
-        """Fills `logprobs`; returns the entropies (n,), or an empty tensor. No gradient, any order."""
-        chunks = cut(0, self.pack.tokens, chunk_rows(self.workspace_bytes, self.row_bytes))
-        self.reserve(chunks)
+        """Fills `logprobs`; returns the entropies (n,), or an empty tensor. No gradient, no objective."""
         entropies = self.logprobs.new_zeros(self.pack.tokens if entropy else 0)
-        for begin, end in chunks:
-            x, target = self.head.widen(self.rows(self.hidden, begin, end)), self.target[begin:end]
-            softmax = self.head.softmax(x, target, gradient=False, entropy=entropy)
-            self.logprobs[begin:end] = softmax.logprobs
-            if entropy:
-                entropies[begin:end] = softmax.entropy
+        for _, chunks in self.start().steps:
+            for begin, end in chunks:
+                _, softmax = self.softmax(begin, end, gradient=False, entropy=entropy)
+                if entropy:
+                    entropies[begin:end] = softmax.entropy
         return entropies
 
     def run_dense(self, of_nll: Tensor, of_entropy: Tensor) -> None:
         """Gradients for known coefficients (n,) on -log p and on the entropy, which rewrite the whole chunk."""
-        chunks = cut(0, self.pack.tokens, chunk_rows(self.workspace_bytes, self.row_bytes))
-        self.reserve(chunks)
-        for begin, end in chunks:
-            x, target = self.head.widen(self.rows(self.hidden, begin, end)), self.target[begin:end]
-            dz = self.head.entropy_gradient(x, target, of_nll[begin:end], of_entropy[begin:end])
-            self.products(begin, end, x, dz, torch.ones_like(of_nll[begin:end]), self.grads)
+        for _, chunks in self.start().steps:
+            for begin, end in chunks:
+                x = self.rows(begin, end)
+                dz = self.head.entropy_gradient(x, self.target[begin:end], of_nll[begin:end], of_entropy[begin:end])
+                row_scale = torch.ones(end - begin, dtype=self.head.dtype, device=x.device)
+                self.products(begin, end, x, dz, row_scale, None, self.grads)
+        self.finish()
+
+    def start(self, coupled: bool = False) -> Schedule:
+        """The plan of the walk, and the workspace for it. Only what is planned here runs."""
+        # lengths leave the device here: the one thing a coupled loss waits for. A static pack may not
+        known = coupled and any(self.wanted) and self.pack.counts is None
+        planned = schedule(
+            self.pack.tokens,
+            self.wanted,
+            row_bytes=self.head.row_bytes(any(self.wanted)),
+            workspace_bytes=self.workspace_bytes,
+            coupled=coupled,
+            lengths=self.pack.lengths.tolist() if known else None,
+            head_bytes=self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel()),
+        )
+        self.head.reserve(planned.rows, planned.gradient)
+        return planned
+
+    def finish(self) -> None:
+        """What is left when every chunk has passed."""
         if not self.grads.written:
             self.grads.weight.zero_()
+        elif self.target_scale is not None:
+            self.head.subtract_targets_(
+                self.grads.weight if self.wanted.weight else None,
+                self.grads.bias if self.wanted.bias else None,
+                self.hidden,
+                self.pack.index,
+                self.target,
+                self.target_scale,
+            )
+
+    # ---- steps of a walk; chunks come from the right to the left
+
+    def visit(self, objective: Objective, chunk: Chunk) -> None:
+        """One chunk whose coefficients are known as soon as its log-probs are."""
+        x, softmax = self.score(objective, *chunk, gradient=any(self.wanted))
+        if any(self.wanted):
+            self.accumulate(*chunk, x, softmax, objective.coefficients(*chunk), self.grads)
+
+    def visit_deferred(self, objective: Objective, chunks: list[Chunk], into: Gradients) -> None:
+        """Chunks whose coefficients are known after the last: gradients with c = 1, then scaled.
+
+        Those of the hidden states row by row. Those of the head as a whole, so only one sequence may be in `into`.
+        """
+        for begin, end in chunks:
+            x, softmax = self.score(objective, begin, end, gradient=True)
+            self.accumulate(begin, end, x, softmax, torch.ones_like(softmax.row_scale), into)
+        for begin, end in chunks:
+            coefficients = objective.coefficients(begin, end).to(self.head.dtype)
+            if self.wanted.hidden:
+                index = self.pack.index[begin:end]
+                into.hidden.index_copy_(0, index, into.hidden[index].mul_(coefficients[:, None]))
+            if self.target_scale is not None:
+                self.target_scale[begin:end].mul_(coefficients)
+        into.weight.mul_(coefficients[0])
+        into.bias.mul_(coefficients[0])
+
+    def visit_twice(self, objective: Objective, chunks: list[Chunk]) -> None:
+        """Chunks whose coefficients are known after the last: first all log-probs, then all gradients."""
+        for begin, end in chunks:
+            self.score(objective, begin, end, gradient=False)
+        for begin, end in chunks:
+            x, softmax = self.softmax(begin, end, gradient=True)
+            self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end), self.grads)
 
     # ---- one chunk
 
-    def score(self, objective: Objective, begin: int, end: int) -> tuple[Tensor, Softmax]:
+    def score(self, objective: Objective, begin: int, end: int, *, gradient: bool) -> tuple[Tensor, Softmax]:
         """Product 1 of a chunk, its log-probs kept and shown to the objective."""
-        x, softmax = self.softmax(begin, end)
-        self.logprobs[begin:end] = softmax.logprobs
+        x, softmax = self.softmax(begin, end, gradient=gradient)
         objective.observe(begin, end, softmax.logprobs)
         return x, softmax
 
-    def softmax(self, begin: int, end: int) -> tuple[Tensor, Softmax]:
-        """Product 1 of a chunk: its rows x (R, D) and their softmax, E in the workspace."""
-        x = self.head.widen(self.rows(self.hidden, begin, end))
-        return x, self.head.softmax(x, self.target[begin:end], gradient=any(self.wanted))
+    def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Softmax]:
+        """Product 1 of a chunk: its rows x (R, D) and their softmax, E in the workspace if `gradient`."""
+        x = self.rows(begin, end)
+        softmax = self.head.softmax(x, self.target[begin:end], gradient=gradient, entropy=entropy)
+        self.logprobs[begin:end] = softmax.logprobs
+        return x, softmax
 
     def accumulate(
         self, begin: int, end: int, x: Tensor, softmax: Softmax, coefficients: Tensor, into: Gradients
     ) -> None:
         """The gradient products of one chunk, for coefficients (end - begin,)."""
         row_scale = (coefficients * softmax.row_scale).to(self.head.dtype)
-        if row_scale.device.type == "cpu" and not row_scale.any():
+        if self.may_look and not row_scale.any():
             self.skip(begin, end, into)
-            return
-        self.products(begin, end, x, softmax.exp, row_scale, into)
+        else:
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, into)
 
-    def products(self, begin: int, end: int, x: Tensor, factor: Tensor, row_scale: Tensor, into: Gradients) -> None:
+    def products(
+        self,
+        begin: int,
+        end: int,
+        x: Tensor,  # (R, D)
+        factor: Tensor,  # (R, V)
+        row_scale: Tensor,  # (R,)
+        target_mass: Tensor | None,  # (R,)
+        into: Gradients,
+    ) -> None:
         """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias."""
         if self.wanted.hidden:
-            dx = self.head.grad_hidden(factor, row_scale).to(into.hidden.dtype)
-            into.hidden.index_copy_(0, self.pack.index[begin:end], dx)
+            self.head.write_grad_hidden_(
+                into.hidden, self.pack.index[begin:end], factor, row_scale, self.target[begin:end], target_mass
+            )
         if self.wanted.weight:
             self.head.add_grad_weight_(into.weight, factor, x, row_scale, first=not into.written)
         if self.wanted.bias:
             self.head.add_grad_bias_(into.bias, factor, row_scale)
+        if target_mass is not None and self.wanted.head:
+            if self.target_scale is None:
+                self.target_scale = torch.zeros(self.pack.tokens, dtype=self.head.dtype, device=x.device)
+            self.target_scale[begin:end] = row_scale * target_mass
         into.written = True
 
     def skip(self, begin: int, end: int, into: Gradients) -> None:
@@ -235,15 +238,11 @@ class Walk:
         if self.wanted.hidden:
             into.hidden.index_fill_(0, self.pack.index[begin:end], 0.0)
 
-    def rows(self, tensor: Tensor, begin: int, end: int) -> Tensor:
-        """These tokens' rows of one of the caller's tensors; a view where every token counts."""
-        if self.pack.tokens == len(tensor):
-            return tensor[begin:end]
-        return tensor[self.pack.index[begin:end]]
+    def rows(self, begin: int, end: int) -> Tensor:
+        """(R, D) hidden states of these tokens, as operand of a product."""
+        return self.head.widen(self.pack.take(self.hidden, begin, end))
 
     @property
-    def row_bytes(self) -> int:
-        return self.head.vocabulary * self.head.dtype.itemsize
-
-    def reserve(self, chunks: list[tuple[int, int]]) -> None:
-        self.head.reserve(max((end - begin for begin, end in chunks), default=0))
+    def may_look(self) -> bool:
+        """Whether a number may be read back without a wait: on a CPU, but not where a GPU's walk is played through."""
+        return self.logprobs.device.type == "cpu" and self.pack.counts is None

@@ -1,5 +1,7 @@
 """Losses, as the engine sees them: from log-probs to coefficients. Each formula here is used by every backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,12 @@ class PEARObjective:
         reduction: str,
         denominator: Tensor | None,  # () or (1,)
         sequence_scale: Tensor | None,  # (S,)
+        weights: Callable[..., PEARWeights] = PEARWeights,  # the class, or a backend's own with the same interface
     ):
+        self.behavior_logprobs = behavior_logprobs.double()
         self.pack = pack
         self.options = options
-        self.walk = PEARWeights(behavior_logprobs, pack, options)
+        self.walk = weights(behavior_logprobs, pack, options)
         self.coupled = options.level == "sequence"
         self.token_scale = token_scale(pack, reduction, denominator, sequence_scale)  # (n,)
 
@@ -45,27 +49,31 @@ class PEARObjective:
 
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk, from all log-probs (n,): loss (), weights (n,) and the `STATS` (9,), all float64."""
-        weights = self.walk.weights(0, self.pack.tokens)
+        weights = self.pack.zero_ghosts(self.walk.weights(0, self.pack.tokens).double())
         loss = (weights * self.token_scale * -logprobs).sum()
         return loss, weights, self.statistics(logprobs, weights)
 
     def statistics(self, logprobs: Tensor, weights: Tensor) -> Tensor:
-        log_ratio = logprobs - self.walk.behavior_logprobs
+        log_ratio = logprobs - self.behavior_logprobs
         log_g = self.walk.log_weights(0, self.pack.tokens)
         low, high = self.options.log_ratio_clip
         floor, ceiling = self.options.log_weight_clip
-        share = max(self.pack.tokens, 1)
+        tokens = at_least_one(self.pack.counted)
+
+        def mean(values: Tensor) -> Tensor:
+            return self.pack.zero_ghosts(values.double()).sum() / tokens
+
         weight_sum, weight_squares = weights.sum(), weights.square().sum()
         values = (
-            (-logprobs).sum() / share,
-            log_ratio.sum() / share,
-            (log_ratio < low).double().sum() / share,
-            (log_ratio > high).double().sum() / share,
-            weight_sum / share,
-            (log_g <= floor).double().sum() / share,
-            (log_g >= ceiling).double().sum() / share,
-            weight_sum.square() / (share * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
-            torch.full_like(weight_sum, self.pack.tokens),
+            mean(-logprobs),
+            mean(log_ratio),
+            mean(log_ratio < low),
+            mean(log_ratio > high),
+            mean(weights),
+            mean(log_g <= floor),
+            mean(log_g >= ceiling),
+            weight_sum.square() / (tokens * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
+            torch.ones_like(weight_sum) * self.pack.counted,
         )
         return torch.stack(values)
 
@@ -100,9 +108,13 @@ def token_scale(pack: Pack, reduction: str, denominator: Tensor | None, sequence
     if denominator is not None:
         divisor = denominator.reshape(())
     elif reduction == "mean":
-        divisor = torch.full((), max(pack.tokens, 1), device=device)
+        divisor = at_least_one(pack.counted)
     elif reduction == "sequence_mean":
         divisor = (pack.lengths > 0).sum().clamp(min=1)
     else:
-        divisor = torch.ones((), device=device)
-    return scale / divisor
+        divisor = 1
+    return pack.zero_ghosts(scale / divisor)
+
+
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

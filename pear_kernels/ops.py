@@ -79,7 +79,7 @@ def linear_pear_loss(
     pack = pack_tokens(valid, cu_seqlens)
     head = Head(weight, bias, temperature, softcap, compute_dtype)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
-    objective = PEARObjective(behavior_logprobs[pack.index], pack, options, reduction, denominator, sequence_scale)
+    objective = PEARObjective(pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale)
     walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
     walk.run(objective)
     loss, weights, stats = objective.finish(walk.logprobs)
@@ -184,11 +184,11 @@ def linear_logprobs_backward(
     walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(grad_entropy)
-    of_nll = -grad_logprobs.to(head.dtype)[pack.index]
+    of_nll = -pack.take(grad_logprobs.to(head.dtype))
     if grad_entropy is None:
         walk.run(FixedCoefficients(of_nll))
     else:
-        walk.run_dense(of_nll, grad_entropy.to(head.dtype)[pack.index])
+        walk.run_dense(of_nll, pack.take(grad_entropy.to(head.dtype)))
     grads = walk.grads
     return (
         grads.hidden.to(hidden.dtype),

@@ -14,31 +14,74 @@ ROW_MULTIPLE = 128  # chunks are a multiple of this many rows, which suits every
 
 
 class Pack(NamedTuple):
-    """The n tokens that count, in order. `start[i] <= i < stop[i]` are the compact bounds of token i's sequence."""
+    """The tokens that count, in order. `start[i] <= i < stop[i]` are the compact bounds of token i's sequence.
+
+    A *static* pack has as many rows as the caller has tokens, whatever `valid` holds, so that making it and walking it
+    ask the device nothing: after the tokens that count come the ignored ones as ghosts. A ghost is a sequence of its
+    own, and whatever is taken for it, or unpacked from it, is 0.
+    """
 
     index: Tensor  # (n,) int64, where each token stands in the caller's flat (N,) tensors
     sequence: Tensor  # (n,) int64, which sequence it belongs to
     start: Tensor  # (n,) int64, compact index of the first token of its sequence
     stop: Tensor  # (n,) int64, one past the last token of its sequence
     lengths: Tensor  # (S,) int64, tokens that count in each sequence
+    counts: Tensor | None = None  # (n,) bool, False at ghosts; None where there are none: the pack is not static
 
     @property
     def tokens(self) -> int:
+        """n, the rows of the pack, ghosts included."""
         return self.index.numel()
 
+    @property
+    def counted(self) -> int | Tensor:
+        """How many tokens count; in a static pack () int64, which only the device knows."""
+        return self.tokens if self.counts is None else self.counts.sum()
 
-def pack_tokens(valid: Tensor, cu_seqlens: Tensor) -> Pack:
-    """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,)."""
-    index = valid.nonzero().squeeze(1)
+    def take(self, values: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows [begin, end) in compact order of the caller's `values` (N, ...); a view where that is their order."""
+        if self.counts is not None:
+            counts = self.counts[begin:end].view(-1, *[1] * (values.dim() - 1))
+            return values[self.index[begin:end]].masked_fill_(~counts, 0)  # not a product: a ghost may hold NaN
+        return values[begin:end] if self.tokens == len(values) else values[self.index[begin:end]]
+
+    def zero_ghosts(self, compact: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """`compact` (end - begin,), values of these rows, with 0 for ghosts."""
+        return compact if self.counts is None else compact.masked_fill(~self.counts[begin:end], 0)
+
+
+def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None) -> Pack:
+    """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,).
+
+    To list the tokens that count, the host waits for their number once: it saves the ignored ones' products. A `static`
+    pack waits for nothing and drops nothing; None: static while a CUDA graph is captured, where waiting is an error.
+    """
+    size = valid.numel()
+    before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
+    edges = before[cu_seqlens.long()]  # (S+1,): the sequences' bounds in compact order
+    counts = None
+    if capturing() if static is None else static:
+        token = torch.arange(size, device=valid.device)
+        place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts behind the last that counts
+        index = torch.empty_like(token).scatter_(0, place, token)
+        counts = token < before[-1]
+    else:
+        index = valid.nonzero().squeeze(1)
     sequence = torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True)
-    lengths = torch.bincount(sequence, minlength=cu_seqlens.numel() - 1)
-    stops = lengths.cumsum(0)
-    return Pack(index, sequence, (stops - lengths)[sequence], stops[sequence], lengths)
+    start, stop = edges[sequence], edges[sequence + 1]
+    if counts is not None:
+        start, stop = torch.where(counts, start, token), torch.where(counts, stop, token + 1)
+    return Pack(index, sequence, start, stop, edges.diff(), counts)
+
+
+def capturing() -> bool:
+    """Whether the current CUDA stream records a graph, so that nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def unpack(compact: Tensor, pack: Pack, size: int) -> Tensor:
     """(n,) in compact order -> (size,) in the caller's order, 0 at the tokens that do not count."""
-    return compact.new_zeros(size).index_copy_(0, pack.index, compact)
+    return compact.new_zeros(size).index_copy_(0, pack.index, pack.zero_ghosts(compact))
 
 
 def chunk_rows(workspace_bytes: int, bytes_per_row: int) -> int:

@@ -83,8 +83,8 @@ def test_the_workspace_dies_with_the_call(monkeypatch):
     seen = []
     reserve = Head.reserve
 
-    def watched(self, rows):
-        reserve(self, rows)
+    def watched(self, *args):
+        reserve(self, *args)
         seen.append(weakref.ref(self.workspace))
 
     monkeypatch.setattr(Head, "reserve", watched)

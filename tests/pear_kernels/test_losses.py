@@ -243,7 +243,7 @@ def products(monkeypatch):
         monkeypatch.setattr(Head, name, counted)
 
     counting("_logits", "logits", 0)
-    counting("grad_hidden", "hidden", 0)
+    counting("write_grad_hidden_", "hidden", 2)
     counting("add_grad_weight_", "weight", 1)
     return rows
 
