@@ -2,11 +2,16 @@
 
 Two kinds. Checks of shapes, dtypes and options need no data and run before anything else, also while `torch.compile`
 traces. Checks of values run inside the custom ops; on a CPU they raise, elsewhere they are device-side asserts, because
-reading a value back would stall the stream.
+reading a value back would stall the stream. Such an assert prints its message and ends the process's use of the GPU.
+
+PEAR_KERNELS_CHECK_VALUES=0 in the environment leaves the checks of values out, on a CPU too. What a call does with bad
+values is then undefined.
 """
 
+import functools
 import math
 import numbers
+import os
 from collections.abc import Callable
 
 import torch
@@ -16,15 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = ("token", "block", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean")
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
-
-
-def require(condition: Tensor, message: Callable[[], str]) -> None:
-    """Raise ValueError unless the 0-d bool tensor holds; off the CPU a device-side assert, without a host sync."""
-    if condition.device.type == "cpu":
-        if not bool(condition):
-            raise ValueError(message())
-    else:
-        torch._assert_async(condition)
+VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 
 
 # ---- options
@@ -189,7 +186,7 @@ def same_device(hidden: Tensor, **others: Tensor | None) -> None:
 def sequence_bounds(shape, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """(S+1,) bounds of the flat tokens: the pack's own, a sequence a row for (B, T), or one sequence for (N,)."""
     if cu_seqlens is not None:
-        return cu_seqlens
+        return cu_seqlens.contiguous()
     rows, length = shape if len(shape) == 2 else (1, shape[0])
     return torch.arange(rows + 1, device=device) * length
 
@@ -197,54 +194,85 @@ def sequence_bounds(shape, cu_seqlens: Tensor | None, device: torch.device) -> T
 # ---- values
 
 
+def require(condition: Tensor, rule: str, found: Callable[[], str]) -> None:
+    """ValueError "rule, got found" unless the 0-d bool tensor holds; off the CPU an assert on the device that says
+    `rule` (less than 255 bytes), with no host sync: `found` reads values, so it is for the CPU alone."""
+    if condition.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(condition, f"pear_kernels: {rule}")
+    elif not bool(condition):
+        raise ValueError(f"{rule}, got {found()}")
+
+
+def value_check(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that PEAR_KERNELS_CHECK_VALUES=0 switches off."""
+
+    @functools.wraps(check)
+    def unless_switched_off(*arguments):
+        setting = os.environ.get(VALUES_VARIABLE) or "1"
+        if setting not in ("0", "1"):
+            raise ValueError(f"{VALUES_VARIABLE} must be 0 (no checks of values) or 1, got {setting!r}")
+        if setting == "1":
+            check(*arguments)
+
+    return unless_switched_off
+
+
+@value_check
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     """From 0 to N, never descending (an empty sequence is allowed)."""
     require(
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens),
+        f"cu_seqlens must begin with 0 and end at N = {tokens}",
         lambda: (
-            f"cu_seqlens must begin with 0 and end at N = {tokens}, got {cu_seqlens[0].item()} and "
-            f"{cu_seqlens[-1].item()}: it holds the cumulative lengths of the sequences in the pack"
+            f"{cu_seqlens[0].item()} and {cu_seqlens[-1].item()}: it holds the cumulative lengths of the sequences in "
+            "the pack"
         ),
     )
     require(
         (cu_seqlens.diff() >= 0).all(),
-        lambda: f"cu_seqlens must be ascending, got {cu_seqlens.tolist()[:20]}",
+        "cu_seqlens must be ascending",
+        lambda: f"{cu_seqlens.tolist()[:20]}",
     )
 
 
+@value_check
 def check_target(target: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Ids in [0, V) wherever a token counts."""
     outside = valid & ((target < 0) | (target >= vocabulary))
     require(
         ~outside.any(),
-        lambda: (
-            f"target must be in [0, {vocabulary}) or ignore_index ({ignore_index}), got "
-            f"{target[outside][0].item()} at flat position {outside.nonzero()[0].item()}"
-        ),
+        f"target must be in [0, {vocabulary}) or ignore_index ({ignore_index})",
+        lambda: f"{target[outside][0].item()} at flat position {outside.nonzero()[0].item()}",
     )
 
 
+@value_check
 def check_behavior_logprobs(behavior_logprobs: Tensor, valid: Tensor) -> None:
     """Finite and not above 0, wherever a token counts; what stands at ignored tokens is not looked at."""
     bad = valid & ~(behavior_logprobs.isfinite() & (behavior_logprobs <= MAX_LOGPROB))
     require(
         ~bad.any(),
+        "behavior_logprobs must be finite and at most 0",
         lambda: (
-            f"behavior_logprobs must be finite and at most 0, got {behavior_logprobs[bad][0].item()} at flat position "
-            f"{bad.nonzero()[0].item()} ({int(bad.sum())} such tokens): score the data again under its behaviour policy"
+            f"{behavior_logprobs[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such "
+            "tokens): score the data again under its behaviour policy"
         ),
     )
 
 
+@value_check
 def check_denominator(denominator: Tensor) -> None:
     require(
         (denominator.isfinite() & (denominator > 0)).all(),
-        lambda: f"denominator must be a positive number, got {denominator.item()}",
+        "denominator must be a positive number",
+        lambda: f"{denominator.item()}",
     )
 
 
+@value_check
 def check_sequence_scale(sequence_scale: Tensor) -> None:
     require(
         sequence_scale.isfinite().all(),
-        lambda: f"sequence_scale must be finite, got {sequence_scale.tolist()[:20]}",
+        "sequence_scale must be finite",
+        lambda: f"{sequence_scale.tolist()[:20]}",
     )

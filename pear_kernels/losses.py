@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
+from pear_kernels.backend import check_backend
 from pear_kernels.objectives import STATS
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -39,6 +40,7 @@ def linear_pear_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    backend: str | None = None,
 ) -> LossOutput:
     """PEAR loss of an LM head (arXiv 2602.01058), head included, without ever holding the (N, V) logits.
 
@@ -71,17 +73,23 @@ def linear_pear_loss(
         ignore_index: the target of tokens that do not count.
         workspace_bytes: size of the chunk of logits. None: the size of a float32 gradient of the head, within 128 MiB
             and 1 GiB. It changes speed and memory, not the result.
+        backend: "triton", kernels for NVIDIA GPUs of compute capability 8.0 or newer, or "torch", any device; None:
+            the environment variable PEAR_KERNELS_BACKEND, or else the kernels wherever they run. float64 is always
+            computed by "torch".
 
     Returns:
         LossOutput. With every token ignored: loss 0 and zero gradients.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what to do.
+        ValueError, TypeError: naming the argument, what it got and what to do. Values (of target, behavior_logprobs,
+            cu_seqlens, sequence_scale, denominator) are checked where they are: on a GPU by device-side asserts, so
+            without waiting for it. PEAR_KERNELS_CHECK_VALUES=0 in the environment leaves that out on every device.
+        torch.OutOfMemoryError: naming the workspace's size. (On a CPU, where that is torch's error, RuntimeError.)
         RuntimeError: for a double backward.
     """
     checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
     checks.check_reduction(reduction, denominator)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     checks.check_loss_arguments(hidden, target, behavior_logprobs, cu_seqlens, sequence_scale, denominator)
     if denominator is not None and not isinstance(denominator, Tensor):
         denominator = torch.full((), float(denominator), dtype=torch.float64, device=hidden.device)
@@ -104,6 +112,7 @@ def linear_pear_loss(
         softcap,
         ignore_index,
         workspace_bytes,
+        backend,
         compute_dtype,
         [
             grad and hidden.requires_grad,
@@ -127,6 +136,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log pi of each target under an LM head, without ever holding the (N, V) logits; any loss may be built on top.
 
@@ -141,7 +151,7 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, what it got and what to do.
         RuntimeError: for a double backward.
     """
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     logprobs, entropy = ops.linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -152,6 +162,7 @@ def linear_logprobs(
         ignore_index,
         return_entropy,
         workspace_bytes,
+        backend,
         compute_dtype,
     )
     if return_entropy:
@@ -159,11 +170,12 @@ def linear_logprobs(
     return logprobs.view(target.shape)
 
 
-def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes) -> torch.dtype:
+def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend) -> torch.dtype:
     """Checks the arguments that every function shares; returns the dtype that operands are rounded to."""
     device_type = hidden.device.type
     # autocast leaves float64 alone, as it does in F.linear
     autocast = torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype)
     checks.check_head(hidden, weight, target, bias, autocast)
     checks.check_head_options(temperature, softcap, workspace_bytes)
+    check_backend(backend)
     return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from pear_kernels import checks
+from pear_kernels.backend import check_backend
 from pear_kernels.losses import LossOutput, linear_pear_loss
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -26,15 +27,17 @@ class LinearPEARLoss(nn.Module):
         softcap: float | None = None,
         ignore_index: int = -100,
         workspace_bytes: int | None = None,
+        backend: str | None = None,
     ):
         super().__init__()
         checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
         checks.check_reduction(reduction, None)
         checks.check_head_options(temperature, softcap, workspace_bytes)
+        check_backend(backend)
         self.options = dict(
             level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
             log_weight_clip=log_weight_clip, reduction=reduction, temperature=temperature, softcap=softcap,
-            ignore_index=ignore_index, workspace_bytes=workspace_bytes,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
 
     def forward(

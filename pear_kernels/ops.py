@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.cpu import Head
+from pear_kernels.backend import head_class, weights_class
 from pear_kernels.engine import Walk, Wanted
+from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import STATS, FixedCoefficients, PEARObjective
 from pear_kernels.packing import pack_tokens, unpack
 from pear_kernels.weights import PEAROptions
@@ -62,6 +63,7 @@ def linear_pear_loss(
     softcap: float | None,
     ignore_index: int,
     workspace_bytes: int | None,
+    backend: str | None,
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -77,11 +79,15 @@ def linear_pear_loss(
         checks.check_denominator(denominator)
 
     pack = pack_tokens(valid, cu_seqlens)
-    head = Head(weight, bias, temperature, softcap, compute_dtype)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
-    objective = PEARObjective(pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale)
-    walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
-    walk.run(objective)
+    objective = PEARObjective(
+        pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale,
+        weights_class(backend, hidden.device, compute_dtype),
+    )  # fmt: skip
+    with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
+        walk.run(objective)
     loss, weights, stats = objective.finish(walk.logprobs)
     grads = walk.grads
     results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
@@ -140,6 +146,7 @@ def linear_logprobs(
     ignore_index: int,
     return_entropy: bool,
     workspace_bytes: int | None,
+    backend: str | None,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs (N,), entropy (N,) or empty)."""
@@ -147,16 +154,18 @@ def linear_logprobs(
     valid = target != ignore_index
     checks.check_target(target, valid, weight.shape[0], ignore_index)
     pack = pack_tokens(valid, one_sequence(target))
-    head = Head(weight, bias, temperature, softcap, compute_dtype)
-    walk = Walk(hidden, head, target, pack, Wanted(False, False, False), workspace_bytes)
-    entropy = walk.score_all(return_entropy)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    nothing = Wanted(False, False, False)
+    with explain_out_of_memory("linear_logprobs", hidden, head, nothing, workspace_bytes):
+        walk = Walk(hidden, head, target, pack, nothing, workspace_bytes)
+        entropy = walk.score_all(return_entropy)
     results = unpack(walk.logprobs, pack, size), unpack(entropy, pack, size) if return_entropy else entropy
     return tuple(result.to(head.dtype) for result in results)
 
 
 @linear_logprobs.register_fake
-def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_entropy, workspace_bytes, compute_dtype):
-    dtype = result_dtype(compute_dtype)
+def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_entropy, *options):
+    dtype = result_dtype(options[-1])
     return (
         hidden.new_empty(target.shape, dtype=dtype),
         hidden.new_empty(target.shape if return_entropy else (0,), dtype=dtype),
@@ -175,26 +184,28 @@ def linear_logprobs_backward(
     softcap: float | None,
     ignore_index: int,
     workspace_bytes: int | None,
+    backend: str | None,
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
     pack = pack_tokens(target != ignore_index, one_sequence(target))
-    head = Head(weight, bias, temperature, softcap, compute_dtype)
-    walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(grad_entropy)
     of_nll = -pack.take(grad_logprobs.to(head.dtype))
-    if grad_entropy is None:
-        walk.run(FixedCoefficients(of_nll))
-    else:
-        walk.run_dense(of_nll, pack.take(grad_entropy.to(head.dtype)))
-    grads = walk.grads
-    return (
-        grads.hidden.to(hidden.dtype),
-        grads.weight.to(weight.dtype),
-        grads.bias.to(weight.dtype if bias is None else bias.dtype),
-    )
+    with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
+        if grad_entropy is None:
+            walk.run(FixedCoefficients(of_nll))
+        else:
+            walk.run_dense(of_nll, pack.take(grad_entropy.to(head.dtype)))
+        grads = walk.grads
+        return (
+            grads.hidden.to(hidden.dtype),
+            grads.weight.to(weight.dtype),
+            grads.bias.to(weight.dtype if bias is None else bias.dtype),
+        )
 
 
 @linear_logprobs_backward.register_fake
@@ -210,6 +221,7 @@ def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
 def _save_logprobs_inputs(ctx, inputs, output):
     ctx.return_entropy = inputs[7]
     ctx.options = *inputs[4:7], *inputs[8:]
+    ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4])
 
@@ -223,7 +235,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
         grads = None, None, None
     else:
         grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, list(wanted))
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 7
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * (ctx.inputs - 3)
 
 
 linear_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs_inputs)

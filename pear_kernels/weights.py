@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
+from pear_kernels.backend import check_backend, weights_class
 from pear_kernels.packing import Pack, pack_tokens, unpack
 
 
@@ -102,6 +103,7 @@ def pear_weights(
     gamma: float = DEFAULTS.gamma,
     log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
     log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    backend: str | None = None,
 ) -> Tensor:
     """PEAR weights G (arXiv 2602.01058) from log-probs that a trainer already has. No gradient flows through G.
 
@@ -118,6 +120,7 @@ def pear_weights(
         gamma: discount per later token, in (0, 1]; not used at level "sequence".
         log_ratio_clip: (low, high) bounds of log pi - log pi_b of one token.
         log_weight_clip: (low, high) bounds of log G.
+        backend: "triton", "torch" or None, as in `linear_pear_loss`.
 
     Returns:
         Weights of the shape and dtype of `logprobs`.
@@ -127,6 +130,7 @@ def pear_weights(
     """
     checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
     checks.check_weight_arguments(logprobs, behavior_logprobs, mask, cu_seqlens)
+    check_backend(backend)
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
     bounds = checks.sequence_bounds(logprobs.shape, cu_seqlens, logprobs.device)
@@ -139,6 +143,7 @@ def pear_weights(
         block_size,
         gamma,
         [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        backend,
     )
     return flat.view(logprobs.shape)
 
@@ -153,16 +158,17 @@ def _pear_weights_op(
     block_size: int,
     gamma: float,
     clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+    backend: str | None,
 ) -> Tensor:
     checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
     checks.check_behavior_logprobs(behavior_logprobs, mask)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
     pack = pack_tokens(mask, cu_seqlens)
-    walk = PEARWeights(behavior_logprobs[pack.index], pack, options)
-    walk.observe(0, pack.tokens, logprobs[pack.index])
+    walk = weights_class(backend, logprobs.device, logprobs.dtype)(pack.take(behavior_logprobs), pack, options)
+    walk.observe(0, pack.tokens, pack.take(logprobs))
     return unpack(walk.weights(0, pack.tokens), pack, logprobs.numel()).to(logprobs.dtype)
 
 
 @_pear_weights_op.register_fake
 def _(logprobs, *_):
-    return torch.empty_like(logprobs)
+    return logprobs.new_empty(logprobs.shape)

@@ -104,11 +104,11 @@ def test_torch_library_opcheck(problem):
     torch.library.opcheck(
         ops.linear_pear_loss,
         (hidden, weight, bias, problem.target, problem.behavior_logprobs, bounds, None, None, "token", 4, 0.999,
-         [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, torch.float32, [True, True, True]),
+         [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
         ops.linear_logprobs,
-        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, torch.float32),
+        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, torch.float32),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
