@@ -121,7 +121,7 @@ def linear_pear_loss(
         ],
     )
     return LossOutput(
-        loss, logprobs.view(target.shape), weights.view(target.shape), {name: stats[i] for i, name in enumerate(STATS)}
+        loss, logprobs.view(target.shape), weights.view(target.shape), dict(zip(STATS, stats.unbind(), strict=True))
     )
 
 

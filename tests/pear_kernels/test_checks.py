@@ -1,11 +1,15 @@
 """Bad input: each a clear error that names the argument."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pear_kernels import LinearPEARLoss, linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels import LinearPEARLoss, checks, cpu, linear_logprobs, linear_pear_loss, pear_weights
 
 N, D, V = 6, 4, 9
 
@@ -172,3 +176,170 @@ def test_linear_logprobs_and_module_check_too():
 def test_pear_weights(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         pear_weights(**{"logprobs": -torch.ones(N), "behavior_logprobs": -torch.ones(N), **changes})
+
+
+# ---- checks of values: off the CPU, and switched off
+
+
+VALUES_THAT_ARE_BAD = {name: BAD[name] for name in ("target too large", "behavior nan", "cu_seqlens short of N")}
+
+
+@pytest.mark.parametrize("changes, message", VALUES_THAT_ARE_BAD.values(), ids=VALUES_THAT_ARE_BAD.keys())
+def test_checks_of_values_can_be_switched_off(changes, message, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
+    try:
+        call(**changes)  # anything may come of it but our error
+    except Exception as error:
+        assert not isinstance(error, ValueError)
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_switched_off_checks_change_no_result(monkeypatch):
+    arguments = dict(hidden=torch.randn(N, D), weight=torch.randn(V, D), denominator=3.0)
+    checked = call(**arguments)
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
+    assert torch.equal(call(**arguments).loss, checked.loss)
+    with pytest.raises(ValueError, match="gamma must be"):  # options stay checked
+        call(gamma=2.0)
+
+
+def test_the_switch_itself_is_checked(monkeypatch):
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "no")
+    with pytest.raises(ValueError, match="PEAR_KERNELS_CHECK_VALUES must be 0 .* or 1, got 'no'"):
+        call()
+    with pytest.raises(ValueError, match="PEAR_KERNELS_CHECK_VALUES"):
+        pear_weights(-torch.ones(N), -torch.ones(N))
+
+
+class Asserts(TorchDispatchMode):
+    """Lists the messages of asserts on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._assert_async.msg:
+            self.messages.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_checks_of_values_read_nothing_off_the_cpu():
+    """A tensor of device "meta" has no values, so reading one raises, whichever way it is done."""
+    big = 2**31 - 1
+    floats, ids = torch.zeros(N, device="meta"), torch.zeros(N, dtype=torch.int64, device="meta")
+    with Asserts() as asserts:
+        checks.check_cu_seqlens(ids, big)
+        checks.check_target(ids, ids == 0, big, -big)
+        checks.check_behavior_logprobs(floats, ids == 0)
+        checks.check_denominator(floats[0])
+        checks.check_sequence_scale(floats)
+    names = ["cu_seqlens", "cu_seqlens", "target", "behavior_logprobs", "denominator", "sequence_scale"]
+    assert [message.split()[1] for message in asserts.messages] == names
+    # CUDA's assert takes no longer message
+    assert all(message.startswith("pear_kernels: ") and len(message.encode()) < 255 for message in asserts.messages)
+
+
+@pytest.mark.parametrize("denominator", [None, 3.0, torch.ones])
+@pytest.mark.parametrize("padded", [False, True])
+def test_checks_of_arguments_read_nothing(denominator, padded):
+    """Nor do the functions around them: PyTorch's fake tensors of a GPU raise where a value is asked for."""
+    shape = (2, N // 2) if padded else (N,)
+    with FakeTensorMode(), torch.device("cuda"):
+        head = dict(hidden=torch.randn(*shape, D), weight=torch.randn(V, D), target=torch.zeros(shape).long())
+        behavior = torch.zeros(shape)
+        bounds = None if padded else torch.zeros(3, dtype=torch.int32)
+        out = linear_pear_loss(
+            **head, behavior_logprobs=behavior, cu_seqlens=bounds, sequence_scale=torch.ones(2),
+            denominator=denominator(()) if callable(denominator) else denominator,
+        )  # fmt: skip
+        results = [out.logprobs, linear_logprobs(**head), pear_weights(behavior, behavior, behavior < 1)]
+        assert all(result.is_cuda and result.shape == shape for result in results)
+        with pytest.raises(DataDependentOutputException):
+            bool(out.loss > 0)  # as it would there
+
+
+# ---- out of memory
+
+
+CUDA_SAYS = "CUDA out of memory. Tried to allocate 8.00 GiB."
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError(CPU_SAYS)])
+@pytest.mark.parametrize("workspace_bytes, size", [(None, "128.0 MiB"), (3 << 20, "3.0 MiB")])
+def test_out_of_memory_names_the_workspace_and_the_option(error, workspace_bytes, size, monkeypatch):
+    def reserve(self, *_):
+        raise error
+
+    monkeypatch.setattr(cpu.Head, "reserve", reserve)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D, requires_grad=True)
+    message = rf"ran out of memory. It asks for a workspace of up to {size} \(lower it: workspace_bytes, now"
+    with pytest.raises(type(error), match=message) as raised:
+        call(hidden=hidden, weight=weight, workspace_bytes=workspace_bytes)
+    assert type(raised.value) is type(error) and raised.value.__cause__ is error and str(error) in str(raised.value)
+    assert "float32 gradient of weight (V, D) = (9, 4)" in str(raised.value)
+    with pytest.raises(type(error), match=message) as raised:
+        linear_logprobs(hidden, weight, torch.arange(N), workspace_bytes=workspace_bytes)
+    assert "gradient of weight" not in str(raised.value)  # the forward pass makes none
+
+
+def test_out_of_memory_in_a_backward_pass(monkeypatch):
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
+    logprobs = linear_logprobs(hidden, weight, torch.arange(N))
+
+    def reserve(self, *_):
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(cpu.Head, "reserve", reserve)
+    with pytest.raises(torch.OutOfMemoryError, match="backward pass of linear_logprobs.*workspace.*gradient of hidden"):
+        logprobs.sum().backward()
+
+
+def test_other_errors_stay_as_they_are(monkeypatch):
+    error = RuntimeError("something else")
+
+    def reserve(self, *_):
+        raise error
+
+    monkeypatch.setattr(cpu.Head, "reserve", reserve)
+    with pytest.raises(RuntimeError, match="^something else$") as raised:
+        call()
+    assert raised.value is error
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from pear_kernels import linear_pear_loss
+
+def call(V, D, **options):
+    weight = torch.zeros(1, 1).expand(V, D).requires_grad_()
+    return linear_pear_loss(torch.ones(1000, D), weight, torch.zeros(1000).long(), -torch.ones(1000), **options)
+
+torch.set_num_threads(1)
+call(64, 8)
+address_space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (address_space + (100 << 20), resource.RLIM_INFINITY))
+for V, D, options in [(40_000, 8, {"workspace_bytes": 1 << 30}), (40_000, 1000, {})]:
+    try:
+        call(V, D, **options)
+    except RuntimeError as error:
+        print(str(error).split("[")[0])
+print(call(40_000, 8, workspace_bytes=8 << 20).loss.item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space, which Linux counts")
+def test_memory_that_is_really_short():
+    """What PyTorch's CPU allocator says is recognised, and the advice helps."""
+    run = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    workspace, gradient, loss = run.stdout.splitlines()
+    assert workspace.startswith("linear_pear_loss ran out of memory. It asks for a workspace of up to 1024.0 MiB")
+    assert "152.6 MiB for the float32 gradient of weight (V, D) = (40000, 1000)" in gradient
+    assert float(loss) > 0
