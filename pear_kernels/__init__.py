@@ -2,7 +2,8 @@
 
 from pear_kernels.losses import LossOutput, linear_logprobs, linear_pear_loss
 from pear_kernels.modules import LinearPEARLoss
+from pear_kernels.plan import Plan, plan
 from pear_kernels.weights import pear_weights
 
-__all__ = ["LinearPEARLoss", "LossOutput", "linear_logprobs", "linear_pear_loss", "pear_weights"]
+__all__ = ["LinearPEARLoss", "LossOutput", "Plan", "linear_logprobs", "linear_pear_loss", "pear_weights", "plan"]
 __version__ = "0.1.0"

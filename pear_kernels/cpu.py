@@ -28,6 +28,17 @@ ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row bloc
 WEIGHT_TILE_BYTES = 1 << 24  # a widened tile of a half-precision weight
 
 
+def temporary_bytes(rows: int, vocabulary: int, hidden_size: int, itemsize: int, dtype: torch.dtype) -> int:
+    """What a chunk of `rows` takes at most beside its workspace: operands of `itemsize` bytes, sums in `dtype`."""
+    wide = rows * hidden_size * dtype.itemsize
+    narrow = 0 if itemsize == dtype.itemsize else rows * hidden_size * itemsize
+    tile_rows = min(max(128, WEIGHT_TILE_BYTES // (hidden_size * dtype.itemsize)), vocabulary)
+    tiles = 2 * tile_rows * hidden_size * dtype.itemsize if narrow else 0  # the next is widened beside the last
+    blocks = 4 * max(ROW_BLOCK_BYTES, vocabulary * dtype.itemsize)
+    softmax, of_hidden, of_weight = tiles + blocks, wide + narrow + tiles, wide
+    return rows * hidden_size * itemsize + (wide if narrow else 0) + max(softmax, of_hidden, of_weight)
+
+
 class Head:
     """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, each part where it is given."""
 
@@ -101,8 +112,10 @@ class Head:
         mean_log = (mean_log + torch.xlogy(below.exp(), below.exp())) / normaliser
         return Softmax(logits, row_scale, logprobs, log_z - mean_log)
 
-    def entropy_gradient(self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor) -> Tensor:
-        """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
+    def entropy_gradient(
+        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(R, V) dL/dz, and row scales of 1, for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
 
         dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H). It does not factor into a row scale times E, so the chunk is
         rewritten in place. Given for the raw logits, the factor 1 / temperature included.
@@ -121,7 +134,7 @@ class Head:
             of_entropy = p_log_p.addcmul_(p, H).mul_(h)
             p.scatter_(1, y, -S / (e_y[rows] + S)).mul_(c).sub_(of_entropy)
             self._chain_(p, tanh)
-        return logits
+        return logits, torch.ones(len(x), dtype=self.dtype, device=x.device)
 
     def _logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits (R, V) in the workspace; of the activated ones the anchor (R,), and the target's less the anchor.

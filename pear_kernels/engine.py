@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pear_kernels.head import Head, Softmax
 from pear_kernels.packing import Pack
-from pear_kernels.plan import Chunk, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
 
 
 class Objective(Protocol):
@@ -114,9 +114,10 @@ class Walk:
         for _, chunks in self.start().steps:
             for begin, end in chunks:
                 x = self.rows(begin, end)
-                dz = self.head.entropy_gradient(x, self.target[begin:end], of_nll[begin:end], of_entropy[begin:end])
-                row_scale = torch.ones(end - begin, dtype=self.head.dtype, device=x.device)
-                self.products(begin, end, x, dz, row_scale, None, self.grads)
+                dz, row_scale = self.head.entropy_gradient(
+                    x, self.target[begin:end], of_nll[begin:end], of_entropy[begin:end]
+                )
+                self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, self.grads)
         self.finish()
 
     def start(self, coupled: bool = False) -> Schedule:

@@ -43,8 +43,13 @@ class Head(Protocol):
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
 
-    def entropy_gradient(self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor) -> Tensor:
-        """Product 1, and in its place the whole (R, V) dL/d(raw logits) for (R,) dL/d(-log p) and dL/d(entropy)."""
+    def entropy_gradient(
+        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Product 1, and in its place the whole (R, V) dL/d(raw logits) for (R,) dL/d(-log p) and dL/d(entropy).
+
+        Returned as (factor (R, V), row_scale (R,)), whose product it is.
+        """
 
     def write_grad_hidden_(
         self,
@@ -83,14 +88,16 @@ def torch_row_bytes(vocabulary: int, itemsize: int) -> int:
     return vocabulary * itemsize
 
 
-def triton_row_bytes(vocabulary: int, hidden_size: int, itemsize: int, *, gradient: bool, plain: bool = False) -> int:
+def triton_row_bytes(
+    vocabulary: int, hidden_size: int, itemsize: int, *, gradient: bool, plain: bool = False, tile: int = VOCABULARY_TILE
+) -> int:
     """Workspace of a row in `triton.Head`, its temporaries included; `itemsize` is that of the compute dtype.
 
-    E (padded to 8 columns; float32 logits first in the `plain` variant), the row's partial sums, and of the gradient
-    products a float32 row of dX and the scaled row of x. Without a gradient the partial sums are all.
+    The row's partial sums, and its x, gathered. For a gradient also E (padded to 8 columns; float32 logits first in the
+    `plain` variant), a float32 row of dX and the scaled row of x.
     """
-    partials = ROW_PARTIALS * 4 * -(-vocabulary // VOCABULARY_TILE)
+    scored = ROW_PARTIALS * 4 * -(-vocabulary // tile) + hidden_size * itemsize
     if not gradient:
-        return partials
+        return scored
     padded = vocabulary + -vocabulary % 8
-    return padded * (4 if plain else itemsize) + partials + hidden_size * (4 + itemsize)
+    return scored + padded * (4 if plain else itemsize) + hidden_size * (4 + itemsize)

@@ -1,96 +1,251 @@
-"""Which chunks, in which order, how often: the engine's schedule, made before anything runs, and what it costs."""
+"""What a call will cost, before it runs: the engine's own schedule, and the products and bytes that follow from it."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
-from pear_kernels.packing import chunk_rows, cut, cut_at_sequences
+from pear_kernels import checks
+from pear_kernels.backend import check_backend
+from pear_kernels.cpu import temporary_bytes
+from pear_kernels.head import torch_row_bytes, triton_row_bytes
+from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
 
-MIN_WORKSPACE, MAX_WORKSPACE = 128 << 20, 1 << 30  # bytes
-
-Chunk = tuple[int, int]  # [begin, end) in the pack's compact order
-
-
-class Wanted(NamedTuple):
-    """Which gradients the caller needs; each is a product not taken where it is not."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
+TOKEN_BYTES = (
+    24 * 8
+)  # of the two dozen numbers that are kept of each token: positions, log-probs, ratios, sums, weights
 
 
-class Step(NamedTuple):
-    """Chunks that the engine visits together, from the right to the left, and how."""
+@dataclass(frozen=True)
+class Plan:
+    """The schedule of one call (forward and backward), and its cost. `print` it for a table."""
 
-    how: str  # "visit", "deferred", "own buffer" or "twice": the methods of `engine.Walk`
-    chunks: list[Chunk]
+    tokens: int  # N: those that count, but all of the caller's in a static pack
+    vocabulary: int  # V
+    hidden_size: int  # D
+    dtype: torch.dtype  # of hidden and weight
+    level: str | None  # None: linear_logprobs
+    backend: str  # "triton" or "torch"
+    wanted: Wanted  # which gradients are made
+    schedules: tuple[Schedule, ...]  # one walk; of log-probs with a gradient two, since the backward walks again
 
-
-class Schedule(NamedTuple):
-    """A whole walk."""
-
-    steps: list[Step]
-    gradient: bool  # whether any is wanted
-
-    @property
-    def rows(self) -> int:
-        """Rows of the longest chunk, which the workspace must hold."""
-        return max((end - begin for step in self.steps for begin, end in step.chunks), default=0)
+    workspace_bytes: int  # one chunk: its logits (Triton: E), and on Triton what the gradient products need beside
+    grad_head_bytes: int  # dW and db in float32 (float64), and those of a sequence's own where the schedule has them
+    grad_hidden_bytes: int  # dX
+    temporary_bytes: int  # everything else while chunks are walked, at most
+    rounded_bytes: int  # copies of dX and dW in their tensors' dtypes, made in the backward pass
+    bytes_moved: int  # by the products alone, each reading its operands and writing its result once a chunk
 
     @property
-    def scored(self) -> int:
-        """Rows that go through product 1, the logits."""
-        return sum(end - begin for how, chunks in self.steps for begin, end in chunks * (2 if how == "twice" else 1))
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Every chunk [begin, end) whose logits are made, in that order; one that is visited twice is in it twice."""
+        return tuple(chunk for walk in self.schedules for chunk in walk.visits)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows that go through each product: "logits", "hidden" (dX) and "weight" (dW)."""
+        return {
+            "logits": sum(walk.scored for walk in self.schedules),
+            "hidden": self.tokens * self.wanted.hidden,
+            "weight": self.tokens * self.wanted.weight,
+        }
+
+    @property
+    def products(self) -> float:
+        """Matrix products, in full ones of (N, V, D)."""
+        return sum(self.rows.values()) / max(self.tokens, 1)
+
+    @property
+    def flops(self) -> int:
+        """Of the products, 2 V D a row. Chunks that turn out to have no weight take fewer on a CPU."""
+        return sum(self.rows.values()) * self._row_flops
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory beside the inputs, at most: while the walk runs, or while the backward pass rounds gradients."""
+        grads = self.grad_head_bytes + self.grad_hidden_bytes
+        walking = self.workspace_bytes + grads + self.temporary_bytes
+        if self.level is None:  # rounds before it lets the workspace go
+            return walking + self.rounded_bytes
+        return max(walking, grads + self.rounded_bytes)
+
+    @property
+    def _row_flops(self) -> int:
+        return 2 * self.vocabulary * self.hidden_size
+
+    def __str__(self) -> str:
+        call = "linear_logprobs" if self.level is None else f"linear_pear_loss, {self.level} level"
+        trained = " and ".join(
+            name for name, is_wanted in (("hidden", self.wanted.hidden), ("head", self.wanted.head)) if is_wanted
+        )
+        lines = [
+            f"{call}: {self.tokens:,} tokens, vocabulary {self.vocabulary:,}, hidden size {self.hidden_size:,}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.backend}; gradients of {trained or 'nothing'}",
+            *map(self._walk_line, self.schedules),
+            "",
+            f"{'product':<28}{'of N V D':>12}{'TFLOP':>12}",
+        ]
+        for name, rows in (*self.rows.items(), ("together", sum(self.rows.values()))):
+            share, tflop = rows / max(self.tokens, 1), rows * self._row_flops / 1e12
+            lines.append(f"{_LABELS.get(name, name):<28}{share:>12.2f}{tflop:>12.3f}")
+        lines += ["", f"{'memory beside the inputs':<40}{'MiB':>12}"]
+        for name in ("workspace", "grad_head", "grad_hidden", "temporary", "rounded", "peak"):
+            lines.append(f"{_LABELS[name]:<40}{getattr(self, name + '_bytes') / 2**20:>12,.1f}")
+        lines += ["", f"{'moved by the products, at least':<40}{self.bytes_moved / 2**20:>12,.1f}"]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _walk_line(walk: Schedule) -> str:
+        how = Counter(step.how for step in walk.steps)
+        steps = ", ".join(f"{count:,} {_STEPS[name]}" for name, count in how.items())
+        return f"chunks of at most {walk.rows:,} rows, from the last token to the first: {steps or 'none'}"
 
 
-def default_workspace(weight: Tensor, itemsize: int) -> int:
-    """As many bytes as the float32 gradient of the head takes anyway, within 128 MiB and 1 GiB.
+_LABELS = {
+    "logits": "logits",
+    "hidden": "gradient of hidden",
+    "weight": "gradient of weight",
+    "workspace": "workspace",
+    "grad_head": "gradient of the head, accumulated",
+    "grad_hidden": "gradient of hidden",
+    "temporary": "temporaries, at most",
+    "rounded": "gradients rounded in the backward pass",
+    "peak": "peak, at most",
+}
+_STEPS = {
+    "visit": "visited once",
+    "deferred": "longer run scaled at its end",
+    "own buffer": "longer run in a buffer of its own",
+    "twice": "longer run visited twice",
+}
 
-    That is D rows or more of logits, and at that many rows adding a chunk to dW costs little beside making it.
-    """
-    return min(max(weight.numel() * itemsize, MIN_WORKSPACE), MAX_WORKSPACE)
 
-
-def schedule(
+def plan(
     tokens: int,
-    wanted: Wanted,
+    vocabulary: int,
+    hidden_size: int,
     *,
-    row_bytes: int,
-    workspace_bytes: int,
-    coupled: bool = False,
     lengths: Sequence[int] | None = None,
-    head_bytes: int = 0,
-) -> Schedule:
-    """Cuts `tokens` into chunks that fit the workspace, and says how each is visited.
+    dtype: torch.dtype = torch.bfloat16,
+    level: str | None = "token",
+    gradient: bool = True,
+    train_head: bool = True,
+    bias: bool = False,
+    workspace_bytes: int | None = None,
+    static: bool = False,
+    device: str = "cuda",
+    backend: str | None = None,
+) -> Plan:
+    """What a call of this shape will do and cost, from the code that plans the call itself. Nothing runs.
 
     Args:
-        tokens: rows of the pack.
-        wanted: the gradients to make.
-        row_bytes: what one row of a chunk takes of the workspace.
-        workspace_bytes: what there is.
-        coupled: whether a sequence has one coefficient, known only after all of its tokens.
-        lengths: for a coupled loss, the tokens of each sequence; None where the host does not know them.
-        head_bytes: what gradients of the head take, should a sequence need its own.
+        tokens: N, the tokens that count (ignored ones cost a row of dX alone).
+        vocabulary: V.
+        hidden_size: D.
+        lengths: the tokens that count in each sequence, which sum to `tokens`; None: one sequence. They matter to level
+            "sequence".
+        dtype: of hidden and weight.
+        level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again.
+        gradient: False: no gradient at all, as under `torch.no_grad()`.
+        train_head: False: a frozen head, whose weight (and bias) need no gradient.
+        bias: whether the head has one.
+        workspace_bytes: as in the call.
+        static: the call is recorded into a CUDA graph: `tokens` are then all tokens, as ignored ones stay.
+        device: "cuda" or "cpu".
+        backend: "triton" or "torch"; None: "triton" on "cuda" (but for float64), else "torch".
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it should be.
     """
-    gradient = any(wanted)
-    rows = chunk_rows(workspace_bytes, row_bytes)
-    if not (coupled and gradient):
-        return Schedule([Step("visit", [chunk]) for chunk in reversed(cut(0, tokens, rows))], gradient)
-    if lengths is None:
-        chunks = cut(0, tokens, rows)[::-1]
-        if len(chunks) > 1:  # dX may be scaled later; what is in dW may not, being a sum over sequences
-            return Schedule([Step("twice" if wanted.head else "deferred", chunks)], gradient)
-        return Schedule([Step("visit", [chunk]) for chunk in chunks], gradient)
-    whole, long = cut_at_sequences(lengths, rows)
-    own_buffer = wanted.head and len(long) > 1 and 2 * head_bytes <= workspace_bytes
-    if own_buffer:
-        whole, long = cut_at_sequences(lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes))
-    # the first long sequence has dW for itself, so it may be scaled there
-    further = "deferred" if not wanted.head else "own buffer" if own_buffer else "twice"
-    steps = [Step("deferred" if i == 0 else further, chunks[::-1]) for i, chunks in enumerate(long)]
-    return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(whole)], gradient)
+    for name, value, least in (("tokens", tokens, 0), ("vocabulary", vocabulary, 2), ("hidden_size", hidden_size, 1)):
+        if not (checks.is_number(value, int) and value >= least):
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    lengths = [tokens] if lengths is None else list(lengths)
+    if sum(lengths) != tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"lengths must be 0 or more and sum to tokens = {tokens}, got {lengths[:20]}, sum {sum(lengths)}"
+        )
+    if dtype not in checks.DTYPES:
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+    if level is not None and level not in checks.LEVELS:
+        raise ValueError(f"level must be None or one of {', '.join(map(repr, checks.LEVELS))}, got {level!r}")
+    checks.check_head_options(1.0, None, workspace_bytes)
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
+    check_backend(backend)
+    if dtype == torch.float64 or backend is None:
+        backend = "triton" if device == "cuda" and dtype != torch.float64 else "torch"
+    sums = torch.float64 if dtype == torch.float64 else torch.float32  # of the products' accumulators, and of dW
+
+    def row_bytes(gradient: bool) -> int:
+        if backend == "torch":
+            return torch_row_bytes(vocabulary, sums.itemsize)
+        plain = dtype == torch.float16  # whose E would leave its range
+        return triton_row_bytes(vocabulary, hidden_size, dtype.itemsize, gradient=gradient, plain=plain)
+
+    # ---- the walks
+    wanted = Wanted(gradient, gradient and train_head, gradient and train_head and bias)
+    weight = torch.empty(vocabulary, hidden_size, device="meta")
+    head_bytes = sums.itemsize * (weight.numel() * wanted.weight + vocabulary * wanted.bias)
+
+    def walk(wanted: Wanted) -> Schedule:
+        return schedule(
+            tokens,
+            wanted,
+            row_bytes=row_bytes(any(wanted)),
+            workspace_bytes=workspace_bytes or default_workspace(weight, sums.itemsize),
+            coupled=level == "sequence",
+            lengths=None if static else lengths,
+            head_bytes=head_bytes,
+        )
+
+    walks = (walk(wanted),)
+    if level is None and gradient:
+        walks = walk(Wanted(False, False, False)), *walks
+
+    # ---- their bytes
+    rows, itemsize = max(walk.rows for walk in walks), dtype.itemsize
+    grad_hidden_itemsize = 4 if dtype == torch.float16 else itemsize  # float16 has no room for 1 / N
+    own_buffer = any(how == "own buffer" for how, _ in walks[-1].steps)
+    temporary = tokens * TOKEN_BYTES
+    if backend == "torch":
+        temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums)
+    rounded = 0
+    if dtype != sums:
+        rounded += itemsize * (weight.numel() * wanted.weight + vocabulary * wanted.bias)
+    if grad_hidden_itemsize != itemsize:
+        rounded += itemsize * tokens * hidden_size * wanted.hidden
+
+    # ---- what the products move
+    cell = sums.itemsize if backend == "torch" else itemsize  # of E where a product reads or writes it
+    moved = 0
+    for walk_ in walks:
+        visits, chunks = len(walk_.visits), sum(len(step.chunks) for step in walk_.steps)
+        written = tokens * walk_.gradient if backend == "triton" else walk_.scored
+        moved += (
+            visits * weight.numel() * itemsize + walk_.scored * hidden_size * itemsize + written * vocabulary * cell
+        )
+        if walk_.gradient and wanted.hidden:
+            moved += chunks * weight.numel() * itemsize
+            moved += tokens * (vocabulary * cell + hidden_size * grad_hidden_itemsize)
+        if walk_.gradient and wanted.weight:  # the first chunk writes dW, the others read and write it
+            moved += max(2 * chunks - 1, 0) * weight.numel() * sums.itemsize
+            moved += tokens * (vocabulary * cell + hidden_size * itemsize)
+
+    return Plan(
+        tokens,
+        vocabulary,
+        hidden_size,
+        dtype,
+        level,
+        backend,
+        wanted,
+        walks,
+        workspace_bytes=max(walk.rows * row_bytes(walk.gradient) for walk in walks),
+        grad_head_bytes=head_bytes * (2 if own_buffer else 1),
+        grad_hidden_bytes=tokens * hidden_size * grad_hidden_itemsize * wanted.hidden,
+        temporary_bytes=temporary,
+        rounded_bytes=rounded,
+        bytes_moved=moved,
+    )
