@@ -104,6 +104,15 @@ def head_class(backend: str | None, device: torch.device, dtype: torch.dtype) ->
     return Head
 
 
+def objective_class(backend: str | None, device: torch.device, dtype: torch.dtype) -> type:
+    """The PEAR objective of the resolved backend, with the interface of `pear_kernels.objectives.PEARObjective`."""
+    if resolve(backend, device, dtype) == "triton":
+        from pear_kernels.triton.weights import PEARObjective
+    else:
+        from pear_kernels.objectives import PEARObjective
+    return PEARObjective
+
+
 def weights_class(backend: str | None, device: torch.device, dtype: torch.dtype) -> type:
     """The PEAR weights of the resolved backend, with the interface of `pear_kernels.weights.PEARWeights`."""
     if resolve(backend, device, dtype) == "triton":

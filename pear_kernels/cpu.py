@@ -34,8 +34,10 @@ def temporary_bytes(rows: int, vocabulary: int, hidden_size: int, itemsize: int,
     narrow = 0 if itemsize == dtype.itemsize else rows * hidden_size * itemsize
     tile_rows = min(max(128, WEIGHT_TILE_BYTES // (hidden_size * dtype.itemsize)), vocabulary)
     tiles = 2 * tile_rows * hidden_size * dtype.itemsize if narrow else 0  # the next is widened beside the last
-    blocks = 4 * max(ROW_BLOCK_BYTES, vocabulary * dtype.itemsize)
-    softmax, of_hidden, of_weight = tiles + blocks, wide + narrow + tiles, wide
+    logits = rows * vocabulary * dtype.itemsize
+    blocks = 2 * min(max(ROW_BLOCK_BYTES, logits // max(rows, 1)), logits)  # of softcap's tanh
+    dots = 4 * min(ROW_BLOCK_BYTES, rows * hidden_size * 8)  # of the target's logit, in float64
+    softmax, of_hidden, of_weight = max(tiles, blocks, dots), wide + narrow + tiles, wide
     return rows * hidden_size * itemsize + (wide if narrow else 0) + max(softmax, of_hidden, of_weight)
 
 

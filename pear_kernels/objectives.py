@@ -37,9 +37,9 @@ class PEARObjective:
         self.behavior_logprobs = behavior_logprobs.double()
         self.pack = pack
         self.options = options
-        self.walk = weights(behavior_logprobs, pack, options)
         self.coupled = options.level == "sequence"
         self.token_scale = token_scale(pack, reduction, denominator, sequence_scale)  # (n,)
+        self.walk = weights(behavior_logprobs, pack, options)
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         self.walk.observe(begin, end, logprobs)
@@ -50,32 +50,27 @@ class PEARObjective:
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk, from all log-probs (n,): loss (), weights (n,) and the `STATS` (9,), all float64."""
         weights = self.pack.zero_ghosts(self.walk.weights(0, self.pack.tokens).double())
-        loss = (weights * self.token_scale * -logprobs).sum()
-        return loss, weights, self.statistics(logprobs, weights)
+        sums = self.sums(logprobs, weights)
+        return sums[-1], weights, statistics(sums, self.pack.counted)
 
-    def statistics(self, logprobs: Tensor, weights: Tensor) -> Tensor:
+    def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
+        """(9,) over the tokens that count: what `statistics` takes, and the loss."""
         log_ratio = logprobs - self.behavior_logprobs
         log_g = self.walk.log_weights(0, self.pack.tokens)
         low, high = self.options.log_ratio_clip
         floor, ceiling = self.options.log_weight_clip
-        tokens = at_least_one(self.pack.counted)
-
-        def mean(values: Tensor) -> Tensor:
-            return self.pack.zero_ghosts(values.double()).sum() / tokens
-
-        weight_sum, weight_squares = weights.sum(), weights.square().sum()
         values = (
-            mean(-logprobs),
-            mean(log_ratio),
-            mean(log_ratio < low),
-            mean(log_ratio > high),
-            mean(weights),
-            mean(log_g <= floor),
-            mean(log_g >= ceiling),
-            weight_sum.square() / (tokens * weight_squares).clamp(min=torch.finfo(torch.float64).tiny),
-            torch.ones_like(weight_sum) * self.pack.counted,
+            -logprobs,
+            log_ratio,
+            log_ratio < low,
+            log_ratio > high,
+            weights,
+            log_g <= floor,
+            log_g >= ceiling,
+            weights.square(),
+            weights * self.token_scale * -logprobs,
         )
-        return torch.stack(values)
+        return torch.stack([self.pack.zero_ghosts(value.double()).sum() for value in values])
 
 
 class FixedCoefficients:
@@ -91,6 +86,14 @@ class FixedCoefficients:
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.known[begin:end]
+
+
+def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:
+    """`STATS` (9,) from the sums (9,) of `PEARObjective.sums`."""
+    tokens = at_least_one(counted)
+    means, weight_sum, weight_squares = sums[:7] / tokens, sums[4], sums[7]
+    effective = weight_sum.square() / (tokens * weight_squares).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.cat([means, effective[None], torch.full_like(effective, 1)[None] * counted])
 
 
 def token_scale(pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None) -> Tensor:

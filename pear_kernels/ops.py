@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.backend import head_class, weights_class
+from pear_kernels.backend import head_class, objective_class
 from pear_kernels.engine import Walk, Wanted
 from pear_kernels.memory import explain_out_of_memory
-from pear_kernels.objectives import STATS, FixedCoefficients, PEARObjective
+from pear_kernels.objectives import STATS, FixedCoefficients
 from pear_kernels.packing import pack_tokens, unpack
 from pear_kernels.weights import PEAROptions
 
@@ -81,10 +81,9 @@ def linear_pear_loss(
     pack = pack_tokens(valid, cu_seqlens)
     head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
-    objective = PEARObjective(
-        pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale,
-        weights_class(backend, hidden.device, compute_dtype),
-    )  # fmt: skip
+    objective = objective_class(backend, hidden.device, compute_dtype)(
+        pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale
+    )
     with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
         walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
         walk.run(objective)

@@ -1,0 +1,124 @@
+"""What surrounds products 2 and 3: row scales before and after them, and the target's term, which is no product.
+
+E has a 0 where the target stands. Its gradient there, -c (1 - p), is applied apart and in float32: rounded with the
+rest of E it would be the largest error of the gradient, and a scatter into E would be one more pass.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_rows(
+    x,  # (R, D)
+    row_scale,  # (R,) float64
+    out,  # (R, D)
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """out = diag(row_scale) x, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(row_scale + row).to(tl.float32)
+    for k in range(0, D, BLOCK_D):
+        column = k + tl.arange(0, BLOCK_D)
+        inside = column < D
+        value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * D + column, (value * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_grad_hidden(
+    product,  # (R, D) float32, E W
+    weight,  # (V, D)
+    row_scale,  # (R,) float64
+    target,  # (R,) int64
+    target_mass,  # (R,) float64, or None
+    index,  # (R,) int64, where in out
+    out,  # (N, D)
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """out[index] = diag(row_scale) (E W - diag(target_mass) W[y])."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(row_scale + row).to(tl.float32)
+    y = tl.load(target + row)
+    to = tl.load(index + row)
+    for k in range(0, D, BLOCK_D):
+        column = k + tl.arange(0, BLOCK_D)
+        inside = column < D
+        value = tl.load(product + row * D + column, mask=inside, other=0.0)
+        if target_mass is not None:
+            mass = tl.load(target_mass + row).to(tl.float32)
+            value -= mass * tl.load(weight + y * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + to * D + column, (value * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_grad_bias(
+    e,  # (R, V)
+    e_stride,  # from row to row
+    row_scale,  # (R,) float64
+    grad,  # (V,) float32
+    R,
+    V,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """grad += E^T row_scale."""
+    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        row = r + tl.arange(0, BLOCK_R)
+        inside = (row < R)[:, None] & (column < V)[None, :]
+        value = tl.load(e + row.to(tl.int64)[:, None] * e_stride + column[None, :], mask=inside, other=0.0)
+        scale = tl.load(row_scale + row, mask=row < R, other=0.0).to(tl.float32)
+        total += value.to(tl.float32) * scale[:, None]
+    before = tl.load(grad + column, mask=column < V, other=0.0)
+    tl.store(grad + column, before + tl.sum(total, 0), mask=column < V)
+
+
+@triton.jit
+def subtract_targets(
+    hidden,  # (N, D)
+    hidden_stride,  # from row to row
+    index,  # (n,) int64, rows of hidden
+    order,  # (n,) int64, tokens sorted by target
+    targets,  # (n,) int64, sorted
+    stops,  # (n,) int64, one past the last token of the same target
+    scale,  # (n,) float64
+    grad_weight,  # (V, D) float32, or None
+    grad_bias,  # (V,) float32, or None
+    D,
+    ROUNDED: tl.constexpr,  # the dtype that operands of products are rounded to
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """grad_weight[y_t] -= scale_t hidden_t and grad_bias[y_t] -= scale_t, each target's tokens by one program, in order.
+
+    Programs of tokens that are not the first of their target have nothing to do.
+    """
+    first = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + first)
+    before = tl.load(targets + tl.maximum(first - 1, 0))
+    if (first == 0) | (y != before):
+        stop = tl.load(stops + first)
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        of_bias = tl.zeros((BLOCK_N,), tl.float64)
+        for n in range(first, stop, BLOCK_N):
+            place = n + tl.arange(0, BLOCK_N)
+            live = place < stop
+            token = tl.load(order + place, mask=live, other=0)
+            by = tl.load(scale + token, mask=live, other=0.0)
+            of_bias += by
+            if grad_weight is not None:
+                row = tl.load(index + token, mask=live, other=0)
+                inside = (live & (by != 0))[:, None] & (column < D)[None, :]  # an ignored token's row may hold NaN
+                x = tl.load(hidden + row[:, None] * hidden_stride + column[None, :], mask=inside, other=0.0)
+                total += x.to(ROUNDED).to(tl.float32) * by.to(tl.float32)[:, None]
+        if grad_weight is not None:
+            at = grad_weight + y * D + column
+            tl.store(at, tl.load(at, mask=column < D, other=0.0) - tl.sum(total, 0), mask=column < D)
+        if grad_bias is not None:
+            if tl.program_id(1) == 0:
+                tl.store(grad_bias + y, tl.load(grad_bias + y) - tl.sum(of_bias, 0).to(tl.float32))

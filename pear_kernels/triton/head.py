@@ -1,0 +1,243 @@
+"""The engine's operations on an NVIDIA GPU: Triton for what has an epilogue, a row or a scan; cuBLAS for plain products.
+
+Where `pear_kernels.cpu` explains the arithmetic, this file differs in three points. E has the operands' dtype, since
+the gradient products read it twice, and everything else comes from float32 accumulators. The target's share of the
+gradient is kept apart in float32 (`target_mass`) and its rounding is not among E's. And nothing is ever read back: rows
+that need another anchor are found, and their tiles made again, by the device alone.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pear_kernels.head import Softmax, triton_row_bytes
+from pear_kernels.triton import gradients, rows, tiles
+from pear_kernels.triton.launch import launch
+from pear_kernels.triton.product import exp_product
+
+ALIGNMENT = 16  # bytes, of what descriptors and vector loads begin at
+MAX_EXPONENT = 40.0  # of exp, as in pear_kernels.cpu
+CACHED_BYTES = 24 << 20  # of x that row tiles worked on together may have, to stay in the L2 cache
+ROW_BLOCK = 1024  # columns that a row kernel takes at a time
+NARROW_TILE_BYTES = 1 << 26  # of a float16 E that is converted at a time
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Head:
+    """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, each part where it is given."""
+
+    dtype = torch.float32  # of accumulators and gradients of the head
+
+    def __init__(
+        self,
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        temperature: float,
+        softcap: float | None,
+        compute_dtype: torch.dtype,  # operands are rounded to it, as autocast does
+    ):
+        self.compute_dtype = compute_dtype
+        self.weight = self.widen(weight)
+        self.bias = None if bias is None else self.widen(bias)
+        self.inverse_temperature = 1.0 / temperature
+        self.softcap = 1.0 if softcap is None else float(softcap)
+        self.activation = {"SOFTCAP": softcap is not None, "TEMPERATURE": temperature != 1.0}
+        self.vocabulary, self.hidden_size = weight.shape
+        self.architecture = tiles.architecture(weight.device)
+        self.choice = tiles.choose(self.architecture, compute_dtype, self.hidden_size)
+        # a row of E begins where a descriptor may
+        self.padded = self.vocabulary + -self.vocabulary % (ALIGNMENT // compute_dtype.itemsize)
+        aligned = self.hidden_size * compute_dtype.itemsize % ALIGNMENT == 0
+        self.descriptors = self.architecture != "sm_80" and aligned
+        self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+
+    def row_bytes(self, gradient: bool) -> int:
+        plain = self.choice.product == "plain"
+        tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
+        itemsize = self.compute_dtype.itemsize
+        return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
+
+    def reserve(self, rows: int, gradient: bool) -> None:
+        device = self.weight.device
+        self.workspace = None
+        if gradient:
+            dtype = self.dtype if self.choice.product == "plain" else self.compute_dtype
+            self.workspace = torch.empty(rows, self.padded, dtype=dtype, device=device)
+            self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
+            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.narrow_dtype, device=device)
+
+    @property
+    def narrow_dtype(self) -> torch.dtype:
+        """Of the operands of product 3: bfloat16 in place of float16, whose range c x would leave."""
+        return torch.bfloat16 if self.compute_dtype == torch.float16 else self.compute_dtype
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Operand of a product: rounded to the compute dtype, contiguous and aligned; a copy only where it is not."""
+        x = x.to(self.compute_dtype).contiguous()
+        return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+    # ---- first product
+
+    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
+        logit, slope, anchor = self._target_logits(x, target)
+        logprobs, row_scale, target_mass = torch.empty_like(logit), torch.empty_like(logit), torch.empty_like(logit)
+        entropies = torch.empty_like(logit) if entropy else None
+        out = logprobs, row_scale, target_mass, entropies
+        if gradient and self.choice.product == "plain":
+            exp = self._plain(x, target, logit, slope, out)
+        else:
+            exp = self._fused(x, target, logit, slope, anchor, out, gradient)
+        return Softmax(exp, row_scale, logprobs, entropies, target_mass)
+
+    def _target_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's logit and d logit / d raw (R,) float64, and that logit as the anchor (R,) float32."""
+        R = len(x)
+        logit, slope = torch.empty(2, R, dtype=torch.float64, device=x.device)
+        anchor = torch.empty(R, dtype=torch.float32, device=x.device)
+        launch(
+            rows.target_logits, (-(-R // 4),),
+            x, self.weight, self.bias, target, logit, slope, anchor,
+            R, self.hidden_size, self.softcap, self.inverse_temperature,
+            **self.activation, BLOCK_R=4, BLOCK_D=256,
+        )  # fmt: skip
+        return logit, slope, anchor
+
+    def _fused(self, x, target, logit, slope, anchor, out, gradient: bool) -> Tensor | None:
+        """exp_product, and what its sums come to; then the same again for tiles that asked for it."""
+        R, V, device = len(x), self.vocabulary, x.device
+        tile = self.choice.softmax if gradient else self.choice.logprobs
+        row_tiles, tile_count = -(-R // tile.rows), -(-V // tile.vocabulary)
+        logprobs, row_scale, target_mass, entropies = out
+        shares = torch.empty(2 if entropies is None else 3, tile_count, R, dtype=torch.float32, device=device)
+        sums, maxima, exp_logs = shares[0], shares[1], None if entropies is None else shares[2]
+        redo = torch.zeros(row_tiles, dtype=torch.int32, device=device)
+        exp = self.workspace[:R, :V] if gradient else None
+        group = max(1, CACHED_BYTES // (tile.rows * self.hidden_size * x.itemsize))
+        for again in (False, True):
+            persistent = tile.persistent and not again
+            programs = row_tiles * tile_count
+            launch(
+                exp_product, (min(programs, self._multiprocessors()) if persistent else programs,),
+                self._blocks(x, tile.rows, tile.depth), self._blocks(self.weight, tile.vocabulary, tile.depth),
+                self._blocks(exp, tile.rows, tile.vocabulary // tile.parts), self.padded,
+                self.bias, target, anchor, redo if again else None, sums, maxima, exp_logs,
+                R, V, self.hidden_size, group, self.softcap, self.inverse_temperature,
+                **self.activation, BLOCK_R=tile.rows, BLOCK_V=tile.vocabulary, BLOCK_D=tile.depth, PARTS=tile.parts,
+                PERSISTENT=persistent, DESCRIPTORS=self.descriptors, PRECISION=self.precision,
+                WIDEN=self.architecture == "interpreter",
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            block = 8
+            launch(
+                rows.finish, (-(-R // block),),
+                sums, maxima, exp_logs, logit, slope, anchor, redo, logprobs, row_scale, target_mass, entropies,
+                R, tile_count, self.inverse_temperature, MAX_EXPONENT,
+                AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=block, BLOCK_T=128,
+            )  # fmt: skip
+        return exp
+
+    def _plain(self, x, target, logit, slope, out) -> Tensor:
+        """The product by cuBLAS, then one kernel over its rows; E takes the place of the logits."""
+        logits, exp = self._logits(x)
+        logprobs, row_scale, target_mass, entropies = out
+        max_exponent = float("-inf") if self.compute_dtype == torch.float16 else MAX_EXPONENT
+        launch(
+            rows.softmax_rows, (len(x),),
+            logits, exp, logits.stride(0), exp.stride(0), self.bias, target, logit, slope,
+            logprobs, row_scale, target_mass, entropies,
+            self.vocabulary, self.softcap, self.inverse_temperature, max_exponent,
+            **self.activation, BLOCK_V=ROW_BLOCK,
+        )  # fmt: skip
+        return exp
+
+    def entropy_gradient(
+        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Always by the plain variant, as dL/dz needs log p and H before it can be written."""
+        logit, slope, _ = self._target_logits(x, target)
+        logits, dz = self._logits(x)
+        row_scale = torch.empty_like(logit)
+        launch(
+            rows.dense_rows, (len(x),),
+            logits, dz, logits.stride(0), dz.stride(0), self.bias, target, logit, slope,
+            coefficient.double().contiguous(), entropy_gradient.double().contiguous(), row_scale,
+            self.vocabulary, self.softcap, self.inverse_temperature, **self.activation, BLOCK_V=ROW_BLOCK,
+        )  # fmt: skip
+        return dz, row_scale
+
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x W^T in float32 (R, V), and the front part of the same rows in the compute dtype."""
+        rows = len(x)
+        if self.workspace.dtype != self.dtype:  # reserved for E alone: fewer bytes a row
+            self.workspace = torch.empty(len(self.workspace), self.padded, dtype=self.dtype, device=x.device)
+        logits = self.workspace[:rows, : self.vocabulary]
+        multiply(logits, x, self.weight.t())
+        return logits, self.workspace[:rows].view(self.compute_dtype)[:, : self.vocabulary]
+
+    def _blocks(self, matrix: Tensor | None, rows: int, columns: int):
+        """A row-major matrix as exp_product takes it."""
+        if matrix is None or not self.descriptors:
+            return matrix
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+    def _multiprocessors(self) -> int:
+        device = self.weight.device
+        return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+    # ---- second and third product
+
+    def write_grad_hidden_(
+        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
+    ) -> None:
+        product = self.grad_rows[: len(factor)]
+        multiply(product, factor, self.weight)
+        launch(
+            gradients.write_grad_hidden, (len(factor),),
+            product, self.weight, row_scale, target, target_mass, index, into, self.hidden_size, BLOCK_D=ROW_BLOCK,
+        )  # fmt: skip
+
+    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
+        scaled = self.scaled_rows[: len(x)]
+        launch(gradients.scale_rows, (len(x),), x, row_scale, scaled, self.hidden_size, BLOCK_D=ROW_BLOCK)
+        if factor.dtype == scaled.dtype:
+            multiply(grad, factor.t(), scaled, add=not first)
+            return
+        step = max(1, NARROW_TILE_BYTES // (len(x) * scaled.itemsize))
+        for v in range(0, self.vocabulary, step):
+            multiply(grad[v : v + step], factor[:, v : v + step].to(scaled.dtype).t(), scaled, add=not first)
+
+    def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
+        launch(
+            gradients.add_grad_bias, (-(-self.vocabulary // 128),),
+            factor, factor.stride(0), row_scale, grad, len(factor), self.vocabulary, BLOCK_R=32, BLOCK_V=128,
+        )  # fmt: skip
+
+    def subtract_targets_(
+        self,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        hidden: Tensor,
+        index: Tensor,
+        target: Tensor,
+        scale: Tensor,
+    ) -> None:
+        """Tokens are sorted by target, so that one program has all of a target's and no order is left to chance."""
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        targets, order = torch.sort(target, stable=True)
+        stops = torch.searchsorted(targets, targets, right=True)
+        launch(
+            gradients.subtract_targets, (len(target), -(-self.hidden_size // 256) if grad_weight is not None else 1),
+            hidden, hidden.stride(0), index, order, targets, stops, scale, grad_weight, grad_bias, self.hidden_size,
+            ROUNDED=TRITON_DTYPES[self.compute_dtype], BLOCK_N=16, BLOCK_D=256,
+        )  # fmt: skip
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a b, or out += a b: by cuBLAS, float32 out of whatever operands, whose products are summed in float32."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=1 if add else 0, out=out)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=1 if add else 0, alpha=1, out=out)
+    else:  # the interpreter, on a CPU, which has no such product
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=1 if add else 0, out=out)

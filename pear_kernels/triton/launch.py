@@ -1,0 +1,46 @@
+"""The one place where kernels are launched: on their tensors' device, or into a list instead of onto it.
+
+No kernel's launch depends on what another one computed, so a whole pass can be *recorded*: with `recorder` set to a
+list, `launch` appends to it and runs nothing. `python -m bench.kernels` compiles what it finds there, on machines
+without a GPU and on tensors of device "meta".
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Launch(NamedTuple):
+    """What would have run: the kernel, its positional arguments and constexprs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+recorder: list[Launch] | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 1, **constexprs) -> None:
+    """kernel[grid](*args, **constexprs), unless the grid is empty."""
+    if recorder is not None:
+        recorder.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+        return
+    if 0 in grid:
+        return
+    with on_device_of(args):
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def on_device_of(args: tuple) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    for arg in args:
+        tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
+        if isinstance(tensor, torch.Tensor):
+            return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext()
