@@ -1,12 +1,17 @@
-"""`python -m bench`: speed, memory, accuracy, then the report. A few minutes on two cores."""
+"""`python -m bench`: every question, on a CPU, then the report. About ten minutes on two cores.
+
+On a machine with a GPU it is `python -m bench.gpu`.
+"""
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from bench import report, runner
 from bench.machine import ROOT
 
 
@@ -15,25 +20,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, for every measurement (default 2)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds around the peers (default 5)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the report")
+    parser.add_argument("--out", type=Path, help="keep the rows here, and go on from what is there (default: neither)")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     os.environ.update(
         OMP_NUM_THREADS=str(arguments.threads),
-        PEAR_BENCH_ROUNDS=str(arguments.rounds),
         PEAR_BENCH_COMMAND=f"python -m bench --threads {arguments.threads} --rounds {arguments.rounds}",
     )
-    with tempfile.TemporaryDirectory() as raw:
-        speed = f"--benchmark-json={raw}/speed.json"
-        run("pytest", "bench", "-q", "-rN", "--timeout=0", "--benchmark-quiet", "-p", "no:cacheprovider", speed)
-        run("bench.memory", f"--json={raw}/memory.json")
-        run("bench.accuracy", f"--json={raw}/accuracy.json")
-        run("bench.report", raw, f"--results={arguments.results.resolve()}")
-
-
-def run(module: str, *arguments: str) -> None:
-    """Each measurement in a process of its own; the first that fails ends it all."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{module} failed with exit code {done.returncode}; no report was written")
+    with tempfile.TemporaryDirectory() as scratch:
+        done = runner.measure_all("cpu", arguments.out or Path(scratch), turns=arguments.rounds)
+        folder = report.write(done.store, arguments.results.resolve(), done.left)
+    print((folder / "report.md").read_text())
+    print(f"written to {folder}")
+    if done.errors:
+        sys.exit("\n".join(["these ended in an error:", *done.errors]))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """What is measured: each peer is one function from `Inputs` to a loss, with gradients left in hidden and weight.
 
-A peer either computes PEAR's weighted loss (`level` says which) or the plain mean of the NLL (`level` is None), since
-no other library has the weights; the naive way and ours are here as both.
+A peer computes PEAR's weighted loss (`level` says which) where it can be made to. Given a library's losses a token, the
+weights come of them between its forward and its backward pass (`weighted`), which is the cheapest there is: who makes
+gradients in the forward pass cannot do that, and has the plain mean of the NLL (`level` is None) instead.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -14,68 +19,130 @@ from torch import Tensor
 
 from bench.shapes import Inputs, Shape
 from pear_kernels import linear_logprobs, linear_pear_loss, ops, pear_weights
-from pear_kernels.cpu import Head
-from pear_kernels.engine import Walk, Wanted, default_workspace
+from pear_kernels.backend import head_class
+from pear_kernels.engine import Walk
 from pear_kernels.objectives import FixedCoefficients
-from pear_kernels.packing import chunk_rows, cut, pack_tokens
+from pear_kernels.packing import pack_tokens
+from pear_kernels.schedule import Wanted, default_workspace, schedule
 
-# ---- the usual way, and the least there is to do
+Nll = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), target (N,) -> (N,) -log p
+Run = Callable[[Inputs], Tensor]
 
 
-def naive(x: Inputs) -> Tensor:
-    """PEAR at token level with full logits, log_softmax, gather: what one writes without a library."""
-    logits = F.linear(x.hidden, x.weight).float()
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, x.target[:, None]).squeeze(1)
-    weights = pear_weights(logprobs, x.behavior_logprobs, cu_seqlens=x.cu_seqlens)
-    loss = -(weights * logprobs).mean()
+def backward(loss: Tensor) -> Tensor:
     loss.backward()
     return loss.detach()
+
+
+def weighted(nll: Nll) -> Run:
+    """PEAR at token level out of a library's losses a token, the weights computed from those very losses."""
+
+    def run(x: Inputs) -> Tensor:
+        losses = nll(x.hidden, x.weight, x.target)
+        return backward((pear_weights(-losses.detach(), x.behavior_logprobs, cu_seqlens=x.cu_seqlens) * losses).mean())
+
+    return run
+
+
+# ---- the usual way
+
+
+def full_logits_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Full logits, log_softmax, gather: what one writes without a library."""
+    return -torch.log_softmax(F.linear(hidden, weight).float(), dim=-1).gather(1, target[:, None]).squeeze(1)
 
 
 def naive_nll(x: Inputs) -> Tensor:
     """The same without weights, by PyTorch's own cross-entropy."""
-    loss = F.cross_entropy(F.linear(x.hidden, x.weight).float(), x.target)
-    loss.backward()
-    return loss.detach()
+    return backward(F.cross_entropy(F.linear(x.hidden, x.weight).float(), x.target))
 
 
-@torch.no_grad()
-def bare(x: Inputs) -> Tensor:
-    """The three products in our chunks and nothing else: logits, dX, dW. No loss; the gradients are not gradients."""
-    vocabulary = x.weight.shape[0]
-    accumulator = torch.float64 if x.hidden.dtype == torch.float64 else torch.float32
-    rows = chunk_rows(default_workspace(x.weight, accumulator.itemsize), vocabulary * accumulator.itemsize)
-    chunks = cut(0, len(x.hidden), rows)
-    buffer = x.hidden.new_empty(max(end - begin for begin, end in chunks), vocabulary)
-    dx, dw = torch.empty_like(x.hidden), torch.empty_like(x.weight)
-    for begin, end in reversed(chunks):
-        hidden, logits = x.hidden[begin:end], buffer[: end - begin]
-        torch.mm(hidden, x.weight.t(), out=logits)
-        torch.mm(logits, x.weight, out=dx[begin:end])
-        torch.addmm(dw, logits.t(), hidden, beta=0 if end == len(x.hidden) else 1, out=dw)
-    x.hidden.grad, x.weight.grad = dx, dw
+@functools.lru_cache(maxsize=1)
+def compiled_for(*_: object) -> Nll:
+    """`full_logits_nll`, compiled anew for each shape: more shapes than Dynamo keeps would end up uncompiled."""
+    torch.compiler.reset()
+    return torch.compile(full_logits_nll, dynamic=False)
+
+
+def compiled_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    gradients = hidden.requires_grad and torch.is_grad_enabled()
+    return compiled_for(hidden.shape, weight.shape, hidden.dtype, gradients)(hidden, weight, target)
+
+
+# ---- the least there is to do
+
+
+def bare(x: Inputs, gradients: str = "both") -> Tensor:
+    """The products in our chunks and nothing else: logits, dX ("hidden"), dW ("both") in float32. No loss comes of it.
+
+    Half-precision operands, where there is a CUDA device, with float32 accumulated into float32 by cuBLAS itself.
+    """
+    wanted = Wanted(gradients != "", gradients == "both", False)
+    head = our_head(x)
+    workspace = default_workspace(x.weight, head.dtype.itemsize)
+    # the rows of a pass with gradients, also where none is wanted: this product does have to put its logits somewhere
+    plan = schedule(len(x.hidden), wanted, row_bytes=head.row_bytes(True), workspace_bytes=workspace)
+    buffer = x.hidden.new_empty(plan.rows, x.weight.shape[0], requires_grad=False)
+    with torch.no_grad():
+        dx = torch.empty_like(x.hidden) if wanted.hidden else None
+        dw = torch.empty_like(x.weight, dtype=head.dtype) if wanted.weight else None
+        # operands narrower than the sums: a product of its own, and on CUDA alone
+        accumulate = {} if x.weight.dtype == head.dtype else {"out_dtype": head.dtype}
+        for i, (begin, end) in enumerate(chunk for step in plan.steps for chunk in step.chunks):
+            hidden, logits = x.hidden[begin:end], buffer[: end - begin]
+            torch.mm(hidden, x.weight.t(), out=logits)
+            if wanted.hidden:
+                torch.mm(logits, x.weight, out=dx[begin:end])
+            if wanted.weight and i == 0:
+                torch.mm(logits.t(), hidden, out=dw, **accumulate)
+            elif wanted.weight:
+                torch.addmm(dw, logits.t(), hidden, out=dw, **accumulate)
     return x.hidden.new_zeros(())
 
 
 # ---- ours
 
 
-def ours(x: Inputs, level: str) -> Tensor:
-    loss = linear_pear_loss(
-        x.hidden, x.weight, x.target, x.behavior_logprobs, cu_seqlens=x.cu_seqlens, level=level
-    ).loss
-    loss.backward()
-    return loss.detach()
+def our_head(x: Inputs):
+    """The head that `linear_pear_loss` takes for these inputs."""
+    return head_class(None, x.hidden.device, x.hidden.dtype)(x.weight, None, 1.0, None, x.hidden.dtype)
+
+
+def ours(x: Inputs, level: str = "token") -> Tensor:
+    return backward(
+        linear_pear_loss(x.hidden, x.weight, x.target, x.behavior_logprobs, cu_seqlens=x.cu_seqlens, level=level).loss
+    )
+
+
+@contextlib.contextmanager
+def product(variant: str) -> Iterator[None]:
+    """Which product 1 the Triton head takes: "fused" with its epilogue, or cuBLAS's and a kernel a row ("plain")."""
+    before = os.environ.get("PEAR_KERNELS_PRODUCT")
+    os.environ["PEAR_KERNELS_PRODUCT"] = variant
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PEAR_KERNELS_PRODUCT"]
+        else:
+            os.environ["PEAR_KERNELS_PRODUCT"] = before
+
+
+def ours_with(variant: str) -> Run:
+    def run(x: Inputs) -> Tensor:
+        with product(variant):
+            return ours(x)
+
+    return run
 
 
 class Unweighted(torch.autograd.Function):
     """The same walk with every coefficient 1/N: what our pass costs before there is any PEAR in it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, cu_seqlens):
-        pack = pack_tokens(target != -100, cu_seqlens)
-        head = Head(weight, None, 1.0, None, hidden.dtype)
-        walk = Walk(hidden, head, target, pack, Wanted(True, True, False), None)
+    def forward(ctx, x: Inputs, hidden, weight):
+        pack = pack_tokens(x.target != -100, x.cu_seqlens)
+        walk = Walk(hidden, our_head(x), x.target, pack, Wanted(True, True, False), None)
         walk.run(FixedCoefficients(walk.logprobs.new_full((pack.tokens,), 1 / pack.tokens)))
         ctx.save_for_backward(walk.grads.hidden, walk.grads.weight)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -84,65 +151,81 @@ class Unweighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(ops.scaled(gradient, upstream, dtype) for gradient, dtype in pairs), None, None
+        return None, *(ops.scaled(gradient, upstream, dtype) for gradient, dtype in pairs)
 
 
 def ours_unweighted(x: Inputs) -> Tensor:
-    loss = Unweighted.apply(x.hidden, x.weight, x.target, x.cu_seqlens)
-    loss.backward()
-    return loss.detach()
+    return backward(Unweighted.apply(x, x.hidden, x.weight))
 
 
 def ours_logprobs(x: Inputs) -> Tensor:
     """Per-token log-probs and a loss of one's own on top: four products."""
-    loss = -linear_logprobs(x.hidden, x.weight, x.target).mean()
-    loss.backward()
-    return loss.detach()
+    return backward(-linear_logprobs(x.hidden, x.weight, x.target).mean())
+
+
+@torch.no_grad()
+def ours_scores(x: Inputs) -> Tensor:
+    return -linear_logprobs(x.hidden, x.weight, x.target).mean()
+
+
+@torch.no_grad()
+def naive_scores(x: Inputs) -> Tensor:
+    return full_logits_nll(x.hidden, x.weight, x.target).mean()
 
 
 # ---- other libraries
 
 
-def torch_chunked(x: Inputs) -> Tensor:
+def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
     """PyTorch's own, in chunks as it chooses them."""
     options = torch.nn.LinearCrossEntropyOptions()
-    loss = F.linear_cross_entropy(x.hidden, x.weight, x.target, options=options)
-    loss.backward()
-    return loss.detach()
+    return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
 
 
-def trl_chunked(x: Inputs) -> Tensor:
+def trl_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """TRL's autograd function with the vocabulary tile and the outputs that its SFT loss uses."""
     from trl.kernels import ChunkedLogProbFunction
 
-    logprobs, *_ = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.target, 1.0, 32768, None, 1.0, ())
-    loss = -logprobs.mean()
-    loss.backward()
-    return loss.detach()
+    return -ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
 
 
-def liger(x: Inputs) -> Tensor:
+def liger(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str = "none", **options) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(x.weight, x.hidden, x.target)
-    loss.backward()
-    return loss.detach()
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, accum_dtype=torch.float32, **options)
+    return loss(weight, hidden, target)
 
 
-def cut_cross_entropy(x: Inputs) -> Tensor:
+def liger_scaled_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Losses a token with gradients a token, in kernels of its own on Hopper."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    loss = linear_cross_entropy(x.hidden, x.weight, x.target)
-    loss.backward()
-    return loss.detach()
+    return linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
 
-def quack(x: Inputs) -> Tensor:
+def quack_mean(x: Inputs) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    loss = chunked_linear_cross_entropy(x.hidden, x.weight, x.target)
-    loss.backward()
-    return loss.detach()
+    return backward(chunked_linear_cross_entropy(x.hidden, x.weight, x.target))
+
+
+def quack_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Its chunked loss gives no losses a token: full logits, and its cross-entropy kernel in place."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return linear_cross_entropy_func(hidden, weight, None, target, reduction="none", inplace_backward=True)
+
+
+def verl_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, target, 1.0, "none", None)[0]
 
 
 # ---- the list
@@ -150,19 +233,26 @@ def quack(x: Inputs) -> Tensor:
 
 class Peer(NamedTuple):
     label: str
-    run: Callable[[Inputs], Tensor]
-    level: str | None = None  # PEAR's level, or None: the plain mean
+    run: Run
+    level: str | None = None  # PEAR's level; None: the plain mean; "dft": weighted by its own p (arXiv 2508.05629)
     package: str = "torch"  # whose version the result carries
+    nll: Nll | None = None  # its losses a token, where it gives them
+    gradients: str = "both"  # or "hidden", or "": see Shape.gradient_bytes
     needs_gpu: bool = False
+    half_only: bool = False  # has no float32
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run here, or None."""
         if shape.device == "cuda" and not torch.cuda.is_available():
             return "the shape needs a CUDA device"
         if self.needs_gpu and shape.device != "cuda":
-            return f"{self.package} has GPU kernels only"
-        if self.run is torch_chunked and not hasattr(F, "linear_cross_entropy"):
-            return f"torch {torch.__version__} has no F.linear_cross_entropy"
+            return (
+                f"{self.package} has GPU kernels only" if self.package != OURS else "a choice of the GPU kernels only"
+            )
+        if self.half_only and shape.dtype == torch.float32:
+            return f"{self.package} takes half-precision inputs only"
+        if self.nll is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
         if self.version() is None:
             return f"{self.package} is not installed"
         return None
@@ -170,23 +260,62 @@ class Peer(NamedTuple):
     def version(self) -> str | None:
         try:
             return version(self.package)
-        except PackageNotFoundError:
-            return None
+        except PackageNotFoundError:  # run from the source tree, without an installation
+            return "source" if self.package == OURS and importlib.util.find_spec("pear_kernels") else None
 
 
 OURS = "pear-kernels"
+LIGER, CCE, QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
+
+
+def mean_of(library: Callable[..., Tensor], **options) -> Run:
+    return lambda x: backward(library(x.hidden, x.weight, x.target, reduction="mean", **options))
+
+
+def gpu_only(label: str, run: Run, package: str, *, nll: Nll | None = None, level: str | None = None, **more) -> Peer:
+    return Peer(label, run, level or ("token" if nll else None), package, nll, needs_gpu=True, **more)
+
+
 PEERS = {
-    "naive": Peer("naive, PEAR token", naive, "token"),
-    "naive-nll": Peer("naive, F.cross_entropy", naive_nll),
+    # the references of the ratios
     "bare": Peer("three bare products, our chunks", bare),
-    "pear-token": Peer("ours, PEAR token", lambda x: ours(x, "token"), "token", OURS),
+    "bare-frozen": Peer("two bare products (logits, dX)", lambda x: bare(x, "hidden"), gradients="hidden"),
+    "bare-score": Peer("one bare product (logits)", lambda x: bare(x, ""), gradients=""),
+    "naive": Peer("naive, PEAR token", weighted(full_logits_nll), "token", nll=full_logits_nll),
+    "naive-nll": Peer("naive, F.cross_entropy", naive_nll),
+    "naive-score": Peer("naive, no gradient", naive_scores, gradients=""),
+    # ours
+    "pear-token": Peer("ours, PEAR token", ours, "token", OURS, nll=lambda *x: -linear_logprobs(*x)),
     "pear-block": Peer("ours, PEAR block", lambda x: ours(x, "block"), "block", OURS),
     "pear-sequence": Peer("ours, PEAR sequence", lambda x: ours(x, "sequence"), "sequence", OURS),
     "unweighted": Peer("ours, unweighted", ours_unweighted, None, OURS),
     "logprobs": Peer("ours, log-probs + own loss", ours_logprobs, None, OURS),
-    "torch": Peer("F.linear_cross_entropy, chunked", torch_chunked),
-    "trl": Peer("TRL ChunkedLogProbFunction", trl_chunked, None, "trl"),
-    "liger": Peer("Liger fused linear CE", liger, None, "liger-kernel", True),
-    "cce": Peer("cut-cross-entropy", cut_cross_entropy, None, "cut-cross-entropy", True),
-    "quack": Peer("QuACK chunked linear CE", quack, None, "quack-kernels", True),
+    "pear-token-frozen": Peer(
+        "ours, PEAR token, frozen head", lambda x: ours(x.frozen()), "token", OURS, gradients="hidden"
+    ),
+    "score": Peer("ours, no gradient", ours_scores, None, OURS, gradients=""),
+    "pear-token-fused": gpu_only("ours, PEAR token, fused product", ours_with("fused"), OURS, level="token"),
+    "pear-token-plain": gpu_only("ours, PEAR token, plain product", ours_with("plain"), OURS, level="token"),
+    # other libraries
+    "compiled": Peer("torch.compile of the naive, PEAR token", weighted(compiled_nll), "token", nll=compiled_nll),
+    "torch": Peer("F.linear_cross_entropy, chunked", mean_of(torch_chunked), nll=torch_chunked),
+    "torch-weighted": Peer(
+        "F.linear_cross_entropy, chunked, PEAR token", weighted(torch_chunked), "token", nll=torch_chunked
+    ),
+    "trl": Peer("TRL ChunkedLogProbFunction, PEAR token", weighted(trl_nll), "token", "trl", nll=trl_nll),
+    "liger": gpu_only("Liger fused linear CE", mean_of(liger), LIGER),
+    "liger-weighted": gpu_only('Liger fused, "none", PEAR token', weighted(liger), LIGER, nll=liger),
+    "liger-dft": gpu_only("Liger fused, token-scaled", mean_of(liger, use_token_scaling=True), LIGER, level="dft"),
+    "liger-scaled": gpu_only(
+        "Liger fused linear scaled CE, PEAR token", weighted(liger_scaled_nll), LIGER, nll=liger_scaled_nll
+    ),
+    "cce": gpu_only("cut-cross-entropy", mean_of(cut_cross_entropy), CCE, half_only=True),
+    "cce-weighted": gpu_only(
+        'cut-cross-entropy, "none", PEAR token', weighted(cut_cross_entropy), CCE, nll=cut_cross_entropy, half_only=True
+    ),
+    "quack": gpu_only("QuACK chunked linear CE", quack_mean, QUACK, half_only=True),
+    "quack-weighted": gpu_only("QuACK CE of full logits, PEAR token", weighted(quack_nll), QUACK, nll=quack_nll),
+    "verl": gpu_only("verl fused linear CE, PEAR token", weighted(verl_nll), "verl", nll=verl_nll),
 }
+# What answers the same question as a pass of ours with both gradients
+FULL_PASS = [name for name, peer in PEERS.items() if peer.gradients == "both"]

@@ -1,223 +1,164 @@
-"""From the measurements to one table and one picture, with each target beside its figure and never loosened."""
+"""From the rows of one machine to results.json, a table to read and pictures, under bench/results/<device>/."""
 
 import argparse
 import json
 from pathlib import Path
-from statistics import median, quantiles
 
-from bench import machine
-from bench.peers import OURS, PEERS
-from bench.shapes import SHAPES, Shape
-from pear.io import write_json, write_text
+from bench import machine, targets
+from bench.cells import Cell
+from bench.figures import Figures
+from bench.peers import PEERS
+from bench.shapes import SHAPES
+from bench.store import Store, write_rows, write_text_whole
 
-# What was asked for on a CPU before anything was measured: the case, and its figures.
-CASE, LONG_CASE = "cpu-4k", "cpu-16k"
-TIME_TO_NAIVE, TIME_TO_BARE, TIME_TO_UNWEIGHTED = 0.80, 1.25, 1.03
-MEMORY_TO_NAIVE, MEMORY_GROWTH = 0.15, 1.05
-FLOAT32_ERROR, BF16_LOGPROB_ERROR = 5e-6, 5e-4
-PEAR = [name for name, peer in PEERS.items() if peer.package == OURS and peer.level]
-OWN = [name for name, peer in PEERS.items() if peer.package == OURS]
-
-
-class Speed:
-    """Seconds of each peer in each round of one case; ratios are taken within a round."""
-
-    def __init__(self, benchmarks: list[dict], case: str):
-        self.seconds: dict[str, dict[int, float]] = {}  # wall clock
-        self.cpu_seconds: dict[str, dict[int, float]] = {}  # of the process, all threads together
-        for entry in benchmarks:
-            about = entry["extra_info"]
-            if about["case"] == case and about["turn"] > 0:  # round 0 warms up
-                self.seconds.setdefault(about["peer"], {})[about["turn"]] = entry["stats"]["min"]
-                self.cpu_seconds.setdefault(about["peer"], {})[about["turn"]] = about["cpu_seconds"]
-
-    def of(self, peer: str) -> list[float]:
-        return list(self.seconds[peer].values())
-
-    def ratio(self, peer: str, to: str) -> float | None:
-        return median_ratio(self.seconds.get(peer, {}), self.seconds.get(to, {}))
-
-    def cpu_ratio(self, peer: str, to: str) -> float | None:
-        return median_ratio(self.cpu_seconds.get(peer, {}), self.cpu_seconds.get(to, {}))
-
-
-def median_ratio(mine: dict[int, float], other: dict[int, float]) -> float | None:
-    ratios = [mine[turn] / other[turn] for turn in mine if turn in other]
-    return median(ratios) if ratios else None
+OVER = {  # what each is an overhead over
+    "pear-token": ["bare", "unweighted"],
+    "pear-block": ["bare", "unweighted"],
+    "pear-sequence": ["bare", "pear-token"],
+    "pear-token-frozen": ["bare-frozen"],
+    "score": ["bare-score"],
+    "naive-score": ["bare-score"],
+}
+ERRORS = ("logprobs", "loss", "dX", "dW")
 
 
 def number(value: float | None, style: str = ".2f") -> str:
     return "" if value is None else format(value, style)
 
 
-def describe(shape: Shape) -> str:
-    dtype = str(shape.dtype).removeprefix("torch.")
-    return f"N={shape.tokens}, D={shape.hidden}, V={shape.vocabulary}, {dtype}, {shape.device}"
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown; all columns but the first to the right."""
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def speed_and_memory_table(speed: Speed, memory: dict[tuple[str, str], dict], case: str) -> list[str]:
-    lines = [
-        "| | time, s | 20 to 80% | of naive | of bare | CPU time, of naive | of bare | extra memory, MiB | of naive |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    skipped = []
-    for name, peer in PEERS.items():
-        if name not in speed.seconds:
-            skipped.append(f"- {peer.label}: not run, {peer.unavailable(SHAPES[case]) or 'no measurement'}")
+def times(figures: Figures, question: str, case: str, beside: dict[str, list[str]] | None = None) -> list[str]:
+    """Every peer of a case: quantiles, memory, and its ratios to the bare products and the naive way or to `beside`."""
+    on_cpu = SHAPES[case].device == "cpu"
+    head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB"], []
+    if beside:
+        head += ["beside"]
+    else:
+        head += ["of bare", "of naive", *["CPU time, of bare", "of naive"] * on_cpu]
+    for peer in sorted(figures.peers(question, case), key=list(PEERS).index):
+        found = figures.seconds(question, case, peer)
+        if found is None:
             continue
-        times = speed.of(name)
-        low, *_, high = quantiles(times, n=5) if len(times) > 1 else times * 2
-        ratios = [way(name, to) for way in (speed.ratio, speed.cpu_ratio) for to in ("naive", "bare")]
-        extra = memory.get((case, name), {}).get("bytes")
-        naive = memory.get((case, "naive"), {}).get("bytes")
-        lines.append(
-            f"| {peer.label} | {median(times):.3f} | {low:.3f} to {high:.3f} | {' | '.join(map(number, ratios))} "
-            f"| {number(extra and extra / 2**20, '.0f')} | {number(extra and naive and extra / naive, '.1%')} |"
-        )
-    return lines + ([""] + skipped if skipped else [])
+        extra = figures.bytes(case, peer)
+        row = [PEERS[peer].label, f"{1e3 * found.middle:.2f}", f"{1e3 * found.low:.2f} to {1e3 * found.high:.2f}"]
+        row += [str(found.samples), number(extra and extra / 2**20, ".0f")]
+        if beside:
+            ratios = {name: figures.ratio(question, case, peer, name) for name in beside.get(peer, [])}
+            row.append("; ".join(f"{ratio:.3f} of {PEERS[name].label}" for name, ratio in ratios.items() if ratio))
+        else:
+            for what in ["seconds", "cpu_seconds"][: 1 + on_cpu]:
+                row += [number(figures.ratio(question, case, peer, name, what), ".3f") for name in ("bare", "naive")]
+        rows.append(row)
+    missing = [f"- {PEERS[peer].label}: {why}" for peer, why in figures.not_run(question, case).items()]
+    return table(head, rows) + ([""] + missing if missing else [])
 
 
-def targets(speed: Speed, memory: dict[tuple[str, str], dict], accuracy: dict) -> list[tuple[str, float, float, str]]:
-    """(what, measured, at most, format) of every figure that was asked for."""
-
-    def extra(case: str, peer: str) -> float:
-        return memory.get((case, peer), {}).get("bytes") or float("nan")
-
-    rows = []
-    for name in PEAR:
-        label = PEERS[name].label
-        for other, limit in (("naive", TIME_TO_NAIVE), ("bare", TIME_TO_BARE), ("unweighted", TIME_TO_UNWEIGHTED)):
-            if (ratio := speed.ratio(name, other)) is not None:
-                rows.append((f"time, {label} / {PEERS[other].label}", ratio, limit, ".3f"))
-        rows.append((f"memory, {label} / naive", extra(CASE, name) / extra(CASE, "naive"), MEMORY_TO_NAIVE, ".1%"))
-        growth = extra(LONG_CASE, name) / extra(CASE, name)
-        rows.append((f"memory, {label}, N=16384 / N=4096", growth, MEMORY_GROWTH, ".3f"))
-    for kind in dict.fromkeys(row["targets"] for row in accuracy["errors"]):
-        for name in OWN:
-            found = [row for row in accuracy["errors"] if row["targets"] == kind and row["peer"] == name]
-            if found:
-                worst = max(found[0][key] for key in ("loss", "dX", "dW"))
-                rows.append((f"float32 error, {PEERS[name].label}, {kind} targets", worst, FLOAT32_ERROR, ".1e"))
-    for row in accuracy["bf16_logprobs"]:
-        if row["peer"] == "ours":
-            rows.append(("rms error of log-probs, bf16 inputs", row["rms"], BF16_LOGPROB_ERROR, ".1e"))
-    far = accuracy["far_targets"]
-    worst = max(far[key] for key in ("loss", "dX", "dW")) if far["finite"] else float("nan")
-    rows.append(("no NaN at z_v - z_y = 200: float32 error, ours, unweighted", worst, float("inf"), ".1e"))
-    return rows
-
-
-def target_table(rows: list[tuple[str, float, float, str]]) -> list[str]:
-    lines = ["| figure | measured | at most | |", "| --- | ---: | ---: | --- |"]
-    for what, value, limit, style in rows:
-        verdict = "yes" if value <= limit else "**no**"  # NaN is a no
-        bound = "finite" if limit == float("inf") else format(limit, style)
-        lines.append(f"| {what} | {value:{style}} | {bound} | {verdict} |")
+def accuracy(figures: Figures) -> list[str]:
+    """Every peer in one table for each dtype, and the probabilities that the kinds of targets have."""
+    lines = []
+    for dtype in ("float32", "bf16"):
+        cases = [case for case in figures.cases("accuracy") if case.startswith(dtype)]
+        kinds = [case.split("-")[1] for case in cases]
+        peers = list(dict.fromkeys(peer for case in cases for peer in figures.peers("accuracy", case)))
+        rows, spans, missing = [], {}, []
+        for peer in sorted(peers, key=list(PEERS).index):
+            values = [[figures.value("accuracy", case, peer, key) for key in ERRORS] for case in cases]
+            if all(value is None for of_case in values for value in of_case):
+                missing.append(f"- {PEERS[peer].label}: {figures.not_run('accuracy', cases[0]).get(peer, '')}")
+                continue
+            cells = [number(value, ".0e") or "" for of_case in values for value in of_case]
+            rows.append([PEERS[peer].label, *cells])
+            for case, kind in zip(cases, kinds, strict=True):
+                spans.setdefault(kind, [figures.value("accuracy", case, peer, key) for key in ("span", "one_minus_p")])
+        if not cases:
+            continue
+        head = ["", *(f"{kind}: log p" if key == "logprobs" else key for kind in kinds for key in ERRORS)]
+        lines += ["", f"### {dtype} inputs", "", *table(head, rows)]
+        if missing:
+            lines += ["", *missing]
+        described = [
+            f"{kind}: log p from {logp[0]:.3g} to {logp[1]:.3g}, 1 - p from {gap[0]:.2g} to {gap[1]:.2g}"
+            for kind, (logp, gap) in spans.items()
+            if logp and gap
+        ]
+        lines += ["", "; ".join(described) + "."]
     return lines
 
 
-def accuracy_table(accuracy: dict) -> list[str]:
-    kinds = list(dict.fromkeys(row["targets"] for row in accuracy["errors"]))
-    lines = [
-        "| | " + " | ".join(f"{kind}: loss | dX | dW" for kind in kinds) + " |",
-        "| --- |" + " ---: |" * (3 * len(kinds)),
-    ]
-    for name in dict.fromkeys(row["peer"] for row in accuracy["errors"]):
-        cells = []
-        for kind in kinds:
-            row = next(row for row in accuracy["errors"] if row["peer"] == name and row["targets"] == kind)
-            cells += [f"{row[key]:.0e}" for key in ("loss", "dX", "dW")]
-        lines.append(f"| {PEERS[name].label} | " + " | ".join(cells) + " |")
-    spans = {row["targets"]: (row["logprobs"], row["one_minus_p"]) for row in accuracy["errors"]}
-    described = [
-        f"{kind}: log p from {logprobs[0]:.3g} to {logprobs[1]:.3g}, 1 - p from {gap[0]:.2g} to {gap[1]:.2g}"
-        for kind, (logprobs, gap) in spans.items()
-    ]
-    rms = ", ".join(f"{row['peer']} {row['rms']:.1e}" for row in accuracy["bf16_logprobs"])
-    return [*lines, "", "; ".join(described) + ".", "", f"Rms error of log-probs with bf16 inputs: {rms}."]
+def largest(figures: Figures) -> list[str]:
+    lines = []
+    for case in figures.cases("largest"):
+        shape = SHAPES[case.removeprefix("N-")]
+        for peer in figures.peers("largest", case):
+            tokens, card = (figures.value("largest", case, peer, key) for key in ("tokens", "card_bytes"))
+            why = figures.not_run("largest", case).get(peer)
+            told = f"{tokens} tokens in {card / 2**30:.0f} GiB" if tokens is not None else f"not measured, {why}"
+            lines.append(f"- {PEERS[peer].label}, D={shape.hidden}, V={shape.vocabulary}: {told}")
+    return lines
 
 
-def picture(speed: Speed, memory: dict[tuple[str, str], dict], case: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in PEERS if name in speed.seconds][::-1]
-    labels = [PEERS[name].label for name in names]
-    colors = ["#c0562f" if name in OWN else "#8a94a6" for name in names]
-    naive = memory[case, "naive"]["bytes"]
-    panels = (
-        ("time, of naive", [speed.ratio(name, "naive") for name in names], TIME_TO_NAIVE, "{:.2f}"),
-        (
-            "extra peak memory, of naive",
-            [memory[case, name]["bytes"] / naive for name in names],
-            MEMORY_TO_NAIVE,
-            "{:.0%}",
-        ),
-    )
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(names) + 1.6), sharey=True, layout="constrained")
-    for axis, (title, values, limit, style) in zip(axes, panels, strict=True):
-        bars = axis.barh(labels, values, color=colors)
-        axis.bar_label(bars, [style.format(value) for value in values], padding=3, fontsize=9)
-        axis.axvline(limit, color="#222222", linestyle="--", linewidth=1, label=f"target {style.format(limit)}")
-        axis.set_title(title, fontsize=11)
-        axis.set_xlim(0, 1.15 * max(values))
-        axis.spines[["top", "right"]].set_visible(False)
-    bare = TIME_TO_BARE * speed.ratio("bare", "naive")
-    axes[0].axvline(bare, color="#4c72b0", linestyle=":", linewidth=1.2, label=f"target {TIME_TO_BARE} of bare")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
-    figure.suptitle(f"Forward and backward, {describe(SHAPES[case])}", fontsize=12)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def write(raw: Path, results: Path) -> Path:
-    """From the JSON files in `raw`: report.md, report.png, results.json in `results`/<machine>/, which it returns."""
-    speed_json = json.loads((raw / "speed.json").read_text())
-    memory_json = json.loads((raw / "memory.json").read_text())
-    accuracy = json.loads((raw / "accuracy.json").read_text())
-    facts = speed_json["machine_info"]["pear"]
-    memory = {(row["case"], row["peer"]): row for row in memory_json["rows"]}
-    folder = results / machine.folder_name(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-
+def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str]) -> str:
     lines = ["# Benchmarks", "", *(f"- {name}: {value}" for name, value in facts.items())]
-    kept = {"machine": facts, "speed": {}, "memory": memory_json["rows"], "accuracy": accuracy}
-    for case in dict.fromkeys(entry["extra_info"]["case"] for entry in speed_json["benchmarks"]):
-        shape, speed = SHAPES[case], Speed(speed_json["benchmarks"], case)
-        kept["speed"][case] = {"seconds": speed.seconds, "cpu_seconds": speed.cpu_seconds}
-        rounds = max(len(times) for times in speed.seconds.values())
-        lines += [
-            "",
-            f"## Forward and backward: {describe(shape)}",
-            "",
-            f"Medians over {rounds} interleaved rounds; ratios are medians of the ratios within a round. Extra memory",
-            "is the peak above inputs and gradients, each in a process of its own.",
-            "",
-            *speed_and_memory_table(speed, memory, case),
-        ]
-        if case == CASE:
-            lines += ["", "![time and memory](report.png)", "", "## Targets", ""]
-            lines += target_table(targets(speed, memory, accuracy))
-        if case == CASE or CASE not in {entry["extra_info"]["case"] for entry in speed_json["benchmarks"]}:
-            picture(speed, memory, case, folder / "report.png")
-    lines += ["", "## Relative error against float64", "", *accuracy_table(accuracy)]
+    if left:
+        lines += ["", f"**Not complete: {len(left)} of {len(left) + len(figures.rows)} cells are not measured yet.**"]
+    asked = targets.of(facts["device"], figures)
+    if asked:
+        lines += ["", "## Targets", "", "| figure | measured | at most | |", "| --- | ---: | ---: | --- |"]
+        lines += [target.line() for target in asked]
+    lines += ["", *(f"![{name}]({name})" for name in pictures)]
+    lines += ["", "## Forward and backward", "", "Times are medians over all rounds and their 20 and 80 % quantiles;"]
+    lines += ["ratios are medians of the ratios within a round around the peers. Extra memory is the peak above inputs"]
+    lines += ["and gradients in their dtype. Peers compute PEAR's token level where they can be made to."]
+    for case in figures.cases("sweeps"):
+        lines += ["", f"### {SHAPES[case]}", "", *times(figures, "sweeps", case)]
+    slower = targets.slower_than(figures)
+    lines += ["", "Where another library's pass takes less time than ours at token level:", ""]
+    lines += [f"- {line}" for line in slower] or ["- nowhere in these tables"]
+    lines += ["", "## Overheads"]
+    for case in figures.cases("overheads"):
+        lines += ["", f"### {SHAPES[case]}", "", *times(figures, "overheads", case, OVER)]
+    lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX and dW."]
+    lines += accuracy(figures)
+    if figures.cases("largest"):
+        lines += ["", "## The most tokens that fit, forward and backward", "", *largest(figures)]
+    return "\n".join(lines) + "\n"
 
-    write_text(folder / "report.md", "\n".join(lines) + "\n")
-    write_json(folder / "results.json", kept)
+
+def write(store: Store, results: Path, left: list[Cell]) -> Path:
+    """report.md, results.json and, where matplotlib is, pictures, in `results`/<device>/, which it returns."""
+    figures = Figures(store.rows)
+    folder = results / machine.folder_name(store.facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {**store.facts, "commit": ", ".join(sorted({row["commit"] for row in store.rows.values()}))}
+    try:
+        from bench import pictures
+
+        drawn = pictures.draw(figures, folder)
+    except ImportError as error:
+        facts["pictures"] = f"none, {error}"
+        drawn = []
+    about = {name: facts[name] for name in ("device", "versions")}
+    write_rows(folder / "results.json", facts, {name: {**row, **about} for name, row in store.rows.items()})
+    write_text_whole(folder / "report.md", text(facts, figures, left, drawn))
     return folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, help="folder with speed.json, memory.json and accuracy.json")
-    parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results")
+    parser = argparse.ArgumentParser(description="Write the report of a results.json anew.")
+    parser.add_argument("folder", type=Path, help="one that holds a results.json")
     arguments = parser.parse_args()
-    folder = write(arguments.raw, arguments.results)
-    print((folder / "report.md").read_text())
-    print(f"written to {folder}")
+    kept = json.loads((arguments.folder / "results.json").read_text())
+    figures = Figures(kept["rows"])
+    from bench import pictures
+
+    write_text_whole(
+        arguments.folder / "report.md", text(kept["machine"], figures, [], pictures.draw(figures, arguments.folder))
+    )
 
 
 if __name__ == "__main__":

@@ -12,24 +12,52 @@ class Shape(NamedTuple):
     tokens: int
     hidden: int
     vocabulary: int
-    dtype: torch.dtype
-    device: str
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    sequences: int | None = None  # so many of equal length; None: of 128 to 1536 tokens
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Of dX and dW in the inputs' dtype: what every method has to return."""
-        return (self.tokens + self.vocabulary) * self.hidden * self.dtype.itemsize
+    def gradient_bytes(self, gradients: str) -> int:
+        """What every method has to return, in the inputs' dtype: dX and dW ("both"), dX ("hidden"), or nothing ("")."""
+        rows = {"both": self.tokens + self.vocabulary, "hidden": self.tokens, "": 0}[gradients]
+        return rows * self.hidden * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        packed = f", {self.sequences} sequences" if self.sequences else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"N={self.tokens}, D={self.hidden}, V={self.vocabulary}, {dtype}{packed}"
 
 
+def gpu(tokens: int, hidden: int, vocabulary: int, **more) -> Shape:
+    return Shape(tokens, hidden, vocabulary, torch.bfloat16, "cuda", **more)
+
+
+PACKS = (1, 10, 100, 1000)
+GPU_BASE, CPU_BASE = "8k-4k-152k", "cpu-4k"
 SHAPES = {
-    "tiny": Shape(256, 64, 1000, torch.float32, "cpu"),  # warms up libraries; no figure is taken from it
-    "cpu-4k": Shape(4096, 512, 32000, torch.float32, "cpu"),
-    "cpu-16k": Shape(16384, 512, 32000, torch.float32, "cpu"),
-    # those for which peers have published figures, on H100 and H200
-    "gpu-8k-152k": Shape(8192, 4096, 151936, torch.bfloat16, "cuda"),
-    "gpu-16k-248k": Shape(16384, 2048, 248320, torch.bfloat16, "cuda"),
-    "gpu-8k-128k": Shape(8192, 4096, 128256, torch.bfloat16, "cuda"),
+    GPU_BASE: gpu(8192, 4096, 151936),  # published, on H100; the targets' shape
+    "128k-4k-152k": gpu(131072, 4096, 151936),
+    "16k-2k-248k": gpu(16384, 2048, 248320),  # published, on H100
+    "8k-4k-128k": gpu(8192, 4096, 128256),  # published, on H200
+    # over N, V and D around the base
+    **{f"{n}k-4k-152k": gpu(1024 * n, 4096, 151936) for n in (1, 2, 4, 16, 32, 64)},
+    **{f"8k-4k-{v // 1000}k": gpu(8192, 4096, v) for v in (32000, 248320)},
+    **{f"8k-{d}k-152k": gpu(8192, 1024 * d, 151936) for d in (1, 2)},
+    **{f"pack-{s}": gpu(8192, 4096, 151936, sequences=s) for s in PACKS},
+    # on a CPU
+    CPU_BASE: Shape(4096, 512, 32000),
+    "cpu-16k": Shape(16384, 512, 32000),
+    "cpu-small": Shape(1024, 256, 8192),
+    "cpu-small-4n": Shape(4096, 256, 8192),
+    "cpu-small-4v": Shape(1024, 256, 32768),
+    "cpu-small-4d": Shape(1024, 1024, 8192),
+    **{f"cpu-pack-{s}": Shape(4096, 256, 8192, sequences=s) for s in PACKS},
+    # to try the machinery, and to warm up libraries: no figure is taken from these
+    "tiny": Shape(256, 64, 1000),
+    "tiny-2n": Shape(512, 64, 1000),
+    **{f"tiny-pack-{s}": Shape(256, 64, 1000, sequences=s) for s in (1, 10)},
 }
+ROWS_AT_A_TIME = 16384  # inputs are made in slices, so that making them takes no more memory than holding them
+L2_BYTES, MOST_SETS = 64 << 20, 8
 
 
 class Inputs(NamedTuple):
@@ -44,6 +72,22 @@ class Inputs(NamedTuple):
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
+    def frozen(self) -> "Inputs":
+        """The same with a head that wants no gradient."""
+        return self._replace(weight=self.weight.detach())
+
+
+def rotating(shape: Shape) -> list[Inputs]:
+    """Input sets to take turns with, so that none is in a cache when its turn comes: 4 times the L2, and 2 at least.
+
+    On a CPU one set, whose weight alone is larger than its caches.
+    """
+    if shape.device == "cpu":
+        return [make_inputs(shape)]
+    bytes_of_one = (shape.tokens + shape.vocabulary) * shape.hidden * shape.dtype.itemsize
+    sets = min(max(2, -(-4 * L2_BYTES // bytes_of_one)), MOST_SETS)
+    return [make_inputs(shape, seed) for seed in range(sets)]
+
 
 def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     """Random inputs with logits of variance 1, sequences of 128 to 1536 tokens, and a behaviour policy near the model.
@@ -52,24 +96,31 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     floor nor on the ceiling.
     """
     rng = torch.Generator(shape.device).manual_seed(seed)
-    options = {"dtype": shape.dtype, "device": shape.device, "generator": rng}
-    hidden = torch.randn(shape.tokens, shape.hidden, **options)
-    weight = torch.randn(shape.vocabulary, shape.hidden, **options).mul_(shape.hidden**-0.5)
-    target = torch.randint(shape.vocabulary, (shape.tokens,), device=shape.device, generator=rng)
+    on_device = {"device": shape.device, "generator": rng}
+    hidden = torch.randn(shape.tokens, shape.hidden, dtype=shape.dtype, **on_device)
+    weight = torch.randn(shape.vocabulary, shape.hidden, dtype=shape.dtype, **on_device).mul_(shape.hidden**-0.5)
+    target = torch.randint(shape.vocabulary, (shape.tokens,), **on_device)
+    noise = torch.randn(shape.tokens, **on_device)
 
     # log p = z_y - log sum exp z, and for a sum over many logits of variance s^2 the latter is log V + s^2 / 2
-    spread = hidden.float().square().mean(1)
-    logprobs = (hidden * weight[target]).float().sum(1) - (torch.tensor(shape.vocabulary).log().item() + spread / 2)
-    noise = torch.randn(shape.tokens, device=shape.device, generator=rng)
+    logprobs = torch.empty_like(noise)
+    for begin in range(0, shape.tokens, ROWS_AT_A_TIME):
+        rows = slice(begin, begin + ROWS_AT_A_TIME)
+        logit = (hidden[rows] * weight[target[rows]]).sum(1, dtype=torch.float32)
+        spread = torch.linalg.vector_norm(hidden[rows], dim=1, dtype=torch.float32).square() / shape.hidden
+        logprobs[rows] = logit - (torch.tensor(shape.vocabulary).log().item() + spread / 2)
     behavior_logprobs = (logprobs + 0.02 + 0.1 * noise).clamp(max=0.0)
 
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), target, behavior_logprobs, sequences(shape, seed))
 
 
 def sequences(shape: Shape, seed: int) -> Tensor:
-    """(S+1,) int32 bounds of sequences of 128 to 1536 tokens; the last takes what is left."""
-    rng = torch.Generator().manual_seed(seed)
-    bounds = [0]
-    while bounds[-1] < shape.tokens:
-        bounds.append(min(bounds[-1] + int(torch.randint(128, 1537, (), generator=rng)), shape.tokens))
+    """(S+1,) int32 bounds: `shape.sequences` of nearly equal length, or of 128 to 1536 tokens each."""
+    if shape.sequences:
+        bounds = [shape.tokens * i // shape.sequences for i in range(shape.sequences + 1)]
+    else:
+        rng = torch.Generator().manual_seed(seed)
+        bounds = [0]
+        while bounds[-1] < shape.tokens:
+            bounds.append(min(bounds[-1] + int(torch.randint(128, 1537, (), generator=rng)), shape.tokens))
     return torch.tensor(bounds, dtype=torch.int32, device=shape.device)

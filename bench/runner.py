@@ -1,0 +1,89 @@
+"""Runs the cells in a process of their own, which may die, hang or run out of time without taking the rest along."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import machine
+from bench.cells import Cell
+from bench.store import Store
+
+QUESTIONS = ("sweeps", "overheads", "accuracy", "memory", "largest")
+CELL_SECONDS = 300  # a cell that takes longer is stopped, and recorded as such
+GRACE = 15  # seconds that the cell in hand may go on past the deadline
+NOTHING_TO_DO, BROKEN_DEVICE = 5, 86  # exit codes: pytest's, and ours (conftest.py)
+
+
+class Outcome(NamedTuple):
+    store: Store
+    left: list[Cell]  # not measured yet
+
+    @property
+    def errors(self) -> list[str]:
+        return [f"{name}: {row['error']}" for name, row in self.store.rows.items() if "error" in row]
+
+
+def all_cells(device: str, turns: int) -> list[Cell]:
+    """Of every question, the most important first."""
+    modules = [importlib.import_module(f"bench.test_{question}") for question in QUESTIONS]
+    cells = [cell for module in modules for cell in module.cells(device, turns)]
+    return sorted(cells, key=lambda cell: cell.rank)
+
+
+def measure_all(
+    device: str, out: Path, *, turns: int = 5, deadline: float = float("inf"), retry: bool = False, only: str = ""
+) -> Outcome:
+    """Measures what is not in `out` yet, until all is there or the deadline (seconds since the epoch) comes."""
+    store = Store(out, machine.facts(device))
+    store.running.unlink(missing_ok=True)
+    if retry:
+        store.forget_errors()
+    cells = all_cells(device, turns)
+    while time.time() < deadline and not all(store.done(cell) for cell in cells):
+        reason, code = watch(start(device, out, turns, deadline, only), store, deadline)
+        store = Store(out, store.facts)
+        died_in = store.interrupted()
+        if died_in and reason != "deadline":
+            store.finish(died_in[0], {"error": reason or f"the process died with exit code {code}"})
+        elif code != BROKEN_DEVICE:
+            if reason is None and code not in (0, 1, NOTHING_TO_DO):  # 1: a cell ended in an error, which is kept
+                sys.exit(f"pytest failed with exit code {code}; what was measured before is kept in {out}")
+            break
+    return Outcome(store, [cell for cell in cells if not store.done(cell)])
+
+
+def start(device: str, out: Path, turns: int, deadline: float, only: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", *(f"bench/test_{question}.py" for question in QUESTIONS)]
+    command += ["-q", "-s", "-rN", "--no-header", "--disable-warnings", "-p", "no:cacheprovider"]
+    command += [f"--device={device}", f"--out={out.resolve()}", f"--turns={turns}", f"--deadline={deadline}"]
+    if importlib.util.find_spec("pytest_benchmark"):
+        command.append("--benchmark-quiet")
+    if only:
+        command += ["-k", only]
+    return subprocess.Popen(command, cwd=machine.ROOT, env={**os.environ, "PYTEST_TIMEOUT": "0"})
+
+
+def watch(process: subprocess.Popen, store: Store, deadline: float) -> tuple[str | None, int]:
+    """Waits for the process; ends it, with the reason, where a cell takes too long or the deadline is long past."""
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            running = store.interrupted()
+            if running and time.time() - running[1] > CELL_SECONDS:
+                return end(process, f"took longer than {CELL_SECONDS} s")
+            if time.time() > deadline + GRACE:
+                return end(process, "deadline")
+    except BaseException:
+        end(process, "")
+        raise
+    return None, process.returncode
+
+
+def end(process: subprocess.Popen, reason: str) -> tuple[str, int]:
+    process.kill()
+    return reason, process.wait()

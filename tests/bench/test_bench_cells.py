@@ -1,0 +1,95 @@
+"""The plan of what is measured, and how: cases, rounds, input sets, the peers themselves."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import measure, runner
+from bench.accuracy import Exact, make_inputs, relative
+from bench.peers import PEERS
+from bench.report import OVER
+from bench.shapes import GPU_BASE, SHAPES, Shape
+from bench.test_largest import MULTIPLE, RESOLUTION, close_in
+
+DEVICES = ("cuda", "cpu", "tiny")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_cell_is_there_once_and_its_ratios_have_a_denominator(device):
+    cells = runner.all_cells(device, 5)
+    assert Counter(map(str, cells)).most_common(1)[0][1] == 1
+    assert {cell.peer for cell in cells} <= set(PEERS)
+    measured = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "sweeps"}
+    for case, _, turn in measured:
+        assert SHAPES[case].device == ("cuda" if device == "cuda" else "cpu")
+        assert (case, "bare", turn) in measured
+    over = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "overheads"}
+    for case, peer, turn in over:
+        assert peer not in OVER or any((case, other, turn) in over for other in OVER[peer])
+
+
+def test_what_the_targets_need_comes_first():
+    """In at most a third of all cells, since a lease or a patience may end."""
+    cells = runner.all_cells("cuda", 5)
+    first = cells[: len(cells) // 3]
+    assert {("sweeps", GPU_BASE), ("sweeps", "128k-4k-152k"), ("overheads", GPU_BASE)} <= {
+        (cell.question, cell.case) for cell in first
+    }
+    assert {f"bf16-{kind}-cuda" for kind in ("random", "peaked", "unlikely", "far")} <= {cell.case for cell in first}
+
+
+@given(st.floats(1e-5, 30.0))
+def test_rounds_of_a_turn(seconds):
+    """20 rounds of at least half of 30 ms, and fewer where that would take too long."""
+    plan = measure.plan(seconds, "cuda")
+    a_round = seconds * plan["iterations"]
+    assert a_round > 0.6 * measure.ROUND_SECONDS
+    assert plan["rounds"] == 20 or (3 <= plan["rounds"] and a_round * (plan["rounds"] + 1) > measure.TURN_SECONDS)
+
+
+def test_own_timer_divides_a_round_by_its_calls():
+    now = [0.0]
+
+    def call():
+        now[0] += 0.25
+
+    benchmark = measure.Benchmark(lambda: now[0])
+    benchmark.pedantic(call, rounds=4, iterations=8)
+    assert benchmark.stats.stats.data == [0.25] * 4
+
+
+@given(st.integers(0, 1 << 24), st.integers(1, 1 << 24))
+def test_largest_closes_in_on_the_limit_from_any_guess(limit, guess):
+    tried = []
+
+    def fits(tokens):
+        tried.append(tokens)
+        return tokens <= limit
+
+    found = close_in(guess, fits)
+    assert found % MULTIPLE == 0 and found <= limit
+    assert limit - found <= max(found, MULTIPLE) * (1 / RESOLUTION + 1 / 16) + 2 * MULTIPLE
+    assert found == 0 or found in tried
+
+
+CPU_PEERS = [
+    name
+    for name, peer in PEERS.items()
+    if peer.gradients == "both" and not name.startswith("bare") and peer.unavailable(SHAPES["tiny"]) is None
+]
+
+
+@pytest.mark.parametrize("name", [name for name in CPU_PEERS if name != "compiled"])  # compiling takes its time
+def test_peers_compute_what_their_row_says(name):
+    """The level in the list is the level that is timed: loss and gradients against float64."""
+    x = make_inputs("random", Shape(96, 32, 257))
+    loss = PEERS[name].run(x)
+    for found, exact in zip((loss, x.hidden.grad, x.weight.grad), Exact(x).at(PEERS[name].level), strict=True):
+        assert relative(found, exact) < 1e-4
+    if PEERS[name].nll is not None:
+        with torch.no_grad():
+            losses = PEERS[name].nll(x.hidden, x.weight, x.target)
+        assert relative(losses, -Exact(x).logprobs) < 1e-5
