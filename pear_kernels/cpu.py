@@ -35,7 +35,7 @@ def temporary_bytes(rows: int, vocabulary: int, hidden_size: int, itemsize: int,
     tile_rows = min(max(128, WEIGHT_TILE_BYTES // (hidden_size * dtype.itemsize)), vocabulary)
     tiles = 2 * tile_rows * hidden_size * dtype.itemsize if narrow else 0  # the next is widened beside the last
     logits = rows * vocabulary * dtype.itemsize
-    blocks = 2 * min(max(ROW_BLOCK_BYTES, logits // max(rows, 1)), logits)  # of softcap's tanh
+    blocks = 3 * min(max(ROW_BLOCK_BYTES, logits // max(rows, 1)), logits)  # of softcap's tanh
     dots = 4 * min(ROW_BLOCK_BYTES, rows * hidden_size * 8)  # of the target's logit, in float64
     softmax, of_hidden, of_weight = max(tiles, blocks, dots), wide + narrow + tiles, wide
     return rows * hidden_size * itemsize + (wide if narrow else 0) + max(softmax, of_hidden, of_weight)
@@ -117,7 +117,7 @@ class Head:
     def entropy_gradient(
         self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(R, V) dL/dz, and row scales of 1, for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
+        """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
 
         dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H). It does not factor into a row scale times E, so the chunk is
         rewritten in place. Given for the raw logits, the factor 1 / temperature included.

@@ -89,7 +89,13 @@ def torch_row_bytes(vocabulary: int, itemsize: int) -> int:
 
 
 def triton_row_bytes(
-    vocabulary: int, hidden_size: int, itemsize: int, *, gradient: bool, plain: bool = False, tile: int = VOCABULARY_TILE
+    vocabulary: int,
+    hidden_size: int,
+    itemsize: int,
+    *,
+    gradient: bool,
+    plain: bool = False,
+    tile: int = VOCABULARY_TILE,
 ) -> int:
     """Workspace of a row in `triton.Head`, its temporaries included; `itemsize` is that of the compute dtype.
 

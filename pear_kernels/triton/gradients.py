@@ -93,7 +93,7 @@ def subtract_targets(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_weight[y_t] -= scale_t hidden_t and grad_bias[y_t] -= scale_t, each target's tokens by one program, in order.
+    """grad_weight[y_t] -= scale_t hidden_t and grad_bias[y_t] -= scale_t: a target's tokens by one program, in order.
 
     Programs of tokens that are not the first of their target have nothing to do.
     """

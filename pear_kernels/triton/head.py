@@ -1,4 +1,4 @@
-"""The engine's operations on an NVIDIA GPU: Triton for what has an epilogue, a row or a scan; cuBLAS for plain products.
+"""The engine's operations on an NVIDIA GPU: Triton for whatever has an epilogue or works on rows, cuBLAS for products.
 
 Where `pear_kernels.cpu` explains the arithmetic, this file differs in three points. E has the operands' dtype, since
 the gradient products read it twice, and everything else comes from float32 accumulators. The target's share of the
