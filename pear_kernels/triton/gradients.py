@@ -53,7 +53,7 @@ def write_grad_hidden(
         tl.store(out + to * D + column, (value * scale).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def add_grad_bias(
     e,  # (R, V)
     e_stride,  # from row to row

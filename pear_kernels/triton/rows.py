@@ -37,7 +37,7 @@ def outcome(S, exp_log, below, inverse_temperature):
     return -nll, inverse_temperature / Z, entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def target_logits(
     x,  # (R, D)
     weight,  # (V, D)
@@ -59,13 +59,14 @@ def target_logits(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < R
     y = tl.load(target + row, mask=live, other=0)
-    total = tl.zeros((BLOCK_R,), tl.float64)
+    products = tl.zeros((BLOCK_R, BLOCK_D), tl.float64)
     for k in range(0, D, BLOCK_D):
         column = k + tl.arange(0, BLOCK_D)
         inside = live[:, None] & (column < D)[None, :]
         a = tl.load(x + row.to(tl.int64)[:, None] * D + column[None, :], mask=inside, other=0.0)
         b = tl.load(weight + y[:, None] * D + column[None, :], mask=inside, other=0.0)
-        total += tl.sum(a.to(tl.float64) * b.to(tl.float64), 1)
+        products += a.to(tl.float64) * b.to(tl.float64)
+    total = tl.sum(products, 1)
     if bias is not None:
         total += tl.load(bias + y, mask=live, other=0.0).to(tl.float64)
     z, of_z = activate(total, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
@@ -74,7 +75,7 @@ def target_logits(
     tl.store(anchor + row, z.to(tl.float32), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def finish(
     sums,  # (vocabulary tiles, R) float32, from exp_product
     maxima,  # likewise
