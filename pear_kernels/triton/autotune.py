@@ -125,18 +125,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=tiles.TABLE, help="where to write (default: the package's own)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit(
-            "autotune measures on a CUDA device, and torch.cuda.is_available() is False: run it on the GPU to tune"
-        )
+        sys.exit("autotune measures on a GPU, and torch.cuda.is_available() is False: run it on the GPU to tune for")
     device = torch.device("cuda", torch.cuda.current_device())
     arch = tiles.architecture(device)
     table = json.loads(arguments.table.read_text()) if arguments.table.exists() else tiles.table()
     for dtype, hidden_size in itertools.product(arguments.dtype, arguments.hidden_size):
         print(f"{arch}, {dtype}, hidden size {hidden_size}", flush=True)
         problem = Problem(DTYPES[dtype], arguments.rows, arguments.vocabulary, hidden_size, device)
-        table = replace_entry(
-            table, arch, dtype, tune(problem, arch, DTYPES[dtype], lambda line: print(line, flush=True))
-        )
+        entry = tune(problem, arch, DTYPES[dtype], say=lambda line: print(line, flush=True))
+        table = replace_entry(table, arch, dtype, entry)
         write(table, arguments.table)
     print(f"written to {arguments.table}")
 
