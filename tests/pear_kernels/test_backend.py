@@ -9,7 +9,16 @@ import pytest
 import torch
 from problems import gradients, make_problem
 
-from pear_kernels import LinearPEARLoss, backend, cpu, linear_logprobs, linear_pear_loss, pear_weights, weights
+from pear_kernels import (
+    LinearPEARLoss,
+    backend,
+    cpu,
+    linear_logprobs,
+    linear_pear_loss,
+    objectives,
+    pear_weights,
+    weights,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT = torch.float32
@@ -151,9 +160,14 @@ def watched(monkeypatch):
             super().__init__(*arguments)
             made.append("weights")
 
-    for name, part in (("head", Head), ("weights", PEARWeights)):
+    class PEARObjective(objectives.PEARObjective):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, PEARWeights)
+
+    for name, parts in (("head", [Head]), ("weights", [PEARWeights, PEARObjective])):
         module = types.ModuleType(f"pear_kernels.triton.{name}")
-        setattr(module, part.__name__, part)
+        for part in parts:
+            setattr(module, part.__name__, part)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backend, "interpreting", lambda: True)
     return made
