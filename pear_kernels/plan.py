@@ -177,12 +177,17 @@ def plan(
     if dtype == torch.float64 or backend is None:
         backend = "triton" if device == "cuda" and dtype != torch.float64 else "torch"
     sums = torch.float64 if dtype == torch.float64 else torch.float32  # of the products' accumulators, and of dW
+    if backend == "triton":  # by the table of this machine's GPU, or of an H100 where there is none
+        from pear_kernels.triton import tiles  # which needs no triton
+
+        gpu = torch.device("cuda" if torch.cuda.is_available() else "meta")
+        choice = tiles.choose(tiles.architecture(gpu), dtype, hidden_size)
 
     def row_bytes(gradient: bool) -> int:
         if backend == "torch":
             return torch_row_bytes(vocabulary, sums.itemsize)
-        plain = dtype == torch.float16  # whose E would leave its range
-        return triton_row_bytes(vocabulary, hidden_size, dtype.itemsize, gradient=gradient, plain=plain)
+        plain, tile = choice.product == "plain", (choice.softmax if gradient else choice.logprobs).vocabulary
+        return triton_row_bytes(vocabulary, hidden_size, dtype.itemsize, gradient=gradient, plain=plain, tile=tile)
 
     # ---- the walks
     wanted = Wanted(gradient, gradient and train_head, gradient and train_head and bias)

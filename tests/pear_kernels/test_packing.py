@@ -28,6 +28,27 @@ def test_pack_says_what_a_loop_says(sequences):
     assert not unpack(values, pack, len(valid))[~valid].any()
 
 
+@given(st.lists(st.lists(st.booleans(), max_size=9), min_size=1, max_size=7))
+def test_a_static_pack_is_the_usual_one_and_ghosts(sequences):
+    valid = torch.tensor([v for s in sequences for v in s], dtype=torch.bool)
+    bounds = torch.tensor([0, *map(len, sequences)], dtype=torch.int32).cumsum(0)
+    usual, pack = pack_tokens(valid, bounds), pack_tokens(valid, bounds, static=True)
+    n = usual.tokens
+    assert pack.tokens == len(valid) and pack.counted == usual.counted == n
+    for name in ("index", "sequence", "start", "stop"):
+        assert torch.equal(getattr(pack, name)[:n], getattr(usual, name))
+    assert torch.equal(pack.lengths, usual.lengths)
+    ghosts = torch.arange(n, len(valid))
+    assert torch.equal(pack.index[n:], (~valid).nonzero().squeeze(1))
+    assert torch.equal(pack.start[n:], ghosts) and torch.equal(pack.stop[n:], ghosts + 1)
+    # what is taken for ghosts is 0, in rows and in numbers, and none of it comes back
+    rows = torch.randn(len(valid), 3).masked_fill(~valid[:, None], torch.nan)
+    assert torch.equal(pack.take(rows)[:n], usual.take(rows)) and not pack.take(rows)[n:].any()
+    assert torch.equal(pack.take(rows, 1, 4), pack.take(rows)[1:4])
+    values = torch.arange(1.0, len(valid) + 1)
+    assert torch.equal(unpack(values, pack, len(valid)), unpack(values[:n], usual, len(valid)))
+
+
 @given(st.integers(0, 5000), st.integers(1, 2000))
 def test_cuts_cover_once_and_have_no_sliver(n, rows):
     chunks = cut(0, n, rows)

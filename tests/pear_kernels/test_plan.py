@@ -146,6 +146,21 @@ def test_workspace_is_what_the_head_reserves(gradient):
     assert head.row_bytes(gradient) * rows == planned.workspace_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(151936, 4096), (32003, 1024)])
+def test_workspace_is_what_the_kernels_allocate(dtype, shape):
+    triton_head = pytest.importorskip("pear_kernels.triton.head", exc_type=ImportError)
+    head = triton_head.Head(torch.empty(shape, dtype=dtype, device="meta"), None, 1.0, None, dtype)
+    planned = plan(9000, *shape, dtype=dtype)
+    rows = max(end - begin for begin, end in planned.chunks)
+    if not torch.cuda.is_available():  # else the plan is for the GPU that is there
+        assert head.row_bytes(True) * rows == planned.workspace_bytes
+    head.reserve(rows, True)
+    buffers = {id(t): t.untyped_storage().nbytes() for t in vars(head).values() if isinstance(t, torch.Tensor)}
+    allocated = sum(buffers.values()) - head.weight.untyped_storage().nbytes()
+    assert 0.9 * planned.workspace_bytes < allocated <= planned.workspace_bytes <= 1 << 30
+
+
 def test_triton_rows_hold_what_their_parts_sum_to():
     # 1000 columns: four tiles of three partial sums, no padding; a row of dX in float32, x and scaled x
     assert triton_row_bytes(1000, 64, 2, gradient=True) == 1000 * 2 + 4 * 3 * 4 + 64 * (4 + 2 + 2)
