@@ -5,7 +5,8 @@ import torch
 from problems import gradients, make_problem
 from torch.utils.checkpoint import checkpoint
 
-from pear_kernels import linear_logprobs, linear_pear_loss, ops, pear_weights
+from pear_kernels import linear_logprobs, linear_pear_loss, ops, packing, pear_weights
+from pear_kernels.weights import _pear_weights_op as pear_weights_op
 
 
 def pear(problem):
@@ -112,3 +113,28 @@ def test_torch_library_opcheck(problem):
         (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, torch.float32),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize("level", ["token", "block", "sequence"])
+def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
+    """The whole of each op on tensors of device "meta", which have no values: reading one raises, as in a capture."""
+    monkeypatch.setattr(packing, "capturing", lambda: True)
+    N, V, D = 40, 37, 16
+    head_options = 0.7, 3.0, -100
+    how = 9 * V * 4, "torch", torch.float32
+    with torch.device("meta"):
+        hidden, weight, bias, target = torch.randn(N, D), torch.randn(V, D), torch.randn(V), torch.zeros(N).long()
+        bounds, scale, denominator = torch.zeros(3, dtype=torch.int32), torch.ones(2), torch.ones(())
+        clips = [-0.08, 0.3, -10.0, 5.0]
+        for divisor in (None, denominator):
+            loss, *_, dx, dw, db = ops.linear_pear_loss._init_fn(
+                hidden, weight, bias, target, torch.zeros(N), bounds, scale, divisor, level, 4, 0.999, clips, reduction,
+                *head_options, *how, [True, True, True],
+            )  # fmt: skip
+            assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
+        both = ops.linear_logprobs._init_fn(hidden, weight, bias, target, *head_options, True, *how)
+        ops.linear_logprobs_backward._init_fn(*both, hidden, weight, bias, target, *head_options, *how, [True] * 3)
+        assert pear_weights_op._init_fn(both[0], both[0], target == 0, bounds, level, 4, 0.999, clips, "torch").is_meta
+        with pytest.raises(RuntimeError, match="meta"):
+            loss.item()  # as it would there
