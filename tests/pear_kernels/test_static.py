@@ -146,6 +146,33 @@ def test_no_step_waits_for_the_device(level, train_head, rows, monkeypatch):
     torch.testing.assert_close(logprobs, exact_logprobs.detach(), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [40, 400])
+def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, monkeypatch):
+    # launches are recorded, not run: this looks at the host's side of them
+    pytest.importorskip("triton")
+    from pear_kernels.triton import launch
+    from pear_kernels.triton.head import Head
+    from pear_kernels.triton.weights import PEARObjective
+
+    problem = make_problem((40, 3, 0, 60), D=16, V=64, level=level, bias=True, dtype=dtype)
+    options = problem.hidden, Head(problem.weight, problem.options["bias"], 0.7, 3.0, dtype), problem.target
+    with NoSync(), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        patch.setattr(launch, "recorder", [])
+        pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
+        behavior, ones = pack.take(problem.behavior_logprobs), torch.ones(pack.tokens)
+        objective = PEARObjective(behavior, pack, PEAROptions(level), "sequence_mean", None, torch.ones(4))
+        for wanted in (Wanted(True, True, True), Wanted(True, False, False)):
+            walk = Walk(*options, pack, wanted, rows * 600)
+            walk.run(objective)
+            objective.finish(walk.logprobs)
+            Walk(*options, pack, wanted, rows * 600).run_dense(ones, ones)
+        Walk(*options, pack, Wanted(False, False, False), rows * 600).score_all(entropy=True)
+        assert launch.recorder
+
+
 # ---- heads that keep the target's term apart
 
 
