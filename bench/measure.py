@@ -103,4 +103,4 @@ def extra_memory(peer: Peer, x: Inputs, shape: Shape) -> int:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     x.clear()
-    return peak - before - shape.gradient_bytes(peer.gradients)
+    return peak - before - peer.gradient_bytes(shape)

@@ -43,7 +43,7 @@ def measure(case: str, peer: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
     before = resident("VmRSS")
     run(x)
-    return resident("VmHWM") - before - shape.gradient_bytes(PEERS[peer].gradients)
+    return resident("VmHWM") - before - PEERS[peer].gradient_bytes(shape)
 
 
 def measure_apart(case: str, peer: str) -> int:

@@ -65,8 +65,7 @@ def compiled_for(*_: object) -> Nll:
 
 
 def compiled_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    gradients = hidden.requires_grad and torch.is_grad_enabled()
-    return compiled_for(hidden.shape, weight.shape, hidden.dtype, gradients)(hidden, weight, target)
+    return compiled_for(hidden.shape, weight.shape, hidden.dtype)(hidden, weight, target)
 
 
 # ---- the least there is to do
@@ -256,6 +255,11 @@ class Peer(NamedTuple):
         if self.version() is None:
             return f"{self.package} is not installed"
         return None
+
+    def gradient_bytes(self, shape: Shape) -> int:
+        """Of what it leaves behind in the inputs' dtype. The bare products have a float32 dW and no other."""
+        rounded = self.run is not bare or shape.dtype == torch.float32
+        return shape.gradient_bytes(self.gradients if rounded else "hidden")
 
     def version(self) -> str | None:
         try:

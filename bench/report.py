@@ -35,7 +35,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def times(figures: Figures, question: str, case: str, beside: dict[str, list[str]] | None = None) -> list[str]:
     """Every peer of a case: quantiles, memory, and its ratios to the bare products and the naive way or to `beside`."""
     on_cpu = SHAPES[case].device == "cpu"
-    head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB"], []
+    head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB", "of bare"], []
+    bare = figures.bytes(case, "bare")
     if beside:
         head += ["beside"]
     else:
@@ -46,7 +47,7 @@ def times(figures: Figures, question: str, case: str, beside: dict[str, list[str
             continue
         extra = figures.bytes(case, peer)
         row = [PEERS[peer].label, f"{1e3 * found.middle:.2f}", f"{1e3 * found.low:.2f} to {1e3 * found.high:.2f}"]
-        row += [str(found.samples), number(extra and extra / 2**20, ".0f")]
+        row += [str(found.samples), number(extra and extra / 2**20, ".0f"), number(extra and bare and extra / bare)]
         if beside:
             ratios = {name: figures.ratio(question, case, peer, name) for name in beside.get(peer, [])}
             row.append("; ".join(f"{ratio:.3f} of {PEERS[name].label}" for name, ratio in ratios.items() if ratio))
@@ -110,6 +111,9 @@ def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str]) -
     if asked:
         lines += ["", "## Targets", "", "| figure | measured | at most | |", "| --- | ---: | ---: | --- |"]
         lines += [target.line() for target in asked]
+    checks = [row for row in figures.rows if row["question"] == "checks"]
+    if checks:
+        lines += ["", "## Checks", "", *(f"- {row['peer']}: {row.get('said') or row['skipped']}" for row in checks)]
     lines += ["", *(f"![{name}]({name})" for name in pictures)]
     lines += ["", "## Forward and backward", "", "Times are medians over all rounds and their 20 and 80 % quantiles;"]
     lines += ["ratios are medians of the ratios within a round around the peers. Extra memory is the peak above inputs"]

@@ -58,7 +58,7 @@ def total_bytes(peer, shape: Shape) -> int:
     x = make_inputs(shape)
     peer.run(x)
     extra = extra_memory(peer, x, shape)
-    return extra + torch.cuda.memory_allocated() + shape.gradient_bytes(peer.gradients)
+    return extra + torch.cuda.memory_allocated() + peer.gradient_bytes(shape)
 
 
 def fits(peer, shape: Shape) -> bool:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure, runner
 from bench.accuracy import Exact, make_inputs, relative
-from bench.peers import PEERS
+from bench.peers import PEERS, bare
 from bench.report import OVER
-from bench.shapes import GPU_BASE, SHAPES, Shape
+from bench.shapes import GPU_BASE, SHAPES, Inputs, Shape
 from bench.test_largest import MULTIPLE, RESOLUTION, close_in
 
 DEVICES = ("cuda", "cpu", "tiny")
@@ -48,6 +49,31 @@ def test_rounds_of_a_turn(seconds):
     a_round = seconds * plan["iterations"]
     assert a_round > 0.6 * measure.ROUND_SECONDS
     assert plan["rounds"] == 20 or (3 <= plan["rounds"] and a_round * (plan["rounds"] + 1) > measure.TURN_SECONDS)
+
+
+class Multiplications(TorchDispatchMode):
+    """Of all matrix products; PyTorch's own counter stumbles over products with an out_dtype."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = [arg for arg in args if isinstance(arg, torch.Tensor)][-2:]
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients, products", [("both", 3), ("hidden", 2), ("", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bare_products_are_as_many_as_they_say(gradients, products, dtype):
+    """Counted on the shape of the targets, with the calls that a GPU would get."""
+    N, D, V = SHAPES[GPU_BASE][:3]
+    x = Inputs(
+        torch.empty(N, D, dtype=dtype, device="meta"), torch.empty(V, D, dtype=dtype, device="meta"), *[None] * 3
+    )
+    with Multiplications() as counted:
+        bare(x, gradients)
+    assert counted.total == products * N * D * V
 
 
 def test_own_timer_divides_a_round_by_its_calls():
