@@ -165,7 +165,8 @@ class Walk:
         """
         for begin, end in chunks:
             x, softmax = self.score(objective, begin, end, gradient=True)
-            self.accumulate(begin, end, x, softmax, torch.ones_like(softmax.row_scale), into)
+            row_scale = softmax.row_scale.to(self.head.dtype)  # never skipped, so that `into` is written
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, into)
         for begin, end in chunks:
             coefficients = objective.coefficients(begin, end).to(self.head.dtype)
             if self.wanted.hidden:
