@@ -140,19 +140,19 @@ def leave_broken_device() -> None:
             os._exit(BROKEN_DEVICE)
 
 
-@pytest.fixture(scope="session")
-def inputs():
+class HeldInputs(dict[str, list[Inputs]]):
     """Input sets of one case at a time; the previous ones go when the case changes."""
-    held: dict[str, list[Inputs]] = {}
 
-    def of(case: str) -> list[Inputs]:
-        if case not in held:
-            held.clear()
-            free()
-            held[case] = rotating(SHAPES[case])
-        return held[case]
+    def __missing__(self, case: str) -> list[Inputs]:
+        self.clear()
+        free()
+        self[case] = rotating(SHAPES[case])
+        return self[case]
 
-    return of
+
+@pytest.fixture(scope="session")
+def inputs() -> HeldInputs:
+    return HeldInputs()
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def measured(benchmark, record, inputs, warm):
     def of(cell: Cell) -> None:
         with record(cell) as row:
             peer, shape = PEERS[cell.peer], SHAPES[cell.case]
-            sets = inputs(cell.case)
+            sets = inputs[cell.case]
             call = measure.rotate(peer, sets)
             try:
                 if (cell.case, cell.peer) not in warm:

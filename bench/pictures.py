@@ -20,7 +20,7 @@ def draw(figures: Figures, folder: Path) -> list[str]:
     base = next((case for case in (GPU_BASE, CPU_BASE, *measured) if figures.seconds("sweeps", case, "bare")), None)
     if base is None:
         return []
-    drawn = [beside_peers(figures, base, folder / "peers.png")]
+    drawn = [beside_peers(figures, base, folder / "report.png")]
     sweep = base if base == GPU_BASE else "cpu-small"
     if sweep in measured:
         drawn.append(over_shapes(figures, sweep, folder / "sweeps.png"))

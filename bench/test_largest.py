@@ -1,8 +1,10 @@
 """How many tokens fit in the card's memory, forward and backward, with the naive loss and with ours?
 
 Measured: the memory of two lengths says where the limit should lie, and from there tries that end in a loss or in an
-out-of-memory error close in on it, to a 32nd of itself.
+out-of-memory error close in on it, to a 16th of itself.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -12,7 +14,7 @@ from bench.measure import extra_memory
 from bench.peers import PEERS
 from bench.shapes import GPU_BASE, SHAPES, Shape, make_inputs
 
-MULTIPLE, RESOLUTION = 256, 32
+MULTIPLE, RESOLUTION = 256, 16
 PROBES = (2048, 4096)
 
 
@@ -20,8 +22,9 @@ def cells(device: str, turns: int) -> list[Cell]:
     return [Cell("largest", f"N-{GPU_BASE}", peer, rank=7) for peer in ("naive", "pear-token") if device != "tiny"]
 
 
-def test_largest(cell, record):
+def test_largest(cell, record, inputs):
     with record(cell) as row:
+        inputs.clear()  # the whole card is meant
         peer, shape = PEERS[cell.peer], SHAPES[cell.case.removeprefix("N-")]
         if reason := peer.unavailable(shape):
             raise Unavailable(reason)
@@ -34,22 +37,27 @@ def test_largest(cell, record):
         row["card_bytes"] = torch.cuda.mem_get_info()[1]
 
 
-def close_in(guess: int, fits) -> int:
-    """The largest multiple of `MULTIPLE` that fits, to a `RESOLUTION`-th of itself, from a guess that may be off."""
-    step = max(guess // RESOLUTION, MULTIPLE)
+def close_in(guess: int, fits: Callable[[int], bool]) -> int:
+    """A multiple of `MULTIPLE` that fits, with one that does not within a `RESOLUTION`-th above it.
+
+    A good guess takes two tries; from a bad one the steps grow until the limit lies between two of them.
+    """
     low, high = 0, None  # fits; does not
+    step = guess // (2 * RESOLUTION)
     tokens = guess
-    while high is None or high - low > step:
+    while high is None or high - low > max(high // RESOLUTION, MULTIPLE):
         tokens = max(tokens - tokens % MULTIPLE, MULTIPLE)
         if fits(tokens):
             low = tokens
-            tokens = tokens + step if high is None else (low + high) // 2
         else:
             high = tokens
-            if high <= MULTIPLE:
-                return 0
-            tokens = max(high - step, MULTIPLE) if low == 0 else (low + high) // 2
-        step = max(tokens // RESOLUTION, MULTIPLE)
+        if high is None:
+            tokens = low + max(step, MULTIPLE)
+        elif low == 0:
+            tokens = high - max(step, MULTIPLE)
+        else:
+            tokens = (low + high) // 2
+        step *= 2
     return low
 
 

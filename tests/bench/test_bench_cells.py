@@ -96,9 +96,15 @@ def test_largest_closes_in_on_the_limit_from_any_guess(limit, guess):
         return tokens <= limit
 
     found = close_in(guess, fits)
-    assert found % MULTIPLE == 0 and found <= limit
-    assert limit - found <= max(found, MULTIPLE) * (1 / RESOLUTION + 1 / 16) + 2 * MULTIPLE
-    assert found == 0 or found in tried
+    assert found == 0 or (found in tried and found <= limit)
+    too_many = min(tokens for tokens in tried if tokens > limit)
+    assert too_many - found <= max(too_many // RESOLUTION, MULTIPLE)
+
+
+def test_a_good_guess_of_the_largest_takes_two_tries():
+    tried = []
+    assert close_in(8_000_000, lambda tokens: not tried.append(tokens) and tokens <= 8_100_000) > 7_500_000
+    assert len(tried) == 2
 
 
 CPU_PEERS = [
