@@ -64,6 +64,7 @@ def pytest_runtest_setup(item):
         pytest.skip("out of time")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["pear"] = config.pear_store.facts
 

@@ -1,6 +1,7 @@
 """From rows to figures and verdicts: quantiles, ratios within a round, targets, what a report must not leave out."""
 
 import json
+import sys
 from statistics import median
 
 import numpy
@@ -99,6 +100,19 @@ def test_report_names_what_is_missing_slower_and_left(tmp_path):
     line = next(line for line in told.splitlines() if line.startswith("| ours, PEAR token |"))
     assert "| 4000.00 | 3400.00 to 4600.00 | 3 |" in line and "| 4.000 |  | 3.000 |  |" in line
     kept = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG") and "](report.png)" in told
     assert kept["machine"]["commit"] == "abc" and len(kept["rows"]) == 6
     assert median(kept["rows"]["sweeps/tiny/pear-token/1"]["seconds"]) == 4.0
     assert all(row["device"] == "cpu" and row["versions"] == "torch 0" for row in kept["rows"].values())
+
+
+def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench.pictures", raising=False)
+    monkeypatch.delattr("bench.pictures", raising=False)
+    store = Store(tmp_path / "out", FACTS)
+    store.finish(Cell("sweeps", "tiny", "bare"), {"seconds": [1.0]})
+    folder = report.write(store, tmp_path / "results", left=[])
+    told = (folder / "report.md").read_text()
+    assert "- pictures: none, import of matplotlib halted" in told and "![" not in told
+    assert not list(folder.glob("*.png"))
