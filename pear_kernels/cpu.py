@@ -64,11 +64,11 @@ class Head:
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
-    def row_bytes(self, gradient: bool) -> int:
+    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
         """Bytes of workspace a row takes: its logits, with or without a gradient."""
         return torch_row_bytes(self.vocabulary, self.dtype.itemsize)
 
-    def reserve(self, rows: int, gradient: bool) -> None:
+    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
         """One (rows, V) workspace for every chunk to come."""
         self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
 

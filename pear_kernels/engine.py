@@ -86,7 +86,7 @@ class Walk:
 
     def run(self, objective: Objective) -> None:
         """Fills `logprobs`, and the gradients for a loss whose coefficients come from `objective`."""
-        for how, chunks in self.start(objective.coupled).steps:
+        for how, chunks in self.start(coupled=objective.coupled).steps:
             if how == "visit":
                 self.visit(objective, *chunks)
             elif how == "deferred":
@@ -111,7 +111,7 @@ class Walk:
 
     def run_dense(self, of_nll: Tensor, of_entropy: Tensor) -> None:
         """Gradients for known coefficients (n,) on -log p and on the entropy, which rewrite the whole chunk."""
-        for _, chunks in self.start().steps:
+        for _, chunks in self.start(dense=True).steps:
             for begin, end in chunks:
                 x = self.rows(begin, end)
                 dz, row_scale = self.head.entropy_gradient(
@@ -120,20 +120,20 @@ class Walk:
                 self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, self.grads)
         self.finish()
 
-    def start(self, coupled: bool = False) -> Schedule:
+    def start(self, *, coupled: bool = False, dense: bool = False) -> Schedule:
         """The plan of the walk, and the workspace for it. Only what is planned here runs."""
         # lengths leave the device here: the one thing a coupled loss waits for. A static pack may not
         known = coupled and any(self.wanted) and self.pack.counts is None
         planned = schedule(
             self.pack.tokens,
             self.wanted,
-            row_bytes=self.head.row_bytes(any(self.wanted)),
+            row_bytes=self.head.row_bytes(any(self.wanted), dense),
             workspace_bytes=self.workspace_bytes,
             coupled=coupled,
             lengths=self.pack.lengths.tolist() if known else None,
             head_bytes=self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel()),
         )
-        self.head.reserve(planned.rows, planned.gradient)
+        self.head.reserve(planned.rows, planned.gradient, dense)
         return planned
 
     def finish(self) -> None:
@@ -178,10 +178,12 @@ class Walk:
         into.bias.mul_(coefficients[0])
 
     def visit_twice(self, objective: Objective, chunks: list[Chunk]) -> None:
-        """Chunks whose coefficients are known after the last: first all log-probs, then all gradients."""
-        for begin, end in chunks:
+        """Chunks whose coefficients are known after the last: log-probs of all but that one first, which goes once."""
+        *earlier, last = chunks
+        for begin, end in earlier:
             self.score(objective, begin, end, gradient=False)
-        for begin, end in chunks:
+        self.visit(objective, last)
+        for begin, end in earlier:
             x, softmax = self.softmax(begin, end, gradient=True)
             self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end), self.grads)
 

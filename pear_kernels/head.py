@@ -31,10 +31,10 @@ class Head(Protocol):
     weight: Tensor  # (V, D)
     dtype: torch.dtype  # of every product and sum: float32 (float64 for float64)
 
-    def row_bytes(self, gradient: bool) -> int:
-        """Bytes of workspace that one row of a chunk takes."""
+    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
+        """Bytes of workspace that one row of a chunk takes; `dense`: of a chunk for `entropy_gradient`."""
 
-    def reserve(self, rows: int, gradient: bool) -> None:
+    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
         """One workspace for every chunk to come, of at most that many rows."""
 
     def widen(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Schedule(NamedTuple):
     @property
     def visits(self) -> list[Chunk]:
         """The chunks in the order in which their logits are made, some of them twice."""
-        return [chunk for how, chunks in self.steps for chunk in chunks * (2 if how == "twice" else 1)]
+        return [chunk for how, chunks in self.steps for chunk in chunks + (chunks[:-1] if how == "twice" else [])]
 
     @property
     def scored(self) -> int:

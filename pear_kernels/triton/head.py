@@ -20,7 +20,7 @@ ALIGNMENT = 16  # bytes, of what descriptors and vector loads begin at
 MAX_EXPONENT = 40.0  # of exp, as in pear_kernels.cpu
 CACHED_BYTES = 24 << 20  # of x that row tiles worked on together may have, to stay in the L2 cache
 ROW_BLOCK = 1024  # columns that a row kernel takes at a time
-NARROW_TILE_BYTES = 1 << 26  # of a float16 E that is converted at a time
+FLOAT16_PEAK = 1024.0  # to which the largest number of a float16 operand is brought: far from its largest and smallest
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -52,25 +52,20 @@ class Head:
         self.descriptors = self.architecture != "sm_80" and aligned
         self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
-    def row_bytes(self, gradient: bool) -> int:
-        plain = self.choice.product == "plain"
+    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
+        plain = dense or self.choice.product == "plain"
         tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
         itemsize = self.compute_dtype.itemsize
         return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
 
-    def reserve(self, rows: int, gradient: bool) -> None:
+    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
         device = self.weight.device
         self.workspace = None
         if gradient:
-            dtype = self.dtype if self.choice.product == "plain" else self.compute_dtype
+            dtype = self.dtype if dense or self.choice.product == "plain" else self.compute_dtype
             self.workspace = torch.empty(rows, self.padded, dtype=dtype, device=device)
             self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
-            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.narrow_dtype, device=device)
-
-    @property
-    def narrow_dtype(self) -> torch.dtype:
-        """Of the operands of product 3: bfloat16 in place of float16, whose range c x would leave."""
-        return torch.bfloat16 if self.compute_dtype == torch.float16 else self.compute_dtype
+            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
 
     def widen(self, x: Tensor) -> Tensor:
         """Operand of a product: rounded to the compute dtype, contiguous and aligned; a copy only where it is not."""
@@ -169,8 +164,6 @@ class Head:
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x W^T in float32 (R, V), and the front part of the same rows in the compute dtype."""
         rows = len(x)
-        if self.workspace.dtype != self.dtype:  # reserved for E alone: fewer bytes a row
-            self.workspace = torch.empty(len(self.workspace), self.padded, dtype=self.dtype, device=x.device)
         logits = self.workspace[:rows, : self.vocabulary]
         multiply(logits, x, self.weight.t())
         return logits, self.workspace[:rows].view(self.compute_dtype)[:, : self.vocabulary]
@@ -199,13 +192,26 @@ class Head:
 
     def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
         scaled = self.scaled_rows[: len(x)]
+        unit = self._unit(x, row_scale)
+        if unit is not None:
+            row_scale = row_scale * unit
+            if not first:
+                grad.mul_(unit)
         launch(gradients.scale_rows, (len(x),), x, row_scale, scaled, self.hidden_size, BLOCK_D=ROW_BLOCK)
-        if factor.dtype == scaled.dtype:
-            multiply(grad, factor.t(), scaled, add=not first)
-            return
-        step = max(1, NARROW_TILE_BYTES // (len(x) * scaled.itemsize))
-        for v in range(0, self.vocabulary, step):
-            multiply(grad[v : v + step], factor[:, v : v + step].to(scaled.dtype).t(), scaled, add=not first)
+        multiply(grad, factor.t(), scaled, add=not first)
+        if unit is not None:
+            grad.div_(unit)
+
+    def _unit(self, x: Tensor, row_scale: Tensor) -> Tensor | None:
+        """For float16, whose range c x would leave: a power of two () that brings a chunk's c x into the middle of it.
+
+        dW is gathered in that unit and put back, which rounds nothing and costs two passes over dW a chunk. The other
+        dtypes have the range of float32.
+        """
+        if self.compute_dtype != torch.float16:
+            return None
+        peak = (row_scale.abs() * x.abs().amax(1).float()).amax()
+        return (FLOAT16_PEAK / peak.clamp(2.0**-60, 2.0**60)).log2().floor().exp2()
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         launch(
