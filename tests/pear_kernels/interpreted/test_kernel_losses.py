@@ -169,12 +169,9 @@ def assert_as_exact_as_the_naive_loss(problem, **overrides):
     their_grads = gradients(-(weights.detach() * their_logprobs).sum() / counted, theirs)
     assert (out.logprobs.double() - logprobs).square().mean().sqrt() < 2e-6  # half-precision logits: 1e-3 and more
     assert relative_error(out.loss, loss) < 1e-5
-    for which, (ours, naive_one, exact) in enumerate(zip(grads, their_grads, expected, strict=True)):
-        limit = 2 * relative_error(naive_one, exact)
-        if ours.dtype == torch.float16 and which == 1:  # rows of product 3 are bfloat16, which has float16's range
-            limit = max(limit, 2.0**-8)
+    for ours, naive_one, exact in zip(grads, their_grads, expected, strict=True):
         assert ours.dtype == problem.hidden.dtype
-        assert relative_error(ours, exact) <= limit
+        assert relative_error(ours, exact) <= 2 * relative_error(naive_one, exact)
 
 
 @pytest.mark.parametrize(
@@ -195,13 +192,6 @@ def test_half_precision(which, level, dtype, monkeypatch):
     assert_as_exact_as_the_naive_loss(problem, workspace_bytes=chunk_bytes(problem, 12))
 
 
-def test_float16_is_converted_a_tile_of_the_vocabulary_at_a_time(monkeypatch):
-    problem = kernel_problem((8, 5), dtype=torch.float16, ignored=0.0)
-    problem.weight.mul_(0.4)
-    monkeypatch.setattr(triton_head, "NARROW_TILE_BYTES", 13 * 2 * 20)  # 20 columns: 75 are 3 tiles and a rest
-    assert_as_exact_as_the_naive_loss(problem)
-
-
 def test_float16_gradients_are_not_rounded_before_the_upstream_gradient():
     problem = kernel_problem((10, 9), dtype=torch.float16)
     problem.weight.mul_(0.3)
@@ -209,7 +199,7 @@ def test_float16_gradients_are_not_rounded_before_the_upstream_gradient():
     (loss, _, _), exact_leaves = naive(problem, denominator=1e7)
     scale = 2.0**18  # without it these gradients are below float16's range
     for ours, exact in zip(gradients(out.loss * scale, leaves), gradients(loss * scale, exact_leaves), strict=True):
-        assert relative_error(ours, exact) < 3e-3
+        assert relative_error(ours, exact) < 1e-3
 
 
 # ---- edges
@@ -279,7 +269,9 @@ def test_several_sequences_longer_than_a_chunk(rows_of_dw, passes, chunks):
     row = chunk_bytes(problem, 1)
     spare = 4 * 40 * 9  # bytes of a dW and db
     assert_matches_naive(problem, workspace_bytes=5 * row if passes == 2 else max(5 * row + spare, 2 * spare))
-    assert sum(end - begin for begin, end in chunks) == (29 if passes == 1 else 14 + 2 * 15)
+    assert sum(end - begin for begin, end in chunks) == (
+        29 if passes == 1 else 29 + 2 * 5
+    )  # all chunks of 5 but the one that completes the sequence
 
 
 def test_a_sequence_without_weight():
