@@ -19,7 +19,7 @@ from pear_kernels.packing import Pack
 from pear_kernels.triton.launch import launch
 from pear_kernels.weights import PEAROptions
 
-BLOCK = 64 if interpreting() else 1024  # tokens at a time
+BLOCK = 64 if interpreting() else 512  # tokens at a time
 SUMS = 9
 
 
