@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = ROOT / "tests" / "pear_kernels" / "triton"
+INTERPRETED = ROOT / "tests" / "pear_kernels" / "interpreted"
 NO_TESTS = 5  # pytest's exit code
 
 
