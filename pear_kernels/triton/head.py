@@ -106,14 +106,17 @@ class Head:
         logprobs, row_scale, target_mass, entropies = out
         shares = torch.empty(2 if entropies is None else 3, tile_count, R, dtype=torch.float32, device=device)
         sums, maxima, exp_logs = shares[0], shares[1], None if entropies is None else shares[2]
-        redo = torch.zeros(row_tiles, dtype=torch.int32, device=device)
+        redo = torch.zeros(row_tiles + 1, dtype=torch.int32, device=device)
         exp = self.workspace[:R, :V] if gradient else None
         group = max(1, CACHED_BYTES // (tile.rows * self.hidden_size * x.itemsize))
         for again in (False, True):
+            # the second look is mostly at nothing: few programs, which one number tells to leave
             persistent = tile.persistent and not again
             programs = row_tiles * tile_count
+            if persistent or again:
+                programs = min(programs, self._multiprocessors())
             launch(
-                exp_product, (min(programs, self._multiprocessors()) if persistent else programs,),
+                exp_product, (programs,),
                 self._blocks(x, tile.rows, tile.depth), self._blocks(self.weight, tile.vocabulary, tile.depth),
                 self._blocks(exp, tile.rows, tile.vocabulary // tile.parts), self.padded,
                 self.bias, target, anchor, redo if again else None, sums, maxima, exp_logs,

@@ -117,7 +117,7 @@ def exp_product(
     bias,  # (V,) or None
     target,  # (R,) int64
     anchor,  # (R,) float32
-    redo,  # (row tiles,) int32: which rows to make again; None for all of them
+    redo,  # (row tiles + 1,) int32: which to make again, and last whether any; None for all of them
     sums,  # (vocabulary tiles, R) float32 out, each tile's sum of E
     maxima,  # (vocabulary tiles, R) float32 out, of log E
     exp_logs,  # (vocabulary tiles, R) float32 out, of E log E; None without the entropy
@@ -140,6 +140,8 @@ def exp_product(
 ):
     row_tiles = tl.cdiv(R, BLOCK_R)
     tiles = row_tiles * tl.cdiv(V, BLOCK_V)
+    if redo is not None:
+        tiles *= tl.load(redo + row_tiles)
     step = tl.num_programs(0)
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
         # tiles go down the rows of a group first, then on to the next columns, then to the next group

@@ -83,7 +83,7 @@ def finish(
     logit,  # (R,) float64, the target's
     slope,  # (R,) float64, likewise
     anchor,  # (R,) float32; in the first look, moved for rows where the target's logit does not serve
-    redo,  # (row tiles,) int32; in the first look, set for their tiles
+    redo,  # (row tiles + 1,) int32; in the first look, set to 1 for their tiles, and the last one if there are any
     logprob,  # (R,) float64 out
     row_scale,  # (R,) float64 out
     target_mass,  # (R,) float64 out
@@ -125,6 +125,7 @@ def finish(
             tl.store(anchor + row, at + largest, mask=far)
             if tl.max(far.to(tl.int32), 0) != 0:
                 tl.store(flag, 1)
+                tl.store(redo + tl.cdiv(R, TILE_ROWS), 1)
         below = tl.load(logit + row, mask=live, other=0.0) - at.to(tl.float64)
         log_p, scale, H = outcome(S, exp_log, below, inverse_temperature)
         tl.store(logprob + row, log_p, mask=live)
