@@ -118,29 +118,26 @@ def describe(launch, signature: dict[str, str], attributes: dict[tuple, list]) -
     given = dict(zip(parameters, launch.args, strict=False)) | launch.constexprs
     dtypes, tile, options, remarks = [], [], [], []
     for name, kind in signature.items():
-        value, divisible = given.get(name), bool(attributes.get((parameters[name],)))
-        divisible |= launch.kernel.params[parameters[name]].do_not_specialize
+        parameter = launch.kernel.params[parameters[name]]
+        value, divisible = given.get(name), bool(attributes.get((parameter.num,)))
         if kind == "constexpr":
-            declared = launch.kernel.params[parameters[name]].is_constexpr
             if name.startswith("BLOCK") and isinstance(value, int):
                 tile.append(str(value))
-            elif declared and value is True:
+            elif parameter.is_constexpr and value is True:
                 options.append(name)
-            elif declared and value is not False and value is not None:
+            elif parameter.is_constexpr and value is not False and value is not None:
                 options.append(f"{name}={value}")
             elif value is None:
                 remarks.append(f"-{name}")
-            elif not declared:
+            elif not parameter.is_constexpr:
                 remarks.append(f"{name}=1")
         elif kind.startswith("*") or kind.startswith("tensordesc"):
             dtype = re.match(r"(?:\*k?|tensordesc<)(\w+)", kind).group(1)
             dtypes += [dtype] * (dtypes[-1:] != [dtype])
             if kind.startswith("*") and not divisible:
                 remarks.append(f"{name} misaligned")
-        elif kind in ("i32", "i64", "u64") and not divisible:
-            remarks.append(f"{name}%16" if kind == "i32" else f"{name}%16:{kind}")
-        elif kind in ("i64", "u64"):
-            remarks.append(f"{name}:{kind}")
+        elif kind in ("i32", "i64", "u64") and not parameter.do_not_specialize:
+            remarks += [f"{name}%16"] * (not divisible) + [f"{name}:{kind}"] * (kind != "i32")
     parts = [",".join(dtypes), "x".join(tile), *options, *remarks, f"w{launch.num_warps}", f"s{launch.num_stages}"]
     return " ".join(filter(None, parts))
 

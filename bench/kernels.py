@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and interpreted kernels have no code to look at: unset it")
 
+    compiled_at = commit()  # before minutes of compiling, in which the tree may move on
     work = [job for job in jobs(CHIPS) if options.only in job.variant.kernel]
     print(f"triton {triton.__version__}, {len(work)} kernels and configurations to compile", file=sys.stderr)
     found, wrong = {}, []
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.update:
         if not wrong:
             write_json(options.budgets, {"triton": triton.__version__, "kernels": new_budgets(found)})
-            about = f"triton {triton.__version__}, commit {commit()}, `python -m bench.kernels --update`"
+            about = f"triton {triton.__version__}, commit {compiled_at}, `python -m bench.kernels --update`"
             lines = ["# The kernels' code, compiled ahead of time", "", about, "", *table(found), ""]
             write_text(TABLE, "\n".join(lines))
     else:

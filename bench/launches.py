@@ -39,7 +39,6 @@ def launches(arch: int) -> list[launch.Launch]:
             head(dtype, ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE, second_look=False, **ALL)
         for options in ONE_BY_ONE:
             head(BF16, ROWS, VOCABULARY, 4096, second_look=False, **options)
-        head(BF16, 1, VOCABULARY, 4096, second_look=False)  # a single token
         with float32_products_in_tf32():
             head(FP32, ROWS, VOCABULARY, 4096, second_look=False)
         for dtype in (FP16, FP32):  # rounded to bfloat16, as autocast does
