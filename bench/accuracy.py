@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.shapes import Inputs, Shape
 from pear_kernels.reference import naive_weights
 
-SHAPE = Shape(512, 512, 32000)
-SEQUENCES = 4
+SHAPE = Shape(256, 512, 32000)
+SEQUENCES = 2
 KINDS = ("random", "peaked", "unlikely", "far")
 FAR = 200.0
 

@@ -38,7 +38,7 @@ def weighted(nll: Nll) -> Run:
     """PEAR at token level out of a library's losses a token, the weights computed from those very losses."""
 
     def run(x: Inputs) -> Tensor:
-        losses = nll(x.hidden, x.weight, x.target)
+        losses = nll(x.hidden, x.weight, x.target).float()  # some come in half precision
         return backward((pear_weights(-losses.detach(), x.behavior_logprobs, cu_seqlens=x.cu_seqlens) * losses).mean())
 
     return run

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ def measure_all(
     device: str, out: Path, *, turns: int = 5, deadline: float = float("inf"), retry: bool = False, only: str = ""
 ) -> Outcome:
     """Measures what is not in `out` yet, until all is there or the deadline (seconds since the epoch) comes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the process below is ended too
     store = Store(out, machine.facts(device))
     store.running.unlink(missing_ok=True)
     if retry:

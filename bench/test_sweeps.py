@@ -25,7 +25,8 @@ def cells(device: str, turns: int) -> list[Cell]:
         )
     if device == "cpu":
         base = interleaved("sweeps", CPU_BASE, FULL_PASS, several)
-        return base + [cell for case in SMALL for cell in interleaved("sweeps", case, MAIN, several, 2)]
+        fewer = range(1, min(turns, 3) + 1)
+        return base + [cell for case in SMALL for cell in interleaved("sweeps", case, MAIN, fewer, 2)]
     rest = [name for name in MAIN if name not in TARGETS]
     return [
         *interleaved("sweeps", GPU_BASE, FULL_PASS, range(1, 3), 0),
