@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the report")
     parser.add_argument("--out", type=Path, help="keep the rows here, and go on from what is there (default: neither)")
     arguments = parser.parse_args()
+    runner.end_children_when_ended()
     torch.set_num_threads(arguments.threads)
     os.environ.update(
         OMP_NUM_THREADS=str(arguments.threads),

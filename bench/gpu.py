@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="measure again what ended in an error")
     parser.add_argument("--skip-checks", action="store_true", help="neither GPU tests nor compute-sanitizer")
     arguments = parser.parse_args()
+    runner.end_children_when_ended()
     deadline = time.time() + 60 * arguments.minutes - MARGIN
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device. On a CPU: `make bench`; to try this command there: --device tiny")
@@ -85,7 +86,9 @@ def check(device: str, out: Path, deadline: float) -> bool:
 
 def gpu_tests(device: str, seconds: float) -> dict:
     mark = ["-m", "gpu"] if device == "cuda" else ["-k", "test_packing"]
-    interpreted = "--ignore=tests/pear_kernels/triton"  # tests that interpret the kernels; here they are to be compiled
+    interpreted = (
+        "--ignore=tests/pear_kernels/interpreted"  # tests that interpret the kernels; here they are to be compiled
+    )
     command = [sys.executable, "-m", "pytest", *mark, "tests/pear_kernels", interpreted, "-q", "-p", "no:cacheprovider"]
     code, said = run(command, min(seconds, TEST_SECONDS))
     print(said, flush=True)

@@ -33,6 +33,11 @@ class Outcome(NamedTuple):
         return [f"{name}: {row['error']}" for name, row in rows if "error" in row and row["peer"] in mine]
 
 
+def end_children_when_ended() -> None:
+    """For a `main`: SIGTERM unwinds the stack, as Ctrl-C does, so that the measuring process is ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
 def all_cells(device: str, turns: int) -> list[Cell]:
     """Of every question, the most important first."""
     modules = [importlib.import_module(f"bench.test_{question}") for question in QUESTIONS]
@@ -44,7 +49,6 @@ def measure_all(
     device: str, out: Path, *, turns: int = 5, deadline: float = float("inf"), retry: bool = False, only: str = ""
 ) -> Outcome:
     """Measures what is not in `out` yet, until all is there or the deadline (seconds since the epoch) comes."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the process below is ended too
     store = Store(out, machine.facts(device))
     store.running.unlink(missing_ok=True)
     if retry:
