@@ -86,10 +86,8 @@ def check(device: str, out: Path, deadline: float) -> bool:
 
 def gpu_tests(device: str, seconds: float) -> dict:
     mark = ["-m", "gpu"] if device == "cuda" else ["-k", "test_packing"]
-    interpreted = (
-        "--ignore=tests/pear_kernels/interpreted"  # tests that interpret the kernels; here they are to be compiled
-    )
-    command = [sys.executable, "-m", "pytest", *mark, "tests/pear_kernels", interpreted, "-q", "-p", "no:cacheprovider"]
+    compiled = "--ignore=tests/pear_kernels/interpreted"
+    command = [sys.executable, "-m", "pytest", *mark, "tests/pear_kernels", compiled, "-q", "-p", "no:cacheprovider"]
     code, said = run(command, min(seconds, TEST_SECONDS))
     print(said, flush=True)
     if code is None:
