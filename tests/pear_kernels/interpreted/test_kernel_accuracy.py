@@ -134,7 +134,7 @@ def test_log_probs_of_half_precision_inputs(dtype):
     assert ours.dtype == torch.float32
     assert (ours.double() - exact).square().mean().sqrt() < 2e-6
     naive = torch.log_softmax(problem.hidden @ problem.weight.T, 1).gather(1, problem.target[:, None])[:, 0]
-    assert (naive.double() - exact).square().mean().sqrt() > 1e-3
+    assert (naive.double() - exact).square().mean().sqrt() > 1e-4
 
 
 @pytest.mark.parametrize("kind, level, rtol, atol", [("peaked", 1e-6, 2e-5, 1e-12), ("unlikely", -200.0, 2e-4, 1e-6)])

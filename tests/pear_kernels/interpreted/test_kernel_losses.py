@@ -269,9 +269,8 @@ def test_several_sequences_longer_than_a_chunk(rows_of_dw, passes, chunks):
     row = chunk_bytes(problem, 1)
     spare = 4 * 40 * 9  # bytes of a dW and db
     assert_matches_naive(problem, workspace_bytes=5 * row if passes == 2 else max(5 * row + spare, 2 * spare))
-    assert sum(end - begin for begin, end in chunks) == (
-        29 if passes == 1 else 29 + 2 * 5
-    )  # all chunks of 5 but the one that completes the sequence
+    # of chunks of 5 the one that completes the sequence needs no second pass
+    assert sum(end - begin for begin, end in chunks) == (29 if passes == 1 else 29 + 2 * 5)
 
 
 def test_a_sequence_without_weight():
