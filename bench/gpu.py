@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -49,39 +49,44 @@ def main() -> None:
     results = arguments.results or (ROOT / "bench" / "results" if arguments.device == "cuda" else arguments.out)
     os.environ["PEAR_BENCH_COMMAND"] = "python -m bench.gpu " + " ".join(sys.argv[1:])
 
-    passed = arguments.skip_checks or check(arguments.device, arguments.out, deadline)
+    failed = []
+
+    def run_checks(*names: str) -> None:
+        if not arguments.skip_checks:
+            failed.extend(name for name in names if not check(name, arguments.device, arguments.out, deadline))
+
+    run_checks("tests", "memcheck")
     done = runner.measure_all(
         arguments.device, arguments.out, deadline=deadline, retry=arguments.retry, only=arguments.only
     )
-    folder = report.write(done.store, results.resolve(), done.left)
+    if not done.left:
+        run_checks("racecheck")  # the longest, and the figures do not wait for it
+    store = Store(arguments.out, done.store.facts)
+    folder = report.write(store, results.resolve(), done.left)
     print(f"\n{(folder / 'report.md').read_text()}\nwritten to {folder}")
-    for error in done.errors:
-        print(f"error: {error}")
+    for problem in [*(f"failed: {name}" for name in failed), *(f"error: {error}" for error in done.errors)]:
+        print(problem)
     if done.left:
-        print(f"{len(done.left)} cells are left, the next is {done.left[0]}: run me again")
+        of = ", ".join(f"{count} of {question}" for question, count in Counter(c.question for c in done.left).items())
+        print(f"{len(done.left)} cells are left ({of}), the next is {done.left[0]}: run me again")
         sys.exit(RUN_ME_AGAIN)
-    sys.exit(0 if passed and not done.errors else 1)
+    sys.exit(1 if failed or done.errors else 0)
 
 
-# ---- before the bench
+# ---- beside the bench
 
 
-def check(device: str, out: Path, deadline: float) -> bool:
-    """GPU tests and compute-sanitizer, each until it has passed once; what they say is stored beside the figures."""
-    steps: dict[str, Callable[[float], dict]] = {"tests": lambda seconds: gpu_tests(device, seconds)}
-    for tool in SANITIZERS:
-        steps[tool] = lambda seconds, tool=tool: sanitize(tool, seconds)
-    passed = True
-    for name, step in steps.items():
-        store = Store(out, machine.facts(device))
-        cell = Cell("checks", device, name)
-        row = store.rows.get(str(cell), {})
-        if not (row.get("passed") or "skipped" in row):
-            row = step(max(deadline - time.time(), 1))
-            store.finish(cell, row)
-        print(f"{name}: {row.get('skipped') or row['said']}", flush=True)
-        passed = passed and row.get("passed", True)
-    return passed
+def check(name: str, device: str, out: Path, deadline: float) -> bool:
+    """GPU tests or a tool of compute-sanitizer, until it has passed once; what it says is kept beside the figures."""
+    store = Store(out, machine.facts(device))
+    cell = Cell("checks", device, name)
+    row = store.rows.get(str(cell), {})
+    if not (row.get("passed") or "skipped" in row):
+        seconds = max(deadline - time.time(), 1)
+        row = gpu_tests(device, seconds) if name == "tests" else sanitize(name, seconds)
+        store.finish(cell, row)
+    print(f"{name}: {row.get('skipped') or row['said']}", flush=True)
+    return row.get("passed", True)
 
 
 def gpu_tests(device: str, seconds: float) -> dict:
@@ -105,7 +110,7 @@ def sanitize(tool: str, seconds: float) -> dict:
     if "Device not supported" in said:
         return {"skipped": f"compute-sanitizer cannot watch this device: {said.strip().splitlines()[0]}"}
     if code is None:
-        return {"skipped": f"stopped after {min(seconds, SANITIZER_SECONDS):.0f} s"}
+        return {"passed": False, "said": f"stopped after {min(seconds, SANITIZER_SECONDS):.0f} s"}
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY.*", said)
     clean = code == 0 and SANITIZERS[tool] in said
     return {"passed": clean, "said": summary[-1] if summary else (said.strip().splitlines() or [f"exit {code}"])[-1]}
