@@ -2,10 +2,10 @@
 
 from bench.cells import Cell
 from bench.memory import measure_apart
-from bench.peers import FULL_PASS
 from bench.shapes import CPU_BASE
+from bench.test_sweeps import ON_CPU
 
-LONG = ["bare", "pear-token", "pear-block", "pear-sequence"]  # the naive way would take 6 GB and more
+LONG = ["pear-token", "pear-block", "pear-sequence"]  # the naive way would take 6 GB and more
 
 
 def cells(device: str, turns: int) -> list[Cell]:
@@ -13,7 +13,7 @@ def cells(device: str, turns: int) -> list[Cell]:
         return [Cell("memory", "tiny", "pear-token", rank=4)]
     if device == "cuda":
         return []
-    cases = {CPU_BASE: FULL_PASS, "cpu-16k": LONG}
+    cases = {CPU_BASE: ON_CPU, "cpu-16k": LONG}
     return [Cell("memory", case, peer, rank=1) for case, peers in cases.items() for peer in peers]
 
 
