@@ -26,7 +26,8 @@ class Target(NamedTuple):
     def line(self) -> str:
         measured = "not measured" if self.measured is None else format(self.measured, self.style)
         verdict = "yes" if self.met else "**no**" if self.measured is not None else ""
-        return f"| {self.what} | {measured} | {self.at_most:{self.style}} | {verdict} |"
+        at_most = "finite" if self.at_most == float("inf") else format(self.at_most, self.style)
+        return f"| {self.what} | {measured} | {at_most} | {verdict} |"
 
 
 def of(device: str, figures: Figures) -> list[Target]:
