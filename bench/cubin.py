@@ -16,6 +16,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from pear_kernels.triton.launch import OPTIONS
+
 INSTRUCTION_BYTES = 16
 MNEMONIC = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
 MATRIX_OR_COPY = re.compile(r"\bw?g?mma\.|\btcgen05\.mma|\bcp\.async")
@@ -83,6 +85,7 @@ def warmup(launch, arch: int):
             grid=launch.grid,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **OPTIONS,
             **launch.constexprs,
         )
 

@@ -88,6 +88,11 @@ def torch_row_bytes(vocabulary: int, itemsize: int) -> int:
     return vocabulary * itemsize
 
 
+def padded_vocabulary(vocabulary: int) -> int:
+    """Columns of a row of E: a multiple of 16, so that rows begin where descriptors and vector accesses may."""
+    return vocabulary + -vocabulary % 16
+
+
 def triton_row_bytes(
     vocabulary: int,
     hidden_size: int,
@@ -99,11 +104,10 @@ def triton_row_bytes(
 ) -> int:
     """Workspace of a row in `triton.Head`, its temporaries included; `itemsize` is that of the compute dtype.
 
-    The row's partial sums, and its x, gathered. For a gradient also E (padded to 8 columns; float32 logits first in the
-    `plain` variant), a float32 row of dX and the scaled row of x.
+    The row's partial sums, and its x, gathered. For a gradient also E (padded; float32 logits first in the `plain`
+    variant), a float32 row of dX and the scaled row of x.
     """
     scored = ROW_PARTIALS * 4 * -(-vocabulary // tile) + hidden_size * itemsize
     if not gradient:
         return scored
-    padded = vocabulary + -vocabulary % 8
-    return scored + padded * (4 if plain else itemsize) + hidden_size * (4 + itemsize)
+    return scored + padded_vocabulary(vocabulary) * (4 if plain else itemsize) + hidden_size * (4 + itemsize)

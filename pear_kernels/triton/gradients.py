@@ -26,7 +26,7 @@ def scale_rows(
         tl.store(out + row * D + column, (value * scale).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target", "index"])
 def write_grad_hidden(
     product,  # (R, D) float32, E W
     weight,  # (V, D)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pear_kernels.head import Softmax, triton_row_bytes
+from pear_kernels.head import Softmax, padded_vocabulary, triton_row_bytes
 from pear_kernels.triton import gradients, rows, tiles
 from pear_kernels.triton.launch import launch
 from pear_kernels.triton.product import exp_product
@@ -46,11 +46,11 @@ class Head:
         self.vocabulary, self.hidden_size = weight.shape
         self.architecture = tiles.architecture(weight.device)
         self.choice = tiles.choose(self.architecture, compute_dtype, self.hidden_size)
-        # a row of E begins where a descriptor may
-        self.padded = self.vocabulary + -self.vocabulary % (ALIGNMENT // compute_dtype.itemsize)
+        self.padded = padded_vocabulary(self.vocabulary)
         aligned = self.hidden_size * compute_dtype.itemsize % ALIGNMENT == 0
         self.descriptors = self.architecture != "sm_80" and aligned
-        self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+        exact = compute_dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        self.precision = "tf32x3" if exact else "tf32"
 
     def row_bytes(self, gradient: bool, dense: bool = False) -> int:
         plain = dense or self.choice.product == "plain"
@@ -76,7 +76,7 @@ class Head:
 
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         logit, slope, anchor = self._target_logits(x, target)
-        logprobs, row_scale, target_mass = torch.empty_like(logit), torch.empty_like(logit), torch.empty_like(logit)
+        logprobs, row_scale, target_mass = (torch.empty_like(logit) for _ in range(3))
         entropies = torch.empty_like(logit) if entropy else None
         out = logprobs, row_scale, target_mass, entropies
         if gradient and self.choice.product == "plain":
@@ -88,7 +88,7 @@ class Head:
     def _target_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target's logit and d logit / d raw (R,) float64, and that logit as the anchor (R,) float32."""
         R = len(x)
-        logit, slope = torch.empty(2, R, dtype=torch.float64, device=x.device)
+        logit, slope = (torch.empty(R, dtype=torch.float64, device=x.device) for _ in range(2))
         anchor = torch.empty(R, dtype=torch.float32, device=x.device)
         launch(
             rows.target_logits, (-(-R // 4),),
@@ -104,8 +104,8 @@ class Head:
         tile = self.choice.softmax if gradient else self.choice.logprobs
         row_tiles, tile_count = -(-R // tile.rows), -(-V // tile.vocabulary)
         logprobs, row_scale, target_mass, entropies = out
-        shares = torch.empty(2 if entropies is None else 3, tile_count, R, dtype=torch.float32, device=device)
-        sums, maxima, exp_logs = shares[0], shares[1], None if entropies is None else shares[2]
+        sums, maxima = (torch.empty(tile_count, R, dtype=torch.float32, device=device) for _ in range(2))
+        exp_logs = None if entropies is None else torch.empty_like(sums)
         redo = torch.zeros(row_tiles + 1, dtype=torch.int32, device=device)
         exp = self.workspace[:R, :V] if gradient else None
         group = max(1, CACHED_BYTES // (tile.rows * self.hidden_size * x.itemsize))

@@ -25,6 +25,9 @@ class Launch(NamedTuple):
 
 recorder: list[Launch] | None = None
 
+# multiply-adds may be one instruction; said because Triton's own default is about to change
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 1, **constexprs) -> None:
     """kernel[grid](*args, **constexprs), unless the grid is empty."""
@@ -34,7 +37,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
     if 0 in grid:
         return
     with on_device_of(args):
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
 def on_device_of(args: tuple) -> contextlib.AbstractContextManager:

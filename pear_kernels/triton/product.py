@@ -107,8 +107,8 @@ def finish_tile(
     return tl.sum(exp, 1), tl.max(z, 1), exp_log
 
 
-# a chunk may have any number of rows, and none is worth a compilation of its own
-@triton.jit(do_not_specialize=["R", "group"])
+# a chunk may begin anywhere and have any number of rows: neither is worth a compilation of its own
+@triton.jit(do_not_specialize=["R", "group"], do_not_specialize_on_alignment=["target"])
 def exp_product(
     x,  # (R, D): a descriptor of blocks (BLOCK_R, BLOCK_D), or a pointer
     weight,  # (V, D): a descriptor of blocks (BLOCK_V, BLOCK_D), or a pointer

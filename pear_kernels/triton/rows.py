@@ -37,7 +37,7 @@ def outcome(S, exp_log, below, inverse_temperature):
     return -nll, inverse_temperature / Z, entropy
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["target"])
 def target_logits(
     x,  # (R, D)
     weight,  # (V, D)
@@ -149,7 +149,7 @@ def logit_block(
     return tl.where(inside & (column != y), z, float("-inf")), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target"])
 def softmax_rows(
     logits,  # (R, V) float32, x W^T
     e,  # (R, V) out, in the same bytes: a row's E, in its own dtype, lies in the front part of the row's logits
@@ -203,7 +203,7 @@ def softmax_rows(
         tl.store(entropy + row, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target", "coefficient", "of_entropy"])
 def dense_rows(
     logits,  # (R, V) float32, x W^T
     dz,  # (R, V) out, in the same bytes, as in softmax_rows

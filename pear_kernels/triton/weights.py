@@ -79,12 +79,12 @@ def scan_and_weigh(
     if WEIGH:
         nll = tl.zeros((BLOCK,), tl.float64)
         log_ratio = tl.zeros((BLOCK,), tl.float64)
-        below = tl.zeros((BLOCK,), tl.float64)
-        above = tl.zeros((BLOCK,), tl.float64)
+        below = tl.zeros((BLOCK,), tl.int32)
+        above = tl.zeros((BLOCK,), tl.int32)
         weight = tl.zeros((BLOCK,), tl.float64)
         square = tl.zeros((BLOCK,), tl.float64)
-        on_floor = tl.zeros((BLOCK,), tl.float64)
-        on_ceiling = tl.zeros((BLOCK,), tl.float64)
+        on_floor = tl.zeros((BLOCK,), tl.int32)
+        on_ceiling = tl.zeros((BLOCK,), tl.int32)
         loss = tl.zeros((BLOCK,), tl.float64)
         for left in range(begin, end, BLOCK):
             token = left + tl.arange(0, BLOCK)
@@ -109,12 +109,12 @@ def scan_and_weigh(
                 ratio = log_p - tl.load(behavior_logprobs + token, mask=live, other=0.0)
                 nll -= log_p
                 log_ratio += ratio
-                below += (live & (ratio < low)).to(tl.float64)
-                above += (live & (ratio > high)).to(tl.float64)
+                below += (live & (ratio < low)).to(tl.int32)
+                above += (live & (ratio > high)).to(tl.int32)
                 weight += tl.where(live, G, 0.0)
                 square += tl.where(live, G * G, 0.0)
-                on_floor += (live & (log_g <= floor)).to(tl.float64)
-                on_ceiling += (live & (log_g >= ceiling)).to(tl.float64)
+                on_floor += (live & (log_g <= floor)).to(tl.int32)
+                on_ceiling += (live & (log_g >= ceiling)).to(tl.int32)
                 loss -= tl.where(live, G * scale * log_p, 0.0)
         if sums is not None:
             tl.store(sums + 0, tl.load(sums + 0) + tl.sum(nll, 0))

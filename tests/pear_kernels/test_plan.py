@@ -162,8 +162,8 @@ def test_workspace_is_what_the_kernels_allocate(dtype, shape):
 
 
 def test_triton_rows_hold_what_their_parts_sum_to():
-    # 1000 columns: four tiles of three partial sums, no padding; a row of dX in float32, x and scaled x
-    assert triton_row_bytes(1000, 64, 2, gradient=True) == 1000 * 2 + 4 * 3 * 4 + 64 * (4 + 2 + 2)
+    # 1000 columns: four tiles of three partial sums, 8 of padding; a row of dX in float32, x and scaled x
+    assert triton_row_bytes(1000, 64, 2, gradient=True) == 1008 * 2 + 4 * 3 * 4 + 64 * (4 + 2 + 2)
     assert triton_row_bytes(1001, 64, 4, gradient=True) == 1008 * 4 + 4 * 3 * 4 + 64 * (4 + 4 + 4)
     assert triton_row_bytes(1001, 64, 2, gradient=True, plain=True) == 1008 * 4 + 4 * 3 * 4 + 64 * (4 + 2 + 2)
     assert triton_row_bytes(1001, 64, 2, gradient=False) == 4 * 3 * 4 + 64 * 2
