@@ -145,7 +145,7 @@ class Head:
             logits, exp, logits.stride(0), exp.stride(0), self.bias, target, logit, slope,
             logprobs, row_scale, target_mass, entropies,
             self.vocabulary, self.softcap, self.inverse_temperature, max_exponent,
-            **self.activation, BLOCK_V=ROW_BLOCK,
+            **self.activation, BLOCK_V=ROW_BLOCK, num_warps=8,
         )  # fmt: skip
         return exp
 
@@ -219,7 +219,7 @@ class Head:
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         launch(
             gradients.add_grad_bias, (-(-self.vocabulary // 128),),
-            factor, factor.stride(0), row_scale, grad, len(factor), self.vocabulary, BLOCK_R=32, BLOCK_V=128,
+            factor, factor.stride(0), row_scale, grad, len(factor), self.vocabulary, BLOCK_R=16, BLOCK_V=128,
         )  # fmt: skip
 
     def subtract_targets_(

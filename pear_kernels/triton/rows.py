@@ -181,7 +181,9 @@ def softmax_rows(
         z, _ = logit_block(logits, stride, bias, row, column, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
         largest = tl.maximum(largest, z)
     top = tl.max(largest, 0)
-    anchor = tl.where(top - of_target > max_exponent, top, of_target.to(tl.float32))
+    # float16 has the maximum for an anchor always, but for targets so far above it that e_y would be infinite
+    highest = tl.maximum(top, (of_target - 300).to(tl.float32))
+    anchor = tl.where(top - of_target > max_exponent, highest, of_target.to(tl.float32))
     below = of_target - anchor.to(tl.float64)
     S, exp_log = below * 0, below * 0  # float64
     for v in range(0, V, BLOCK_V):
