@@ -69,7 +69,15 @@ def measure_all(
 
 
 def start(device: str, out: Path, turns: int, deadline: float, only: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pytest", *(f"bench/test_{question}.py" for question in QUESTIONS)]
+    # the project's own options want plugins of pytest, which may be missing where a GPU is
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        *(f"bench/test_{question}.py" for question in QUESTIONS),
+    ]
     command += ["-q", "-s", "-rN", "--no-header", "--disable-warnings", "-p", "no:cacheprovider"]
     command += [f"--device={device}", f"--out={out.resolve()}", f"--turns={turns}", f"--deadline={deadline}"]
     if importlib.util.find_spec("pytest_benchmark"):

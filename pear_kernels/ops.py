@@ -35,6 +35,9 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy
     of dW would be the largest tensor of the whole pass.
     """
+    if gradient.is_cuda and gradient.dtype != dtype and type(gradient) is Tensor and not torch.compiler.is_compiling():
+        # one pass over dW in place of two. A CPU would make a float32 copy for it
+        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
         return (gradient * upstream).to(dtype)

@@ -77,7 +77,7 @@ def add_grad_bias(
     tl.store(grad + column, before + tl.sum(total, 0), mask=column < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["hidden"])
 def subtract_targets(
     hidden,  # (N, D)
     hidden_stride,  # from row to row

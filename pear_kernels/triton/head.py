@@ -49,7 +49,8 @@ class Head:
         self.padded = padded_vocabulary(self.vocabulary)
         aligned = self.hidden_size * compute_dtype.itemsize % ALIGNMENT == 0
         self.descriptors = self.architecture != "sm_80" and aligned
-        exact = compute_dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        # what cuBLAS goes by; set by torch.set_float32_matmul_precision too
+        exact = compute_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.precision = "tf32x3" if exact else "tf32"
 
     def row_bytes(self, gradient: bool, dense: bool = False) -> int:
@@ -117,8 +118,9 @@ class Head:
                 programs = min(programs, self._multiprocessors())
             launch(
                 exp_product, (programs,),
-                self._blocks(x, tile.rows, tile.depth), self._blocks(self.weight, tile.vocabulary, tile.depth),
-                self._blocks(exp, tile.rows, tile.vocabulary // tile.parts), self.padded,
+                self._blocks(x, self.hidden_size, tile.rows, tile.depth),
+                self._blocks(self.weight, self.hidden_size, tile.vocabulary, tile.depth),
+                self._blocks(exp, self.padded, tile.rows, tile.vocabulary // tile.parts), self.padded,
                 self.bias, target, anchor, redo if again else None, sums, maxima, exp_logs,
                 R, V, self.hidden_size, group, self.softcap, self.inverse_temperature,
                 **self.activation, BLOCK_R=tile.rows, BLOCK_V=tile.vocabulary, BLOCK_D=tile.depth, PARTS=tile.parts,
@@ -131,7 +133,7 @@ class Head:
                 rows.finish, (-(-R // block),),
                 sums, maxima, exp_logs, logit, slope, anchor, redo, logprobs, row_scale, target_mass, entropies,
                 R, tile_count, self.inverse_temperature, MAX_EXPONENT,
-                AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=block, BLOCK_T=128,
+                AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=block, BLOCK_T=64,
             )  # fmt: skip
         return exp
 
@@ -171,11 +173,11 @@ class Head:
         multiply(logits, x, self.weight.t())
         return logits, self.workspace[:rows].view(self.compute_dtype)[:, : self.vocabulary]
 
-    def _blocks(self, matrix: Tensor | None, rows: int, columns: int):
-        """A row-major matrix as exp_product takes it."""
+    def _blocks(self, matrix: Tensor | None, stride: int, rows: int, columns: int):
+        """A row-major matrix as exp_product takes it. (A single row may have any stride of its own.)"""
         if matrix is None or not self.descriptors:
             return matrix
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+        return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], [rows, columns])
 
     def _multiprocessors(self) -> int:
         device = self.weight.device
@@ -238,7 +240,7 @@ class Head:
         launch(
             gradients.subtract_targets, (len(target), -(-self.hidden_size // 256) if grad_weight is not None else 1),
             hidden, hidden.stride(0), index, order, targets, stops, scale, grad_weight, grad_bias, self.hidden_size,
-            ROUNDED=TRITON_DTYPES[self.compute_dtype], BLOCK_N=16, BLOCK_D=256,
+            ROUNDED=TRITON_DTYPES[self.compute_dtype], BLOCK_N=8, BLOCK_D=256,
         )  # fmt: skip
 
 

@@ -6,10 +6,16 @@ without a GPU and on tensors of device "meta".
 """
 
 import contextlib
+import ctypes
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pear_kernels import packing
+
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class Launch(NamedTuple):
@@ -36,7 +42,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         return
     if 0 in grid:
         return
-    with on_device_of(args):
+    with on_device_of(args), loading_allowed():
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
@@ -47,3 +53,18 @@ def on_device_of(args: tuple) -> contextlib.AbstractContextManager:
         if isinstance(tensor, torch.Tensor):
             return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def loading_allowed() -> Iterator[None]:
+    """A kernel's first launch loads it, which a thread that captures a CUDA graph may do only if it says so."""
+    if not packing.capturing() or not torch.cuda.is_available():
+        yield
+        return
+    mode = ctypes.c_int(RELAXED)
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # leaves the mode that was in `mode`
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

@@ -36,7 +36,7 @@ def clamp(u, low, high):
     return tl.where(u > high, high, u)
 
 
-@triton.jit(do_not_specialize=["begin", "end", "block_size"])
+@triton.jit(do_not_specialize=["begin", "end", "block_size"], do_not_specialize_on_alignment=["behavior_logprobs"])
 def scan_and_weigh(
     logprobs,  # (n,) float64
     behavior_logprobs,  # (n,) float64
@@ -139,7 +139,7 @@ class PEARWeights:
         self.logprobs = torch.zeros(n, dtype=torch.float64, device=device)
         self.suffix = torch.zeros(n + 1, dtype=torch.float64, device=device)
         self.token_scale = torch.ones_like(self.logprobs) if token_scale is None else token_scale.contiguous()
-        self.log_g, self.g, self.scaled = torch.empty(3, n, dtype=torch.float64, device=device)
+        self.log_g, self.g, self.scaled = (torch.empty_like(self.logprobs) for _ in range(3))
         self.sums = torch.zeros(SUMS, dtype=torch.float64, device=device)
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:

@@ -1,10 +1,11 @@
 """`python -m bench.gpu` around the bench: what compute-sanitizer says, and the exit codes."""
 
+import subprocess
 import sys
 
 import pytest
 
-from bench import gpu, runner
+from bench import gpu, machine, runner
 from bench.cells import Cell
 from bench.store import Store
 
@@ -66,3 +67,20 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, left, row, tests_pass, code):
     assert "- tests: as it says" in told and "- memcheck: compute-sanitizer is not installed" in told
     assert ("run me again" in told) == bool(left)
     assert ("- racecheck" in told) != bool(left)
+
+
+def test_the_gpu_tests_need_no_plugin_of_pytest():
+    """A machine with a GPU may have torch, triton and pytest alone; the project sets an option of pytest-timeout."""
+    command = [
+        *gpu.tests_command("cuda"),
+        "--collect-only",
+        "-p",
+        "no:timeout",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:hypothesispytest",
+    ]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "tests collected" in done.stdout and "test_gpu.py" in done.stdout

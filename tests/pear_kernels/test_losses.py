@@ -277,7 +277,7 @@ def test_sequence_level_is_three_products_unless_memory_forbids(products, length
     problem = make_problem(lengths, ignored=0.0, level="sequence", D=64)
     n = sum(lengths)
     out, leaves = problem.ours(workspace_bytes=workspace(rows, 37))
-    # of each long sequence but the first, all chunks are seen once more but the one that completes it: here 5 of 20 rows
+    # of each long sequence but the first, all chunks are seen once more but that of 20 rows which completes it
     twice = n if passes == 1 else n + sum(length - 20 for length in lengths[1:])
     assert products == {"logits": twice, "hidden": n, "weight": n}
     (loss, _, _), exact_leaves = problem.naive()
