@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-VOCABULARY_TILE = 256  # columns of the logits whose row sums the fused kernel leaves as one partial sum
-ROW_PARTIALS = 3  # float32 of each row and tile: the sum of E, sum E log E, the maximum
+VOCABULARY_TILE = 256  # columns of the logits that leave one partial sum a row, if the tile table says nothing else
+ROW_PARTIALS = 3  # float32 of each row and tile, at most: the sum of E, the maximum and, for the entropy, sum E log E
 
 
 class Softmax(NamedTuple):
