@@ -125,7 +125,7 @@ class Head:
                 R, V, self.hidden_size, group, self.softcap, self.inverse_temperature,
                 **self.activation, BLOCK_R=tile.rows, BLOCK_V=tile.vocabulary, BLOCK_D=tile.depth, PARTS=tile.parts,
                 PERSISTENT=persistent, DESCRIPTORS=self.descriptors, PRECISION=self.precision,
-                WIDEN=self.architecture == "interpreter",
+                INTERPRETED=self.architecture == "interpreter",
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             block = 8

@@ -265,3 +265,29 @@ def test_operands_are_contiguous_and_aligned_and_copied_only_if_they_were_not(dt
         widened = head.widen(odd)
         assert widened.is_contiguous() and widened.data_ptr() % triton_head.ALIGNMENT == 0
         assert torch.equal(widened, odd)
+
+
+@pytest.mark.parametrize("setting, precision", [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_float32_products_go_by_pytorchs_switch(setting, precision):
+    """The new switch: PyTorch's older functions for it refuse to answer once it was used."""
+    matmul, weight = torch.backends.cuda.matmul, torch.zeros(32, 16)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    try:
+        assert Head(weight, None, 1.0, None, torch.float32).precision == precision
+        # means nothing there: one kernel for both
+        assert Head(weight, None, 1.0, None, torch.bfloat16).precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_one_row_of_a_wider_tensor():
+    """A single row may keep any stride, which a descriptor must not be told."""
+    wide = torch.randn(5, 19)
+    head = Head(torch.randn(40, 16), None, 1.0, None, torch.float32)
+    head.reserve(1, True)
+    target = torch.tensor([7])
+    x = head.widen(wide[2:3, :16])
+    logits = x.double() @ head.weight.double().T
+    found = head.softmax(x, target, gradient=True).logprobs
+    assert (found - torch.log_softmax(logits, 1)[0, 7]).abs().item() < 1e-6
