@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import linear_pear_loss
+from pear_kernels.cpu import Head
 from pear_kernels.reference import naive_pear_loss
 
 
@@ -82,3 +83,33 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 def workspace(rows: int, V: int, itemsize: int = 8) -> int:
     """Bytes of a chunk of that many rows."""
     return rows * V * itemsize
+
+
+def categorical(leaves: list[Tensor], target: Tensor, temperature=1.0, softcap=None) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies from full logits by torch.distributions; leaves: hidden, weight and perhaps bias."""
+    logits = torch.nn.functional.linear(*leaves)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
+    counts = target >= 0
+    logprobs = distribution.log_prob(target.where(counts, 0))
+    return logprobs.where(counts, 0.0), distribution.entropy().where(counts, 0.0)
+
+
+def count_products(monkeypatch) -> dict[str, int]:
+    """Rows through product 1 (logits), 2 (dX) and 3 (dW) of `cpu.Head`, counted from now on."""
+    rows = {"logits": 0, "hidden": 0, "weight": 0}
+
+    def counting(name, key, argument):
+        original = getattr(Head, name)
+
+        def counted(self, *args, **kwargs):
+            rows[key] += len(args[argument])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Head, name, counted)
+
+    counting("_logits", "logits", 0)
+    counting("write_grad_hidden_", "hidden", 2)
+    counting("add_grad_weight_", "weight", 1)
+    return rows

@@ -5,22 +5,12 @@ import weakref
 
 import pytest
 import torch
-from problems import gradients, make_problem, workspace
+from problems import categorical, gradients, make_problem, workspace
 
 from pear_kernels import linear_logprobs
 from pear_kernels.cpu import Head
 
 HEADS = [{}, {"bias": True}, {"temperature": 0.7}, {"softcap": 2.5}, {"bias": True, "temperature": 1.6, "softcap": 4.0}]
-
-
-def naive(hidden, weight, target, bias=None, temperature=1.0, softcap=None):
-    logits = hidden @ weight.T + (0 if bias is None else bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    distribution = torch.distributions.Categorical(logits=logits / temperature)
-    valid = target >= 0
-    logprobs = distribution.log_prob(target.where(valid, 0))
-    return logprobs.where(valid, 0.0), distribution.entropy().where(valid, 0.0)
 
 
 @pytest.mark.parametrize("rows", [1, 7, None])
@@ -33,7 +23,7 @@ def test_values_and_gradients_of_both(head, rows):
         *leaves[:2], problem.target, bias=leaves[2] if len(leaves) > 2 else None, return_entropy=True,
         workspace_bytes=rows and workspace(rows, 37), **options,
     )  # fmt: skip
-    exact = naive(*exact_leaves[:2], problem.target, exact_leaves[2] if len(leaves) > 2 else None, **options)
+    exact = categorical(exact_leaves, problem.target, **options)
     torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
     # non-uniform upstream gradients of either output alone, and of both
     rng = torch.Generator().manual_seed(0)
@@ -63,7 +53,7 @@ def test_padded_shape_and_frozen_head():
     hidden = problem.hidden.view(2, 6, -1).requires_grad_()
     logprobs = linear_logprobs(hidden, problem.weight, problem.target.view(2, 6))
     expected_hidden = problem.hidden.clone().requires_grad_()
-    expected, _ = naive(expected_hidden, problem.weight, problem.target)
+    expected, _ = categorical([expected_hidden, problem.weight], problem.target)
     assert logprobs.shape == (2, 6)
     torch.testing.assert_close(logprobs.flatten(), expected, rtol=1e-12, atol=1e-13)
     (grad,) = gradients(logprobs.square().sum(), [hidden])

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import gradients, make_problem, relative_error, workspace
+from problems import count_products, gradients, make_problem, relative_error, workspace
 
 from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
-from pear_kernels.cpu import Head
 from pear_kernels.objectives import STATS
 
 LEVELS = ["token", "block", "sequence"]
@@ -230,22 +229,7 @@ def test_nan_stays_in_its_sequence(level):
 
 @pytest.fixture
 def products(monkeypatch):
-    """Rows through product 1 (logits), 2 (dX) and 3 (dW), counted."""
-    rows = {"logits": 0, "hidden": 0, "weight": 0}
-
-    def counting(name, key, argument):
-        original = getattr(Head, name)
-
-        def counted(self, *args, **kwargs):
-            rows[key] += len(args[argument])
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(Head, name, counted)
-
-    counting("_logits", "logits", 0)
-    counting("write_grad_hidden_", "hidden", 2)
-    counting("add_grad_weight_", "weight", 1)
-    return rows
+    return count_products(monkeypatch)
 
 
 @pytest.mark.parametrize("level", LEVELS)

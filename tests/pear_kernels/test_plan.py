@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from problems import make_problem, workspace
+from problems import count_products, make_problem, workspace
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,20 +65,7 @@ def check_products_and_chunks(lengths, level, gradient, train_head, D, rows, sta
 
 def test_logprobs_are_one_product_and_four_with_a_gradient(monkeypatch):
     problem = make_problem((100,), ignored=0.0)
-    rows = {"logits": 0, "hidden": 0, "weight": 0}
-
-    def counting(name, key, argument):
-        original = getattr(Head, name)
-
-        def counted(self, *args, **kwargs):
-            rows[key] += len(args[argument])
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(Head, name, counted)
-
-    counting("_logits", "logits", 0)
-    counting("write_grad_hidden_", "hidden", 2)
-    counting("add_grad_weight_", "weight", 1)
+    rows = count_products(monkeypatch)
     options = dict(dtype=torch.float64, level=None, workspace_bytes=workspace(30, 37), device="cpu")
     linear_logprobs(problem.hidden, problem.weight, problem.target, workspace_bytes=workspace(30, 37))
     assert rows == plan(100, 37, 8, gradient=False, **options).rows == {"logits": 100, "hidden": 0, "weight": 0}

@@ -12,7 +12,7 @@ from kernel_problems import (
     exact_logprobs,
     kernel_problem,
 )  # fmt: skip
-from problems import relative_error
+from problems import categorical, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pear_kernels import linear_logprobs
@@ -27,16 +27,6 @@ from pear_kernels.triton import tiles
 def product(request, monkeypatch):
     monkeypatch.setenv(tiles.VARIABLE, request.param)
     return request.param
-
-
-def categorical(leaves, target, temperature=1.0, softcap=None):
-    logits = torch.nn.functional.linear(*leaves)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    distribution = torch.distributions.Categorical(logits=logits / temperature)
-    counts = target >= 0
-    logprobs = distribution.log_prob(target.where(counts, 0))
-    return logprobs.where(counts, 0.0), distribution.entropy().where(counts, 0.0)
 
 
 @pytest.mark.parametrize("head", HEADS)
