@@ -10,8 +10,8 @@ so a chunk's logits are made once, and its two gradient products follow while th
 A loss that is `coupled` gives one coefficient to a sequence, and only when it has seen all of it (PEAR's sequence
 level). Its chunks end where sequences end, and a sequence longer than a chunk is deferred: dW is gathered with c = 1
 and scaled once c is known. The first such sequence does that in dW itself, before anything else is there; a further one
-needs a (V, D) buffer of its own or, where the workspace has no room for that, a pass for its log-probs first (a fourth
-product).
+needs a (V, D) buffer of its own or, where the workspace has no room for that, a pass for the log-probs of all but its
+last chunk first (up to a fourth product).
 """
 
 from dataclasses import dataclass

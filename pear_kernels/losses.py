@@ -49,8 +49,8 @@ def linear_pear_loss(
     with G from `pear_weights` over the response tokens of each sequence, `pi` being the softmax of
     `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature`. Gradients are made in the forward pass: three
     matrix products when the head is trained, two when `weight` needs no gradient, one without gradients. (Sequence
-    level: of several sequences longer than a chunk, those after the first cost a fourth product if the workspace has no
-    room for a second (V, D) buffer.)
+    level: of several sequences longer than a chunk, those after the first cost up to a fourth product if the workspace
+    has no room for a second (V, D) buffer; `pear_kernels.plan` says how much.)
 
     Args:
         hidden: (N, D), a pack, or (B, T, D), one sequence a row; float32, bfloat16, float16 or float64.

@@ -12,9 +12,7 @@ from pear_kernels.cpu import temporary_bytes
 from pear_kernels.head import torch_row_bytes, triton_row_bytes
 from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
 
-TOKEN_BYTES = (
-    24 * 8
-)  # of the two dozen numbers that are kept of each token: positions, log-probs, ratios, sums, weights
+TOKEN_BYTES = 24 * 8  # of the two dozen numbers kept of each token: positions, log-probs, ratios, sums, weights
 
 
 @dataclass(frozen=True)

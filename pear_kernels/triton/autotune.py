@@ -47,17 +47,17 @@ class Problem:
         self.target = torch.randint(vocabulary, (rows,), device=device, generator=rng)
         self.head = Head(weight, None, 1.0, None, dtype)
 
-    def run(self, choice: Choice, gradient: bool) -> None:
-        self.head.choice = choice
-        self.head.softmax(self.x, self.target, gradient=gradient)
-
     def milliseconds(self, choice: Choice, gradient: bool) -> float | None:
         """Median time of product 1 with everything around it, or None where the tile does not fit the chip."""
         self.head.choice = choice
         self.head.reserve(len(self.x), gradient)
         try:
-            self.run(choice, gradient)
-            return triton.testing.do_bench(lambda: self.run(choice, gradient), warmup=25, rep=100, return_mode="median")
+            return triton.testing.do_bench(
+                lambda: self.head.softmax(self.x, self.target, gradient=gradient),
+                warmup=25,
+                rep=100,
+                return_mode="median",
+            )
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
                 raise

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pear_kernels import packing
+from pear_kernels.packing import capturing
 
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -58,7 +58,7 @@ def on_device_of(args: tuple) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def loading_allowed() -> Iterator[None]:
     """A kernel's first launch loads it, which a thread that captures a CUDA graph may do only if it says so."""
-    if not packing.capturing() or not torch.cuda.is_available():
+    if not capturing():
         yield
         return
     mode = ctypes.c_int(RELAXED)

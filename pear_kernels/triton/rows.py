@@ -149,6 +149,20 @@ def logit_block(
     return tl.where(inside & (column != y), z, float("-inf")), slope
 
 
+@triton.jit
+def largest_logit(
+    logits, stride, bias, row, y, V, softcap, inverse_temperature,
+    SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of a row, the target's left out."""
+    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    for v in range(0, V, BLOCK_V):
+        column = v + tl.arange(0, BLOCK_V)
+        z, _ = logit_block(logits, stride, bias, row, column, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
+        largest = tl.maximum(largest, z)
+    return tl.max(largest, 0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["target"])
 def softmax_rows(
     logits,  # (R, V) float32, x W^T
@@ -175,12 +189,7 @@ def softmax_rows(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target + row)
     of_target = tl.load(logit + row)
-    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-    for v in range(0, V, BLOCK_V):
-        column = v + tl.arange(0, BLOCK_V)
-        z, _ = logit_block(logits, stride, bias, row, column, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
-        largest = tl.maximum(largest, z)
-    top = tl.max(largest, 0)
+    top = largest_logit(logits, stride, bias, row, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE, BLOCK_V)
     # float16 has the maximum for an anchor always, but for targets so far above it that e_y would be infinite
     highest = tl.maximum(top, (of_target - 300).to(tl.float32))
     anchor = tl.where(top - of_target > max_exponent, highest, of_target.to(tl.float32))
@@ -237,12 +246,8 @@ def dense_rows(
     c, h = tl.load(coefficient + row), tl.load(of_entropy + row)
     size = tl.abs(c) + tl.abs(h)
     unit = tl.where(size > 0, size, 1.0)
-    largest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-    for v in range(0, V, BLOCK_V):
-        column = v + tl.arange(0, BLOCK_V)
-        z, _ = logit_block(logits, stride, bias, row, column, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
-        largest = tl.maximum(largest, z)
-    anchor = tl.maximum(tl.max(largest, 0), of_target.to(tl.float32))
+    top = largest_logit(logits, stride, bias, row, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE, BLOCK_V)
+    anchor = tl.maximum(top, of_target.to(tl.float32))
     below = of_target - anchor.to(tl.float64)
     S, exp_log = below * 0, below * 0  # float64
     for v in range(0, V, BLOCK_V):
