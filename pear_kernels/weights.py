@@ -39,10 +39,14 @@ def summed_from(begin: int, end: int, pack: Pack, options: PEAROptions) -> Tenso
     start, stop = pack.start[begin:end], pack.stop[begin:end]
     if options.level == "sequence":
         return start
-    # a block longer than the pack is as good as one of its length, and cannot overflow
-    block_size = 1 if options.level == "token" else min(options.block_size, pack.tokens + 1)
+    block_size = tokens_a_block(options, pack)
     token = torch.arange(begin, end, device=start.device)
     return torch.minimum(token + block_size - (token - start) % block_size, stop)
+
+
+def tokens_a_block(options: PEAROptions, pack: Pack) -> int:
+    """B: 1 at token level; a block longer than the pack is as good as one of its length, and cannot overflow."""
+    return 1 if options.level == "token" else min(options.block_size, pack.tokens + 1)
 
 
 def suffix_sums(values: Tensor, stop: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pear_kernels import objectives
 from pear_kernels.backend import interpreting
 from pear_kernels.packing import Pack
 from pear_kernels.triton.launch import launch
-from pear_kernels.weights import PEAROptions
+from pear_kernels.weights import PEAROptions, tokens_a_block
 
 BLOCK = 64 if interpreting() else 512  # tokens at a time
 SUMS = 9
@@ -173,14 +173,13 @@ class PEARWeights:
             self._launch(begin, end, scan=False, weigh=True, count=False)
 
     def _launch(self, begin: int, end: int, *, scan: bool, weigh: bool, count: bool = True) -> None:
-        level, block_size, gamma, log_ratio_clip, log_weight_clip = self.options
-        # a block longer than the pack is as good as one of its length, and cannot overflow
-        block_size = 1 if level == "token" else min(block_size, self.pack.tokens + 1)
+        level, _, gamma, log_ratio_clip, log_weight_clip = self.options
         launch(
             scan_and_weigh, (1 if end > begin else 0,),
             self.logprobs, self.behavior_logprobs, self.pack.start, self.pack.stop, self.token_scale, self.pack.counts,
             self.suffix, self.log_g, self.g, self.scaled, self.sums if count else None,
-            begin, end, block_size, math.log(gamma), *map(float, (*log_ratio_clip, *log_weight_clip)),
+            begin, end, tokens_a_block(self.options, self.pack), math.log(gamma),
+            *map(float, (*log_ratio_clip, *log_weight_clip)),
             SCAN=scan, WEIGH=weigh, SEQUENCE=level == "sequence", BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
