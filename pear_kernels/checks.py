@@ -12,7 +12,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = ("token", "block", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean")
+POLICY_REDUCTIONS = (*REDUCTIONS, "constant_length")
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
+POLICY_OF = {  # whose each kind of log-probs are
+    "behavior_logprobs": "its behaviour policy",
+    "old_logprobs": "the policy before the update",
+    "ref_logprobs": "the reference policy",
+    "sampler_logprobs": "the policy as it was sampled from",
+}
 VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 
 
@@ -45,6 +52,41 @@ def check_options(options) -> None:
         raise ValueError(f"log_weight_clip must have a finite upper end, got {log_weight_clip!r}")
 
 
+def check_policy_options(options, objectives: Collection[str]) -> None:
+    """Those of `policy.PolicyOptions`; `objectives` are the names there are."""
+    if options.objective not in objectives:
+        raise ValueError(f"objective must be one of {', '.join(map(repr, objectives))}, got {options.objective!r}")
+    for name in ("beta", "clip_low", "clip_high"):
+        value = getattr(options, name)
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if not options.clip_low <= 1:
+        raise ValueError(f"clip_low must be at most 1, got {options.clip_low!r}: ratios are kept above 1 - clip_low")
+    if options.dual_clip is not None and not (
+        positive(options.dual_clip) and options.dual_clip >= 1 + options.clip_high
+    ):
+        raise ValueError(
+            f"dual_clip must be a number of at least 1 + clip_high = {1 + options.clip_high:g}, or None, got "
+            f"{options.dual_clip!r}: it is what a ratio counts for at most where the advantage is negative"
+        )
+    if options.sampler_clip is not None and not positive(options.sampler_clip):
+        raise ValueError(f"sampler_clip must be a positive number, or None for no cap, got {options.sampler_clip!r}")
+    if options.sampler_level not in ("token", "sequence"):
+        raise ValueError(f"sampler_level must be 'token' or 'sequence', got {options.sampler_level!r}")
+    temperatures = options.sapo_temperatures
+    if not isinstance(temperatures, (tuple, list)) or len(temperatures) != 2 or not all(map(positive, temperatures)):
+        raise ValueError(
+            "sapo_temperatures must be two positive numbers, for positive and for negative advantages, got "
+            f"{temperatures!r}"
+        )
+    if not (is_number(options.entropy_coef) and -math.inf < options.entropy_coef < math.inf):
+        raise ValueError(f"entropy_coef must be a finite number, got {options.entropy_coef!r}")
+    if options.max_length is not None and not (
+        is_number(options.max_length, numbers.Integral) and options.max_length >= 1
+    ):
+        raise ValueError(f"max_length must be an integer of at least 1 (tokens), or None, got {options.max_length!r}")
+
+
 def check_head_options(temperature: float, softcap: float | None, workspace_bytes: int | None) -> None:
     """The options of the LM head that every function shares."""
     if not positive(temperature):
@@ -65,10 +107,10 @@ def positive(value) -> bool:
     return is_number(value) and 0 < value < math.inf
 
 
-def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
+def check_reduction(reduction: str, denominator: float | Tensor | None, choices: Collection[str] = REDUCTIONS) -> None:
     """The divisor of the loss."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if reduction not in choices:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, choices))}, got {reduction!r}")
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
@@ -110,24 +152,39 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
 
 
 def check_loss_arguments(
-    hidden: Tensor, target: Tensor, behavior_logprobs: Tensor, cu_seqlens, sequence_scale, denominator
+    hidden: Tensor, target: Tensor, logprobs: dict[str, Tensor | None], cu_seqlens, sequence_scale, denominator
 ) -> None:
-    """What linear_pear_loss takes beside the head."""
-    same_shape("behavior_logprobs", behavior_logprobs, "target's shape", target.shape)
-    check_logprobs_dtype("behavior_logprobs", behavior_logprobs)
+    """What losses take beside the head; `logprobs` by their names, None where one may be left out and is."""
+    for name, given in logprobs.items():
+        if given is not None:
+            same_shape(name, given, "target's shape", target.shape)
+            check_logprobs_dtype(name, given)
     check_cu_seqlens_kind(cu_seqlens, target.dim(), "hidden is (B, T, D)")
     if sequence_scale is not None:
-        count = target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1)
-        same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", (count,))
+        same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", sequence_count(target, cu_seqlens))
     if not isinstance(denominator, Tensor):
         denominator = None
-    same_device(
-        hidden,
-        behavior_logprobs=behavior_logprobs,
-        cu_seqlens=cu_seqlens,
-        sequence_scale=sequence_scale,
-        denominator=denominator,
-    )
+    same_device(hidden, **logprobs, cu_seqlens=cu_seqlens, sequence_scale=sequence_scale, denominator=denominator)
+
+
+def sequence_count(target: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
+    """(S,): rows of (B, T), or what is between the bounds of a pack."""
+    return (target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1),)
+
+
+def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, cu_seqlens) -> None:
+    """`advantages`, a number a sequence or a token. (`check_loss_arguments` has seen to the rest.)"""
+    if not isinstance(advantages, Tensor):
+        raise TypeError(f"advantages must be a tensor, got {type(advantages).__name__}")
+    count = sequence_count(target, cu_seqlens)
+    if tuple(advantages.shape) not in (count, tuple(target.shape)):
+        raise ValueError(
+            f"advantages must be (S,) = {count}, a number a sequence, or have target's shape {tuple(target.shape)}, "
+            f"a number a token, got {tuple(advantages.shape)}"
+        )
+    if not advantages.is_floating_point():
+        raise TypeError(f"advantages must be floating-point, got {advantages.dtype}: call advantages.float()")
+    same_device(hidden, advantages=advantages)
 
 
 def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu_seqlens) -> None:
@@ -247,15 +304,29 @@ def check_target(target: Tensor, valid: Tensor, vocabulary: int, ignore_index: i
 
 
 @value_check
-def check_behavior_logprobs(behavior_logprobs: Tensor, valid: Tensor) -> None:
+def check_logprobs(name: str, logprobs: Tensor, valid: Tensor) -> None:
     """Finite and not above 0, wherever a token counts; what stands at ignored tokens is not looked at."""
-    bad = valid & ~(behavior_logprobs.isfinite() & (behavior_logprobs <= MAX_LOGPROB))
+    bad = valid & ~(logprobs.isfinite() & (logprobs <= MAX_LOGPROB))
     require(
         ~bad.any(),
-        "behavior_logprobs must be finite and at most 0",
+        f"{name} must be finite and at most 0",
         lambda: (
-            f"{behavior_logprobs[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such "
-            "tokens): score the data again under its behaviour policy"
+            f"{logprobs[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such "
+            f"tokens): score the data again under {POLICY_OF[name]}"
+        ),
+    )
+
+
+@value_check
+def check_advantages(advantages: Tensor, valid: Tensor | None) -> None:
+    """Finite: all of them if they are a sequence's (`valid` is None), else those of tokens that count."""
+    bad = ~advantages.isfinite() if valid is None else valid & ~advantages.isfinite()
+    require(
+        ~bad.any(),
+        "advantages must be finite",
+        lambda: (
+            f"{advantages[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such): a reward "
+            "was not finite, or was divided by the spread of a group whose rewards are all the same"
         ),
     )
 

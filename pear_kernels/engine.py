@@ -7,11 +7,11 @@ so a chunk's logits are made once, and its two gradient products follow while th
 
     E, log p = softmax(x W^T)        dX = diag(r) E W        dW += E^T diag(r) x        r = c * row_scale
 
-A loss that is `coupled` gives one coefficient to a sequence, and only when it has seen all of it (PEAR's sequence
-level). Its chunks end where sequences end, and a sequence longer than a chunk is deferred: dW is gathered with c = 1
-and scaled once c is known. The first such sequence does that in dW itself, before anything else is there; a further one
-needs a (V, D) buffer of its own or, where the workspace has no room for that, a pass for the log-probs of all but its
-last chunk first (up to a fourth product).
+A loss that is `coupled` knows a coefficient only when it has seen all of the token's sequence (PEAR's sequence level,
+GSPO). Its chunks end where sequences end. If it is `separable` too, a sequence has one coefficient, and one longer than
+a chunk is deferred: dW is gathered with c = 1 and scaled once c is known. The first such sequence does that in dW itself,
+before anything else is there; a further one needs a (V, D) buffer of its own. Where the workspace has no room for that,
+or the loss is not separable, the log-probs of all but the sequence's last chunk are made first (up to a fourth product).
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, sc
 class Objective(Protocol):
     """A loss, to the engine. Bounds are [begin, end) in the pack's compact order."""
 
-    coupled: bool  # one coefficient a sequence, which depends on all of its tokens
+    coupled: bool  # a coefficient depends on all tokens of its sequence
+    separable: bool  # of a coupled loss: a sequence's tokens share one coefficient
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         """The log-probs (end - begin,) of these tokens; called once for each token, right to left in a sequence."""
@@ -59,7 +60,15 @@ class Walk:
     """One call: which tokens, which head, which gradients, and the buffers they are gathered in."""
 
     def __init__(
-        self, hidden: Tensor, head: Head, target: Tensor, pack: Pack, wanted: Wanted, workspace_bytes: int | None
+        self,
+        hidden: Tensor,
+        head: Head,
+        target: Tensor,
+        pack: Pack,
+        wanted: Wanted,
+        workspace_bytes: int | None,
+        *,
+        entropy: bool = False,
     ):
         self.hidden = hidden  # (N, D), the caller's
         self.head = head
@@ -68,6 +77,7 @@ class Walk:
         self.wanted = wanted
         self.workspace_bytes = workspace_bytes or default_workspace(head.weight, head.dtype.itemsize)
         self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
+        self.entropy = torch.zeros_like(self.logprobs) if entropy else None  # (n,)
         self.target_scale: Tensor | None = None  # (n,): dW[target] less this times x, if the head keeps that apart
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
@@ -86,7 +96,7 @@ class Walk:
 
     def run(self, objective: Objective) -> None:
         """Fills `logprobs`, and the gradients for a loss whose coefficients come from `objective`."""
-        for how, chunks in self.start(coupled=objective.coupled).steps:
+        for how, chunks in self.start(objective).steps:
             if how == "visit":
                 self.visit(objective, *chunks)
             elif how == "deferred":
@@ -99,15 +109,11 @@ class Walk:
                 self.visit_twice(objective, chunks)
         self.finish()
 
-    def score_all(self, entropy: bool) -> Tensor:
-        """Fills `logprobs`; returns the entropies (n,), or an empty tensor. No gradient, no objective."""
-        entropies = self.logprobs.new_zeros(self.pack.tokens if entropy else 0)
+    def score_all(self, objective: Objective) -> None:
+        """Fills `logprobs` (and `entropy`), and shows them to the objective. No gradient."""
         for _, chunks in self.start().steps:
             for begin, end in chunks:
-                _, softmax = self.softmax(begin, end, gradient=False, entropy=entropy)
-                if entropy:
-                    entropies[begin:end] = softmax.entropy
-        return entropies
+                self.score(objective, begin, end, gradient=False)
 
     def run_dense(self, of_nll: Tensor, of_entropy: Tensor) -> None:
         """Gradients for known coefficients (n,) on -log p and on the entropy, which rewrite the whole chunk."""
@@ -120,8 +126,9 @@ class Walk:
                 self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, self.grads)
         self.finish()
 
-    def start(self, *, coupled: bool = False, dense: bool = False) -> Schedule:
+    def start(self, objective: Objective | None = None, *, dense: bool = False) -> Schedule:
         """The plan of the walk, and the workspace for it. Only what is planned here runs."""
+        coupled = objective is not None and objective.coupled
         # lengths leave the device here: the one thing a coupled loss waits for. A static pack may not
         known = coupled and any(self.wanted) and self.pack.counts is None
         planned = schedule(
@@ -130,6 +137,7 @@ class Walk:
             row_bytes=self.head.row_bytes(any(self.wanted), dense),
             workspace_bytes=self.workspace_bytes,
             coupled=coupled,
+            separable=not coupled or objective.separable,
             lengths=self.pack.lengths.tolist() if known else None,
             head_bytes=self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel()),
         )
@@ -161,7 +169,8 @@ class Walk:
     def visit_deferred(self, objective: Objective, chunks: list[Chunk], into: Gradients) -> None:
         """Chunks whose coefficients are known after the last: gradients with c = 1, then scaled.
 
-        Those of the hidden states row by row. Those of the head as a whole, so only one sequence may be in `into`.
+        Those of the hidden states row by row. Those of the head as a whole, so only one sequence may be in `into`, and
+        the objective must be separable (or the head frozen).
         """
         for begin, end in chunks:
             x, softmax = self.score(objective, begin, end, gradient=True)
@@ -190,8 +199,10 @@ class Walk:
     # ---- one chunk
 
     def score(self, objective: Objective, begin: int, end: int, *, gradient: bool) -> tuple[Tensor, Softmax]:
-        """Product 1 of a chunk, its log-probs kept and shown to the objective."""
-        x, softmax = self.softmax(begin, end, gradient=gradient)
+        """Product 1 of a chunk, its log-probs (and entropies) kept and shown to the objective."""
+        x, softmax = self.softmax(begin, end, gradient=gradient, entropy=self.entropy is not None)
+        if self.entropy is not None:
+            self.entropy[begin:end] = softmax.entropy
         objective.observe(begin, end, softmax.logprobs)
         return x, softmax
 

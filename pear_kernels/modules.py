@@ -4,11 +4,21 @@ from torch import Tensor, nn
 
 from pear_kernels import checks
 from pear_kernels.backend import check_backend
-from pear_kernels.losses import LossOutput, linear_pear_loss
+from pear_kernels.losses import LossOutput, linear_pear_loss, linear_policy_loss
+from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, PolicyOptions
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 
-class LinearPEARLoss(nn.Module):
+class _LinearLoss(nn.Module):
+    """A loss of an LM head with its options set once. It holds no parameter: the head's `weight` is an argument."""
+
+    options: dict
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearPEARLoss(_LinearLoss):
     """`linear_pear_loss` with its options set once (arXiv 2602.01058); see there for what each means.
 
     It holds no parameter: the LM head's `weight` is an argument of `forward`, so it may be tied, sharded or frozen.
@@ -57,5 +67,64 @@ class LinearPEARLoss(nn.Module):
             sequence_scale=sequence_scale, denominator=denominator, **self.options,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+class LinearPolicyLoss(_LinearLoss):
+    """`linear_policy_loss` with its options set once; see there for what each means.
+
+    It holds no parameter: the LM head's `weight` is an argument of `forward`, so it may be tied, sharded or frozen.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: str = POLICY_DEFAULTS.objective,
+        beta: float = POLICY_DEFAULTS.beta,
+        clip_low: float = POLICY_DEFAULTS.clip_low,
+        clip_high: float = POLICY_DEFAULTS.clip_high,
+        dual_clip: float | None = POLICY_DEFAULTS.dual_clip,
+        sapo_temperatures: tuple[float, float] = POLICY_DEFAULTS.sapo_temperatures,
+        sampler_clip: float | None = POLICY_DEFAULTS.sampler_clip,
+        sampler_level: str = POLICY_DEFAULTS.sampler_level,
+        entropy_coef: float = POLICY_DEFAULTS.entropy_coef,
+        max_length: int | None = POLICY_DEFAULTS.max_length,
+        reduction: str | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        workspace_bytes: int | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        options = PolicyOptions(
+            objective, beta, clip_low, clip_high, dual_clip, sapo_temperatures, sampler_clip, sampler_level,
+            entropy_coef, max_length,
+        )  # fmt: skip
+        checks.check_policy_options(options, OBJECTIVES)
+        checks.check_reduction(reduction or "sum", None, checks.POLICY_REDUCTIONS)
+        checks.check_head_options(temperature, softcap, workspace_bytes)
+        check_backend(backend)
+        self.options = options._asdict() | dict(
+            reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden: Tensor,  # (N, D) or (B, T, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (N,) or (B, T)
+        old_logprobs: Tensor | None,  # (N,) or (B, T)
+        advantages: Tensor,  # (S,), (N,) or (B, T)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S+1,)
+        ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
+        sampler_logprobs: Tensor | None = None,  # (N,) or (B, T)
+        sequence_scale: Tensor | None = None,  # (S,)
+        denominator: float | Tensor | None = None,
+    ) -> LossOutput:
+        return linear_policy_loss(
+            hidden, weight, target, old_logprobs, advantages, bias=bias, cu_seqlens=cu_seqlens,
+            ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs, sequence_scale=sequence_scale,
+            denominator=denominator, **self.options,
+        )  # fmt: skip

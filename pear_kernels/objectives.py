@@ -24,6 +24,8 @@ STATS = (
 class PEARObjective:
     """L = sum_t G_t * scale_s * -log pi(y_t) / divisor, with G detached (arXiv 2602.01058)."""
 
+    separable = True
+
     def __init__(
         self,
         behavior_logprobs: Tensor,  # (n,)
@@ -74,11 +76,11 @@ class PEARObjective:
 
 
 class FixedCoefficients:
-    """Coefficients known beforehand: the backward pass of log-probs that went into a caller's own loss."""
+    """Coefficients known beforehand: the backward pass of log-probs that went into a caller's own loss; or none."""
 
-    coupled = False
+    coupled, separable = False, True
 
-    def __init__(self, coefficients: Tensor):  # (n,)
+    def __init__(self, coefficients: Tensor | None = None):  # (n,); None: nobody will ask
         self.known = coefficients
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:

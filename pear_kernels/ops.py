@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.backend import head_class, objective_class
+from pear_kernels.backend import head_class, objective_class, weights_class
 from pear_kernels.engine import Walk, Wanted
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import STATS, FixedCoefficients
 from pear_kernels.packing import pack_tokens, unpack
+from pear_kernels.policy import POLICY_STATS, PolicyObjective, PolicyOptions, policy_scale
 from pear_kernels.weights import PEAROptions
 
 
@@ -42,6 +43,49 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
         return (gradient * upstream).to(dtype)
     return gradient.mul_(upstream).to(dtype)
+
+
+# ---- what losses share: their gradients are made in the forward pass
+
+
+def loss_outputs(
+    hidden: Tensor, weight: Tensor, target: Tensor, stats: int, compute_dtype: torch.dtype, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """The shapes of a loss: (), (N,) log-probs, (N,) weights, (stats,), dX, dW, db."""
+    dtype = result_dtype(compute_dtype)
+    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    grad_hidden, grad_weight, grad_bias = wanted
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(stats, dtype=dtype),
+        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=hidden_dtype),
+        hidden.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if grad_bias else (0,), dtype=dtype),
+    )
+
+
+def save_loss_gradients(ctx, inputs, output):
+    hidden, weight, bias, *_ = inputs
+    ctx.wanted = inputs[-1]
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+
+
+def loss_backward(name: str):
+    def backward(ctx, upstream, *_):
+        forbid_double_backward(name)
+        grads = [
+            scaled(gradient, upstream, dtype) if wanted and upstream is not None else None
+            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        ]
+        return *grads, *[None] * (ctx.inputs - 3)
+
+    return backward
 
 
 # ---- linear_pear_loss
@@ -75,7 +119,7 @@ def linear_pear_loss(
     valid = target != ignore_index
     checks.check_cu_seqlens(cu_seqlens, size)
     checks.check_target(target, valid, weight.shape[0], ignore_index)
-    checks.check_behavior_logprobs(behavior_logprobs, valid)
+    checks.check_logprobs("behavior_logprobs", behavior_logprobs, valid)
     if sequence_scale is not None:
         checks.check_sequence_scale(sequence_scale)
     if denominator is not None:
@@ -97,41 +141,98 @@ def linear_pear_loss(
 
 
 @linear_pear_loss.register_fake
-def _(hidden, weight, bias, target, behavior_logprobs, cu_seqlens, sequence_scale, denominator, *options):
-    compute_dtype, (grad_hidden, grad_weight, grad_bias) = options[-2:]
-    dtype = result_dtype(compute_dtype)
-    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(target.shape, dtype=dtype),
-        hidden.new_empty(target.shape, dtype=dtype),
-        hidden.new_empty(len(STATS), dtype=dtype),
-        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=hidden_dtype),
-        hidden.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape[:1] if grad_bias else (0,), dtype=dtype),
+def _(hidden, weight, bias, target, *options):
+    return loss_outputs(hidden, weight, target, len(STATS), *options[-2:])
+
+
+linear_pear_loss.register_autograd(loss_backward("linear_pear_loss"), setup_context=save_loss_gradients)
+
+
+# ---- linear_policy_loss
+
+
+@torch.library.custom_op("pear_kernels::linear_policy_loss", mutates_args=())
+def linear_policy_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    old_logprobs: Tensor | None,  # (N,)
+    advantages: Tensor,  # (S,) or (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    ref_logprobs: Tensor | None,  # (N,)
+    sampler_logprobs: Tensor | None,  # (N,)
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+    by_sequence: bool,  # advantages are (S,)
+    objective: str,
+    beta: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    sapo_temperatures: list[float],
+    sampler_clip: float | None,
+    sampler_level: str,
+    entropy_coef: float,
+    max_length: int | None,
+    reduction: str | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    backend: str | None,
+    compute_dtype: torch.dtype,
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats (11,), dX, dW, db); the last three are empty where not wanted."""
+    size = target.numel()
+    valid = target != ignore_index
+    checks.check_cu_seqlens(cu_seqlens, size)
+    checks.check_target(target, valid, weight.shape[0], ignore_index)
+    columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
+    for name, column in columns.items():
+        if column is not None:
+            checks.check_logprobs(name, column, valid)
+    checks.check_advantages(advantages, None if by_sequence else valid)
+    if sequence_scale is not None:
+        checks.check_sequence_scale(sequence_scale)
+    if denominator is not None:
+        checks.check_denominator(denominator)
+
+    pack = pack_tokens(valid, cu_seqlens)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    options = PolicyOptions(
+        objective, beta, clip_low, clip_high, dual_clip, tuple(sapo_temperatures), sampler_clip, sampler_level,
+        entropy_coef, max_length,
+    )  # fmt: skip
+    policy = PolicyObjective(
+        pack,
+        options,
+        advantages[pack.sequence] if by_sequence else pack.take(advantages),
+        *(column if column is None else pack.take(column) for column in columns.values()),
+        policy_scale(pack, cu_seqlens, options, reduction, denominator, sequence_scale),
+        one_advantage=by_sequence,
+        weights=weights_class(backend, hidden.device, compute_dtype),
     )
+    with explain_out_of_memory("linear_policy_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=True)
+        if entropy_coef == 0 or not any(wanted):
+            walk.run(policy)
+        else:  # the entropy's gradient needs log p and H before it can be written: the logits are made twice
+            walk.score_all(policy)
+            walk.run_dense(policy.coefficients(0, pack.tokens), policy.of_entropy())
+    loss, weights, stats = policy.finish(walk.entropy)
+    grads = walk.grads
+    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
+    return *(result.to(head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
 
 
-def _save_pear_gradients(ctx, inputs, output):
-    hidden, weight, bias, *_ = inputs
-    ctx.wanted = inputs[-1]
-    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[4:])
+@linear_policy_loss.register_fake
+def _(hidden, weight, bias, target, *options):
+    return loss_outputs(hidden, weight, target, len(POLICY_STATS), *options[-2:])
 
 
-def _pear_backward(ctx, upstream, *_):
-    forbid_double_backward("linear_pear_loss")
-    grads = [
-        scaled(gradient, upstream, dtype) if wanted and upstream is not None else None
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    ]
-    return *grads, *[None] * (ctx.inputs - 3)
-
-
-linear_pear_loss.register_autograd(_pear_backward, setup_context=_save_pear_gradients)
+linear_policy_loss.register_autograd(loss_backward("linear_policy_loss"), setup_context=save_loss_gradients)
 
 
 # ---- linear_logprobs
@@ -159,10 +260,10 @@ def linear_logprobs(
     head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     nothing = Wanted(False, False, False)
     with explain_out_of_memory("linear_logprobs", hidden, head, nothing, workspace_bytes):
-        walk = Walk(hidden, head, target, pack, nothing, workspace_bytes)
-        entropy = walk.score_all(return_entropy)
-    results = unpack(walk.logprobs, pack, size), unpack(entropy, pack, size) if return_entropy else entropy
-    return tuple(result.to(head.dtype) for result in results)
+        walk = Walk(hidden, head, target, pack, nothing, workspace_bytes, entropy=return_entropy)
+        walk.score_all(FixedCoefficients())
+    entropy = unpack(walk.entropy, pack, size) if return_entropy else walk.logprobs.new_empty(0)
+    return unpack(walk.logprobs, pack, size).to(head.dtype), entropy.to(head.dtype)
 
 
 @linear_logprobs.register_fake

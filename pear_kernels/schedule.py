@@ -68,6 +68,7 @@ def schedule(
     row_bytes: int,
     workspace_bytes: int,
     coupled: bool = False,
+    separable: bool = True,
     lengths: Sequence[int] | None = None,
     head_bytes: int = 0,
 ) -> Schedule:
@@ -78,7 +79,8 @@ def schedule(
         wanted: the gradients to make.
         row_bytes: what one row of a chunk takes of the workspace.
         workspace_bytes: what there is.
-        coupled: whether a sequence has one coefficient, known only after all of its tokens.
+        coupled: whether coefficients are known only after all tokens of their sequence.
+        separable: whether these are one number a sequence, so that dW may be made before it is known.
         lengths: for a coupled loss, the tokens of each sequence; None where the host does not know them.
         head_bytes: what gradients of the head take, should a sequence need its own.
     """
@@ -92,10 +94,15 @@ def schedule(
             return Schedule([Step("twice" if wanted.head else "deferred", chunks)], gradient)
         return Schedule([Step("visit", [chunk]) for chunk in chunks], gradient)
     whole, long = cut_at_sequences(lengths, rows)
-    own_buffer = wanted.head and len(long) > 1 and 2 * head_bytes <= workspace_bytes
-    if own_buffer:
-        whole, long = cut_at_sequences(lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes))
-    # the first long sequence has dW for itself, so it may be scaled there
-    further = "deferred" if not wanted.head else "own buffer" if own_buffer else "twice"
-    steps = [Step("deferred" if i == 0 else further, chunks[::-1]) for i, chunks in enumerate(long)]
+    if not wanted.head:
+        first = further = "deferred"
+    elif not separable:
+        first = further = "twice"
+    else:
+        # the first long sequence has dW for itself, so it may be scaled there
+        first, further = "deferred", "twice"
+        if len(long) > 1 and 2 * head_bytes <= workspace_bytes:
+            further = "own buffer"
+            whole, long = cut_at_sequences(lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes))
+    steps = [Step(further if i else first, chunks[::-1]) for i, chunks in enumerate(long)]
     return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(whole)], gradient)

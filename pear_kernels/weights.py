@@ -165,7 +165,7 @@ def _pear_weights_op(
     backend: str | None,
 ) -> Tensor:
     checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
-    checks.check_behavior_logprobs(behavior_logprobs, mask)
+    checks.check_logprobs("behavior_logprobs", behavior_logprobs, mask)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
     pack = pack_tokens(mask, cu_seqlens)
     walk = weights_class(backend, logprobs.device, logprobs.dtype)(pack.take(behavior_logprobs), pack, options)

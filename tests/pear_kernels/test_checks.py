@@ -234,7 +234,7 @@ def test_checks_of_values_read_nothing_off_the_cpu():
     with Asserts() as asserts:
         checks.check_cu_seqlens(ids, big)
         checks.check_target(ids, ids == 0, big, -big)
-        checks.check_behavior_logprobs(floats, ids == 0)
+        checks.check_logprobs("behavior_logprobs", floats, ids == 0)
         checks.check_denominator(floats[0])
         checks.check_sequence_scale(floats)
     names = ["cu_seqlens", "cu_seqlens", "target", "behavior_logprobs", "denominator", "sequence_scale"]

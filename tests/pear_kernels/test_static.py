@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pear_kernels import linear_logprobs, linear_pear_loss, packing
 from pear_kernels.cpu import Head
 from pear_kernels.engine import Walk
-from pear_kernels.objectives import PEARObjective
+from pear_kernels.objectives import FixedCoefficients, PEARObjective
 from pear_kernels.packing import pack_tokens, unpack
 from pear_kernels.schedule import Wanted
 from pear_kernels.weights import PEAROptions
@@ -137,8 +137,10 @@ def test_no_step_waits_for_the_device(level, train_head, rows, monkeypatch):
             walk.run(objective)
             loss, *_ = objective.finish(walk.logprobs)
             logprobs = unpack(walk.logprobs, pack, len(problem.target))
-        walk = Walk(problem.hidden, head, problem.target, pack, Wanted(False, False, False), workspace(rows, 37))
-        walk.score_all(entropy=True)
+        walk = Walk(
+            problem.hidden, head, problem.target, pack, Wanted(False, False, False), workspace(rows, 37), entropy=True
+        )
+        walk.score_all(FixedCoefficients())
     (exact, exact_logprobs, _), _ = problem.naive(
         reduction="sequence_mean", temperature=0.7, softcap=3.0, level=level, sequence_scale=scale
     )
@@ -169,7 +171,7 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, mo
             walk.run(objective)
             objective.finish(walk.logprobs)
             Walk(*options, pack, wanted, rows * 600).run_dense(ones, ones)
-        Walk(*options, pack, Wanted(False, False, False), rows * 600).score_all(entropy=True)
+        Walk(*options, pack, Wanted(False, False, False), rows * 600, entropy=True).score_all(FixedCoefficients())
         assert launch.recorder
 
 
