@@ -24,6 +24,8 @@ from pear_kernels.head import Softmax, torch_row_bytes
 
 # exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
 MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
+# exp is 0 below this in either dtype, and times this still 0, as it would not be times the -inf that a bias may hold
+MIN_EXPONENT = -1e4
 ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row blocks that stay in cache
 WEIGHT_TILE_BYTES = 1 << 24  # a widened tile of a half-precision weight
 
@@ -96,11 +98,13 @@ class Head:
         for rows in self._row_blocks(len(x)):
             z, y = logits[rows], target[rows, None]
             tanh = self._activate_(z)
-            exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
+            z.sub_(anchor[rows, None])
+            log = z.clamp(min=MIN_EXPONENT) if entropy else None
+            exp = z.exp_().scatter_(1, y, 0.0)
             of_rows = exp.sum(1)
             S[rows] = of_rows.double()
             if entropy:
-                mean_log[rows] = torch.xlogy(exp, exp).sum(1).double()
+                mean_log[rows] = log.mul_(exp).sum(1).double()
             if gradient:
                 exp.scatter_(1, y, -of_rows[:, None])
                 self._chain_(exp, tanh)
@@ -119,21 +123,21 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
 
-        dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H). It does not factor into a row scale times E, so the chunk is
-        rewritten in place. Given for the raw logits, the factor 1 / temperature included.
+        dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H), where log p_v + H = log E_v - sum_u p_u log E_u. It does not
+        factor into a row scale times E, so the chunk is rewritten in place. Given for the raw logits, the factor
+        1 / temperature included.
         """
         coefficient, entropy_gradient = coefficient / self.temperature, entropy_gradient / self.temperature
         logits, anchor, below = self._logits(x, target)
-        e_y = below.exp().to(self.dtype)[:, None]
+        of_y, e_y = below.to(self.dtype)[:, None], below.exp().to(self.dtype)[:, None]
         for rows in self._row_blocks(len(x)):
             z, y, c, h = logits[rows], target[rows, None], coefficient[rows, None], entropy_gradient[rows, None]
             tanh = self._activate_(z)
-            exp = z.sub_(anchor[rows, None]).exp_().scatter_(1, y, 0.0)
+            log = z.sub_(anchor[rows, None]).clamp(min=MIN_EXPONENT).scatter_(1, y, of_y[rows])
+            exp = z.exp_().scatter_(1, y, 0.0)
             S = exp.sum(1, keepdim=True)
             p = exp.scatter_(1, y, e_y[rows]).div_(e_y[rows] + S)
-            p_log_p = torch.xlogy(p, p)
-            H = -p_log_p.sum(1, keepdim=True)
-            of_entropy = p_log_p.addcmul_(p, H).mul_(h)
+            of_entropy = log.sub_((p * log).sum(1, keepdim=True)).mul_(p).mul_(h)
             p.scatter_(1, y, -S / (e_y[rows] + S)).mul_(c).sub_(of_entropy)
             self._chain_(p, tanh)
         return logits, torch.ones(len(x), dtype=self.dtype, device=x.device)

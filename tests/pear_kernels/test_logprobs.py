@@ -38,6 +38,23 @@ def test_values_and_gradients_of_both(head, rows):
         torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_tokens_that_a_bias_rules_out_add_nothing_to_the_entropy():
+    """0 log 0 is 0, in the values and in the gradients."""
+    problem = make_problem()
+    V = len(problem.weight)
+    allowed = torch.ones(V, dtype=torch.bool)
+    allowed[(torch.arange(V) % 3 == 1) & ~torch.isin(torch.arange(V), problem.target)] = False
+    assert not allowed.all()
+    bias = torch.zeros(V, dtype=problem.weight.dtype).masked_fill(~allowed, -torch.inf)
+    leaves, exact_leaves = problem.leaves(), problem.leaves()
+    _, ours = linear_logprobs(*leaves, problem.target, bias=bias, return_entropy=True)
+    exact = torch.distributions.Categorical(logits=exact_leaves[0] @ exact_leaves[1][allowed].t()).entropy()
+    exact = exact.masked_fill(problem.target == -100, 0.0)
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+    grads, expected = (torch.autograd.grad(of.sum(), to) for of, to in ((ours, leaves), (exact, exact_leaves)))
+    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_gradcheck():
     problem = make_problem((4, 3), V=7, D=3, bias=True)
     assert torch.autograd.gradcheck(
