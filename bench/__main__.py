@@ -1,4 +1,4 @@
-"""`python -m bench`: every question, on a CPU, then the report. About ten minutes on two cores.
+"""`python -m bench`: every question, on a CPU, then the report. About fifteen minutes on two cores.
 
 On a machine with a GPU it is `python -m bench.gpu`.
 """
@@ -21,17 +21,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds around the peers (default 5)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the report")
     parser.add_argument("--out", type=Path, help="keep the rows here, and go on from what is there (default: neither)")
+    parser.add_argument("--only", choices=runner.QUESTIONS, default="", help="one question, in a report of its own")
+    parser.add_argument("--note", default="", help="what a reader of the report should know, in a line")
     arguments = parser.parse_args()
     runner.end_children_when_ended()
     torch.set_num_threads(arguments.threads)
     os.environ.update(
         OMP_NUM_THREADS=str(arguments.threads),
-        PEAR_BENCH_COMMAND=f"python -m bench --threads {arguments.threads} --rounds {arguments.rounds}",
+        PEAR_BENCH_COMMAND=f"python -m bench --threads {arguments.threads} --rounds {arguments.rounds}"
+        + f" --only {arguments.only}" * bool(arguments.only),
     )
     with tempfile.TemporaryDirectory() as scratch:
-        done = runner.measure_all("cpu", arguments.out or Path(scratch), turns=arguments.rounds)
-        folder = report.write(done.store, arguments.results.resolve(), done.left)
-    print((folder / "report.md").read_text())
+        questions = (arguments.only,) if arguments.only else runner.QUESTIONS
+        done = runner.measure_all("cpu", arguments.out or Path(scratch), turns=arguments.rounds, questions=questions)
+        folder = report.write(done.store, arguments.results.resolve(), done.left, arguments.only, arguments.note)
+    print((folder / f"{arguments.only or 'report'}.md").read_text())
     print(f"written to {folder}")
     if done.errors:
         sys.exit("\n".join(["these ended in an error:", *done.errors]))

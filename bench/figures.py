@@ -3,6 +3,8 @@
 from statistics import median, quantiles
 from typing import NamedTuple
 
+BYTES = ("memory", "policy-memory", "sweeps", "overheads", "policy")  # the questions that measure memory
+
 
 class Quantiles(NamedTuple):
     low: float  # 20 %
@@ -52,7 +54,7 @@ class Figures:
 
     def bytes(self, case: str, peer: str) -> int | None:
         """Extra memory, by whichever question measured it."""
-        found = (self.value(question, case, peer, "bytes") for question in ("memory", "sweeps", "overheads"))
+        found = (self.value(question, case, peer, "bytes") for question in BYTES)
         return next((value for value in found if value is not None), None)
 
     def not_run(self, question: str, case: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import Inputs, Shape
-from pear_kernels import linear_logprobs, linear_pear_loss, ops, pear_weights
+from pear_kernels import linear_logprobs, linear_pear_loss, linear_policy_loss, ops, pear_weights
 from pear_kernels.backend import head_class
 from pear_kernels.engine import Walk
 from pear_kernels.objectives import FixedCoefficients
@@ -227,6 +227,75 @@ def verl_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -linear_cross_entropy(hidden, weight, target, 1.0, "none", None)[0]
 
 
+# ---- policy losses: GRPO of the same inputs, with the behaviour policy as the one before the update
+
+
+def advantages_of(x: Inputs) -> Tensor:
+    """(S,) advantages, as many above 0 as below."""
+    return torch.linspace(-1.5, 1.5, len(x.cu_seqlens) - 1, device=x.hidden.device)
+
+
+def lengths_of(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(S,) tokens of each sequence, and (N,) the sequence of each token."""
+    lengths = x.cu_seqlens.diff().long()
+    of = torch.arange(len(lengths), device=lengths.device)
+    return lengths, of.repeat_interleave(lengths, output_size=len(x.hidden))
+
+
+def grpo(logprobs: Tensor, x: Inputs) -> Tensor:
+    """As TRL's GRPOTrainer writes it, by autograd: ratio, clip, the mean over sequences of token means."""
+    lengths, sequence = lengths_of(x)
+    advantages = advantages_of(x)[sequence]
+    ratio = torch.exp(logprobs - x.behavior_logprobs)
+    losses = -torch.min(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages)
+    return (losses / lengths[sequence]).sum() / len(lengths)
+
+
+def ours_policy(**options) -> Run:
+    def run(x: Inputs) -> Tensor:
+        inputs = x.hidden, x.weight, x.target, x.behavior_logprobs, advantages_of(x)
+        return backward(linear_policy_loss(*inputs, cu_seqlens=x.cu_seqlens, **options).loss)
+
+    return run
+
+
+def naive_grpo(x: Inputs) -> Tensor:
+    return backward(grpo(-full_logits_nll(x.hidden, x.weight, x.target), x))
+
+
+def trl_grpo(x: Inputs) -> Tensor:
+    """TRL's function with the tile and the outputs of its GRPOTrainer, which logs the entropy; `grpo` on top."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    outputs = ("log_probs", "entropy")
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        x.hidden, x.weight, None, x.target, 1.0, 32768, None, 1.0, outputs
+    )
+    entropy.detach().mean()
+    return backward(grpo(logprobs, x))
+
+
+def liger_grpo(x: Inputs) -> Tensor:
+    """It takes (B, T, D): the pack is padded to its longest sequence and the gradient taken back, in the timed region.
+
+    Padding goes through its products. No entropy. What it compiles is the arithmetic on (1, T) log-probs: left eager
+    on a CPU, where compiling would take more memory than the loss.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    _, sequence = lengths_of(x)
+    position = torch.arange(len(x.hidden), device=sequence.device) - x.cu_seqlens.long()[sequence]
+    shape = len(x.cu_seqlens) - 1, int(x.cu_seqlens.diff().max())
+
+    def padded(values: Tensor) -> Tensor:
+        return values.new_zeros(shape + values.shape[1:]).index_put((sequence, position), values)
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo", compiled=x.hidden.is_cuda)
+    mask = padded(torch.ones_like(x.behavior_logprobs))
+    inputs = padded(x.hidden), x.weight, padded(x.target), mask, advantages_of(x)
+    return backward(loss(*inputs, old_per_token_logps=padded(x.behavior_logprobs))[0])
+
+
 # ---- the list
 
 
@@ -239,6 +308,7 @@ class Peer(NamedTuple):
     gradients: str = "both"  # or "hidden", or "": see Shape.gradient_bytes
     needs_gpu: bool = False
     half_only: bool = False  # has no float32
+    policy: dict[str, object] | None = None  # of a policy loss: the options of `linear_policy_loss` it stands for
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run here, or None."""
@@ -270,6 +340,9 @@ class Peer(NamedTuple):
 
 OURS = "pear-kernels"
 LIGER, CCE, QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
+GRPO = {"objective": "grpo"}
+GSPO = {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}  # the paper's clips
+BONUS = {"objective": "grpo", "entropy_coef": 1e-3}
 
 
 def mean_of(library: Callable[..., Tensor], **options) -> Run:
@@ -320,6 +393,13 @@ PEERS = {
     "quack": gpu_only("QuACK chunked linear CE", quack_mean, QUACK, half_only=True),
     "quack-weighted": gpu_only("QuACK CE of full logits, PEAR token", weighted(quack_nll), QUACK, nll=quack_nll),
     "verl": gpu_only("verl fused linear CE, PEAR token", weighted(verl_nll), "verl", nll=verl_nll),
+    # policy losses
+    "naive-grpo": Peer("naive, GRPO", naive_grpo, policy=GRPO),
+    "policy-grpo": Peer("ours, GRPO", ours_policy(**GRPO), None, OURS, policy=GRPO),
+    "policy-gspo": Peer("ours, GSPO", ours_policy(**GSPO), None, OURS, policy=GSPO),
+    "policy-grpo-entropy": Peer("ours, GRPO, entropy bonus", ours_policy(**BONUS), None, OURS, policy=BONUS),
+    "trl-grpo": Peer("TRL ChunkedLogProbFunction, GRPO", trl_grpo, None, "trl", policy=GRPO),
+    "liger-grpo": Peer("Liger fused linear GRPO, padded", liger_grpo, None, LIGER, policy=GRPO),
 }
-# What answers the same question as a pass of ours with both gradients
-FULL_PASS = [name for name, peer in PEERS.items() if peer.gradients == "both"]
+# What answers the same question as a pass of ours with both gradients, and with PEAR's loss or a plain mean
+FULL_PASS = [name for name, peer in PEERS.items() if peer.gradients == "both" and peer.policy is None]

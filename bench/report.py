@@ -8,7 +8,7 @@ from bench import machine, targets
 from bench.cells import Cell
 from bench.figures import Figures
 from bench.peers import PEERS
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, sequences
 from bench.store import Store, write_rows, write_text_whole
 
 OVER = {  # what each is an overhead over
@@ -20,6 +20,7 @@ OVER = {  # what each is an overhead over
     "naive-score": ["bare-score"],
 }
 ERRORS = ("logprobs", "loss", "dX", "dW")
+POLICY_TO = ("bare", "unweighted", "naive-grpo")
 
 
 def number(value: float | None, style: str = ".2f") -> str:
@@ -32,15 +33,22 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def times(figures: Figures, question: str, case: str, beside: dict[str, list[str]] | None = None) -> list[str]:
-    """Every peer of a case: quantiles, memory, and its ratios to the bare products and the naive way or to `beside`."""
+def times(
+    figures: Figures,
+    question: str,
+    case: str,
+    beside: dict[str, list[str]] | None = None,
+    to: tuple[str, ...] = ("bare", "naive"),
+) -> list[str]:
+    """Every peer of a case: quantiles, memory, and its ratios to the peers `to` or, each to its own, to `beside`."""
     on_cpu = SHAPES[case].device == "cpu"
     head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB", "of bare"], []
     bare = figures.bytes(case, "bare")
     if beside:
         head += ["beside"]
     else:
-        head += ["of bare", "of naive", *["CPU time, of bare", "of naive"] * on_cpu]
+        of = [f"of {name}" for name in to]
+        head += [*of, *[f"CPU time, {of[0]}", *of[1:]] * on_cpu]
     for peer in sorted(figures.peers(question, case), key=list(PEERS).index):
         found = figures.seconds(question, case, peer)
         if found is None:
@@ -53,7 +61,7 @@ def times(figures: Figures, question: str, case: str, beside: dict[str, list[str
             row.append("; ".join(f"{ratio:.3f} of {PEERS[name].label}" for name, ratio in ratios.items() if ratio))
         else:
             for what in ["seconds", "cpu_seconds"][: 1 + on_cpu]:
-                row += [number(figures.ratio(question, case, peer, name, what), ".3f") for name in ("bare", "naive")]
+                row += [number(figures.ratio(question, case, peer, name, what), ".3f") for name in to]
         rows.append(row)
     missing = [f"- {PEERS[peer].label}: {why}" for peer, why in figures.not_run(question, case).items()]
     return table(head, rows) + ([""] + missing if missing else [])
@@ -103,66 +111,99 @@ def largest(figures: Figures) -> list[str]:
     return lines
 
 
-def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str]) -> str:
+def policy(figures: Figures) -> list[str]:
+    lines = ["", "## Policy losses", "", "Forward and backward of RL's loss on the pack of an SFT step. Ours and TRL's"]
+    lines += ["give the entropy too; an entropy bonus has a fourth product."]
+    for case in figures.cases("policy"):
+        shape = SHAPES[case]
+        lengths = sequences(shape, 0).diff()
+        padded = len(lengths) * int(lengths.max())
+        lines += ["", f"### {shape}", "", *times(figures, "policy", case, to=POLICY_TO)]
+        lines += [
+            "",
+            f"Liger's takes rows of one length: with padding {padded} tokens, {padded / shape.tokens:.2f} times",
+        ]
+        lines += ["the pack's, all of which go through its products."]
+    return lines
+
+
+def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str], only: str = "") -> str:
     lines = ["# Benchmarks", "", *(f"- {name}: {value}" for name, value in facts.items())]
     if left:
         lines += ["", f"**Not complete: {len(left)} of {len(left) + len(figures.rows)} cells are not measured yet.**"]
-    asked = targets.of(facts["device"], figures)
+    asked = targets.of(facts["device"], figures, only)
     if asked:
         lines += ["", "## Targets", "", "| figure | measured | at most | |", "| --- | ---: | ---: | --- |"]
         lines += [target.line() for target in asked]
     checks = [row for row in figures.rows if row["question"] == "checks"]
     if checks:
         lines += ["", "## Checks", "", *(f"- {row['peer']}: {row.get('said') or row['skipped']}" for row in checks)]
-    lines += ["", *(f"![{name}]({name})" for name in pictures)]
-    lines += ["", "## Forward and backward", "", "Times are medians over all rounds and their 20 and 80 % quantiles;"]
+    if pictures:
+        lines += ["", *(f"![{name}]({name})" for name in pictures)]
+    lines += ["", "## How to read", "", "Times are medians over all rounds and their 20 and 80 % quantiles;"]
     lines += ["ratios are medians of the ratios within a round around the peers. Extra memory is the peak above inputs"]
-    lines += ["and gradients in their dtype. Peers compute PEAR's token level where they can be made to."]
-    for case in figures.cases("sweeps"):
-        lines += ["", f"### {SHAPES[case]}", "", *times(figures, "sweeps", case)]
-    slower = targets.slower_than(figures)
-    lines += ["", "Where another library's pass takes less time than ours at token level:", ""]
-    lines += [f"- {line}" for line in slower] or ["- nowhere in these tables"]
-    lines += ["", "## Overheads"]
+    lines += ["and gradients in their dtype."]
+    if figures.cases("sweeps"):
+        lines += ["", "## Forward and backward", "", "Peers compute PEAR's token level where they can be made to."]
+        for case in figures.cases("sweeps"):
+            lines += ["", f"### {SHAPES[case]}", "", *times(figures, "sweeps", case)]
+        slower = targets.slower_than(figures)
+        lines += ["", "Where another library's pass takes less time than ours at token level:", ""]
+        lines += [f"- {line}" for line in slower] or ["- nowhere in these tables"]
+    if figures.cases("overheads"):
+        lines += ["", "## Overheads"]
     for case in figures.cases("overheads"):
         lines += ["", f"### {SHAPES[case]}", "", *times(figures, "overheads", case, OVER)]
-    lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX and dW."]
-    lines += accuracy(figures)
+    if figures.cases("policy"):
+        lines += policy(figures)
+    if figures.cases("accuracy"):
+        lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX, dW."]
+        lines += accuracy(figures)
     if figures.cases("largest"):
         lines += ["", "## The most tokens that fit, forward and backward", "", *largest(figures)]
     return "\n".join(lines) + "\n"
 
 
-def write(store: Store, results: Path, left: list[Cell]) -> Path:
-    """report.md, results.json and, where matplotlib is, pictures, in `results`/<device>/, which it returns."""
+def write(store: Store, results: Path, left: list[Cell], only: str = "", note: str = "") -> Path:
+    """report.md, results.json and, where matplotlib is, pictures, in `results`/<device>/, which it returns.
+
+    Of one question (`only`): <question>.md and <question>.json, beside the report of all, and no pictures.
+    """
     figures = Figures(store.rows)
     folder = results / machine.folder_name(store.facts)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {**store.facts, "commit": ", ".join(sorted({row["commit"] for row in store.rows.values()}))}
-    try:
-        from bench import pictures
+    if note:
+        facts["note"] = note
+    drawn = []
+    if not only:
+        try:
+            from bench import pictures
 
-        drawn = pictures.draw(figures, folder)
-    except ImportError as error:
-        facts["pictures"] = f"none, {error}"
-        drawn = []
+            drawn = pictures.draw(figures, folder)
+        except ImportError as error:
+            facts["pictures"] = f"none, {error}"
     about = {name: facts[name] for name in ("device", "versions")}
-    write_rows(folder / "results.json", facts, {name: {**row, **about} for name, row in store.rows.items()})
-    write_text_whole(folder / "report.md", text(facts, figures, left, drawn))
+    rows = {name: {**row, **about} for name, row in store.rows.items()}
+    write_rows(folder / f"{only or 'results'}.json", facts, rows)
+    write_text_whole(folder / f"{only or 'report'}.md", text(facts, figures, left, drawn, only))
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the report of a results.json anew.")
     parser.add_argument("folder", type=Path, help="one that holds a results.json")
+    parser.add_argument("--only", default="", metavar="QUESTION", help="of its QUESTION.json")
     arguments = parser.parse_args()
-    kept = json.loads((arguments.folder / "results.json").read_text())
+    folder, only = arguments.folder, arguments.only
+    kept = json.loads((folder / f"{only or 'results'}.json").read_text())
     figures = Figures(kept["rows"])
-    from bench import pictures
+    drawn = []
+    if not only:
+        from bench import pictures
 
-    write_text_whole(
-        arguments.folder / "report.md", text(kept["machine"], figures, [], pictures.draw(figures, arguments.folder))
-    )
+        drawn = pictures.draw(figures, folder)
+    write_text_whole(folder / f"{only or 'report'}.md", text(kept["machine"], figures, [], drawn, only))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from bench.cells import Cell
 from bench.peers import OURS, PEERS
 from bench.store import Store
 
-QUESTIONS = ("sweeps", "overheads", "accuracy", "memory", "largest")
+QUESTIONS = ("sweeps", "overheads", "policy", "accuracy", "memory", "largest")
 CELL_SECONDS = 300  # a cell that takes longer is stopped, and recorded as such
 GRACE = 15  # seconds that the cell in hand may go on past the deadline
 NOTHING_TO_DO, BROKEN_DEVICE = 5, 86  # exit codes: pytest's, and ours (conftest.py)
@@ -38,24 +39,31 @@ def end_children_when_ended() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
 
-def all_cells(device: str, turns: int) -> list[Cell]:
-    """Of every question, the most important first."""
-    modules = [importlib.import_module(f"bench.test_{question}") for question in QUESTIONS]
+def all_cells(device: str, turns: int, questions: Sequence[str] = QUESTIONS) -> list[Cell]:
+    """Of these questions, the most important first."""
+    modules = [importlib.import_module(f"bench.test_{question}") for question in questions]
     cells = [cell for module in modules for cell in module.cells(device, turns)]
     return sorted(cells, key=lambda cell: cell.rank)
 
 
 def measure_all(
-    device: str, out: Path, *, turns: int = 5, deadline: float = float("inf"), retry: bool = False, only: str = ""
+    device: str,
+    out: Path,
+    *,
+    turns: int = 5,
+    deadline: float = float("inf"),
+    retry: bool = False,
+    only: str = "",  # of their cells those that pytest -k would choose
+    questions: Sequence[str] = QUESTIONS,
 ) -> Outcome:
     """Measures what is not in `out` yet, until all is there or the deadline (seconds since the epoch) comes."""
     store = Store(out, machine.facts(device))
     store.running.unlink(missing_ok=True)
     if retry:
         store.forget_errors()
-    cells = all_cells(device, turns)
+    cells = all_cells(device, turns, questions)
     while time.time() < deadline and not all(store.done(cell) for cell in cells):
-        reason, code = watch(start(device, out, turns, deadline, only), store, deadline)
+        reason, code = watch(start(device, out, turns, deadline, only, questions), store, deadline)
         store = Store(out, store.facts)
         died_in = store.interrupted()
         if died_in and reason != "deadline":
@@ -68,7 +76,7 @@ def measure_all(
     return Outcome(store, [cell for cell in cells if not store.done(cell)])
 
 
-def start(device: str, out: Path, turns: int, deadline: float, only: str) -> subprocess.Popen:
+def start(device: str, out: Path, turns: int, deadline: float, only: str, questions: Sequence[str]) -> subprocess.Popen:
     # the project's own options want plugins of pytest, which may be missing where a GPU is
     command = [
         sys.executable,
@@ -76,7 +84,7 @@ def start(device: str, out: Path, turns: int, deadline: float, only: str) -> sub
         "pytest",
         "-o",
         "addopts=",
-        *(f"bench/test_{question}.py" for question in QUESTIONS),
+        *(f"bench/test_{question}.py" for question in questions),
     ]
     command += ["-q", "-s", "-rN", "--no-header", "--disable-warnings", "-p", "no:cacheprovider"]
     command += [f"--device={device}", f"--out={out.resolve()}", f"--turns={turns}", f"--deadline={deadline}"]

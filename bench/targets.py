@@ -30,8 +30,12 @@ class Target(NamedTuple):
         return f"| {self.what} | {measured} | {at_most} | {verdict} |"
 
 
-def of(device: str, figures: Figures) -> list[Target]:
-    return {"cpu": on_cpu, "tiny": lambda figures: []}.get(device, on_gpu)(figures)
+def of(device: str, figures: Figures, only: str = "") -> list[Target]:
+    """All of them, or those that one question alone can answer."""
+    if device == "cpu" and only == "policy":
+        return policy_on_cpu(figures)
+    targets = {"cpu": on_cpu, "tiny": lambda figures: []}.get(device, on_gpu)(figures)
+    return [target for target in targets if not only or target.measured is not None]
 
 
 def divided(value: float | None, by: float | None) -> float | None:
@@ -70,6 +74,19 @@ def on_gpu(figures: Figures) -> list[Target]:
     ]
 
 
+def policy_on_cpu(figures: Figures) -> list[Target]:
+    """RL's loss is to cost what SFT's does: three products, and their memory."""
+    share = divided(figures.bytes(CPU_BASE, "policy-grpo"), figures.bytes(CPU_BASE, "naive-grpo"))
+    return [
+        Target(
+            "time, ours, GRPO / ours, unweighted",
+            figures.ratio("policy", CPU_BASE, "policy-grpo", "unweighted"),
+            1.10,
+        ),
+        Target("memory, ours, GRPO / naive, GRPO", share, 0.15, ".1%"),
+    ]
+
+
 def on_cpu(figures: Figures) -> list[Target]:
     rows = []
     for name in PEAR:
@@ -90,7 +107,7 @@ def on_cpu(figures: Figures) -> list[Target]:
     for kind in KINDS:
         error = figures.value("accuracy", f"bf16-{kind}", "pear-token", "logprobs")
         rows.append(Target(f"rms error of log-probs, bf16 inputs, {kind} targets", error, 5e-4, ".1e"))
-    return rows
+    return rows + policy_on_cpu(figures)
 
 
 def slower_than(figures: Figures) -> list[str]:

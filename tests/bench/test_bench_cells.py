@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure, runner
 from bench.accuracy import Exact, make_inputs, relative
-from bench.peers import PEERS, bare
-from bench.report import OVER
+from bench.peers import FULL_PASS, PEERS, advantages_of, bare
+from bench.report import OVER, POLICY_TO
 from bench.shapes import GPU_BASE, SHAPES, Inputs, Shape
 from bench.test_largest import MULTIPLE, RESOLUTION, close_in
+from pear_kernels.reference import naive_policy_loss
 
 DEVICES = ("cuda", "cpu", "tiny")
 
@@ -30,6 +31,10 @@ def test_every_cell_is_there_once_and_its_ratios_have_a_denominator(device):
     over = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "overheads"}
     for case, peer, turn in over:
         assert peer not in OVER or any((case, other, turn) in over for other in OVER[peer])
+    policy = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "policy"}
+    for case, _, turn in policy:
+        assert device == "tiny" or {(case, other, turn) for other in POLICY_TO} <= policy
+    assert runner.all_cells(device, 5, ["policy"]) == [cell for cell in cells if cell.question.startswith("policy")]
 
 
 def test_what_the_targets_need_comes_first():
@@ -107,11 +112,8 @@ def test_a_good_guess_of_the_largest_takes_two_tries():
     assert len(tried) == 2
 
 
-CPU_PEERS = [
-    name
-    for name, peer in PEERS.items()
-    if peer.gradients == "both" and not name.startswith("bare") and peer.unavailable(SHAPES["tiny"]) is None
-]
+CPU_PEERS = [name for name in FULL_PASS if name != "bare" and PEERS[name].unavailable(SHAPES["tiny"]) is None]
+POLICY_PEERS = [name for name, peer in PEERS.items() if peer.policy and peer.unavailable(SHAPES["tiny"]) is None]
 
 
 @pytest.mark.parametrize("name", [name for name in CPU_PEERS if name != "compiled"])  # compiling takes its time
@@ -125,3 +127,18 @@ def test_peers_compute_what_their_row_says(name):
         with torch.no_grad():
             losses = PEERS[name].nll(x.hidden, x.weight, x.target)
         assert relative(losses, -Exact(x).logprobs) < 1e-5
+
+
+@pytest.mark.parametrize("name", POLICY_PEERS)
+def test_policy_peers_compute_what_their_row_says(name):
+    """Each library's loss is the one its row names, by the reference with full logits in float64."""
+    x = make_inputs("random", Shape(96, 32, 257))
+    bounds = torch.tensor([0, 17, 18, 64, 96], dtype=torch.int32)  # of unequal lengths: who pads must not count padding
+    x = x._replace(cu_seqlens=bounds)
+    loss = PEERS[name].run(x)
+    hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (x.hidden, x.weight))
+    old, advantages = x.behavior_logprobs.double(), advantages_of(x).double()
+    exact, _ = naive_policy_loss(hidden, weight, x.target, old, advantages, cu_seqlens=bounds, **PEERS[name].policy)
+    exact.backward()
+    for found, of in zip((loss, x.hidden.grad, x.weight.grad), (exact.detach(), hidden.grad, weight.grad), strict=True):
+        assert relative(found, of) < 1e-4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench import machine, report, targets
 from bench.cells import Cell
 from bench.figures import Figures, spread
-from bench.shapes import GPU_BASE, SHAPES
+from bench.shapes import CPU_BASE, GPU_BASE, SHAPES
 from bench.store import Store
 
 FACTS = {"device": "cpu", "cpu": "some CPU", "threads": 2, "versions": "torch 0", "commit": "abc", "source": "0"}
@@ -104,6 +104,24 @@ def test_report_names_what_is_missing_slower_and_left(tmp_path):
     assert kept["machine"]["commit"] == "abc" and len(kept["rows"]) == 6
     assert median(kept["rows"]["sweeps/tiny/pear-token/1"]["seconds"]) == 4.0
     assert all(row["device"] == "cpu" and row["versions"] == "torch 0" for row in kept["rows"].values())
+
+
+def test_a_report_of_one_question_leaves_the_report_of_all_alone(tmp_path):
+    store = Store(tmp_path / "out", FACTS)
+    for turn in (1, 2, 3):
+        for peer, took in (("unweighted", 1.0), ("policy-grpo", 1.05), ("naive-grpo", 2.0)):
+            store.finish(Cell("policy", CPU_BASE, peer, turn), {"seconds": [turn * took], "cpu_seconds": [took]})
+    for peer, extra in (("policy-grpo", 14), ("naive-grpo", 100)):
+        store.finish(Cell("policy-memory", CPU_BASE, peer), {"bytes": extra << 20})
+    folder = report.write(store, tmp_path / "results", [], "policy", "others used the cores")
+    assert sorted(path.name for path in folder.iterdir()) == ["policy.json", "policy.md"]
+    told = (folder / "policy.md").read_text()
+    assert "- note: others used the cores" in told
+    assert "| time, ours, GRPO / ours, unweighted | 1.050 | 1.100 | yes |" in told
+    assert "| memory, ours, GRPO / naive, GRPO | 14.0% | 15.0% | yes |" in told
+    assert "## Overheads" not in told and told.count("| yes |") == 2
+    line = next(line for line in told.splitlines() if line.startswith("| ours, GRPO |"))
+    assert "| 2100.00 |" in line and "| 14 |" in line and "| 1.050 | 0.525 |" in line
 
 
 def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):

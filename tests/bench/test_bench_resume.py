@@ -66,7 +66,7 @@ def worker(tmp_path: Path, body: str):
 @pytest.fixture
 def machinery(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "facts", lambda device: FACTS)
-    monkeypatch.setattr(runner, "all_cells", lambda device, turns: CELLS[:1])
+    monkeypatch.setattr(runner, "all_cells", lambda *_: CELLS[:1])
 
     def measured(body: str, **options):
         monkeypatch.setattr(runner, "start", worker(tmp_path, body))
