@@ -1,20 +1,21 @@
 """Runs the decoder's trunk and then our pass over its hidden states, inside the model's own forward.
 
-`add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs or the
-PEAR loss and never makes logits; without it nothing changes, so `generate` works as before. It happens inside the
-forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and PEFT are active.
+`add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs, the
+PEAR loss or a policy loss and never makes logits; without it nothing changes, so `generate` works as before. It happens
+inside the forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and PEFT
+are active.
 """
 
 import contextlib
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss
+from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss, linear_policy_loss
 
 IGNORE = -100
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
@@ -22,7 +23,12 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def add_fused_head(model: PreTrainedModel) -> None:
+COLUMNS = ("behavior_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # (B, T) each, unshifted
+
+
+def add_fused_head(
+    model: PreTrainedModel, *, temperature: float = 1.0, entropy: bool = False, float32: bool = False
+) -> None:
     """Patch `model.forward`, once. Call it on the model itself, under PEFT and before FSDP or DDP wraps it.
 
     After it, with `input_ids` and `labels` (B, T) unshifted, labels -100 at every token that is not scored:
@@ -31,38 +37,70 @@ def add_fused_head(model: PreTrainedModel) -> None:
             -> float32 (B, T): log p(labels[t] | before t), 0 where the label is -100
         model(input_ids=..., labels=labels, behavior_logprobs=b, pear={"level": "token", ...})
             -> LossOutput of `linear_pear_loss`, given what `pear` holds; `logprobs` and `weights` are (B, T) too
+        model(input_ids=..., labels=labels, advantages=a, pear={"objective": "grpo", ...})
+            -> LossOutput of `linear_policy_loss`; `advantages` are (B,) or (B, T), with `old_logprobs` and
+            `ref_logprobs` (B, T) where there are any
+        model(input_ids=..., labels=labels, fused_lm_head=True)
+            -> what TRL's `add_fused_lm_head` returns, from our pass: `log_probs` (B, T - 1), and `entropy` if asked
+            for. (Where router logits are asked for too, TRL's own: it makes the auxiliary loss of mixtures of experts.)
 
     Row t is about token t, as in `labels`; position 0 has nothing before it and is 0. With `cu_seq_lens_q` (S+1,), the
     batch is one row (1, T) of packed sequences, and the first token of each is such a position.
 
+    Args:
+        temperature: divides the logits, besides what the model's own forward does to them.
+        entropy: whether TRL's keyword is answered with entropies too.
+        float32: run the head in float32, outside autocast (TRL's `cast_lm_head_to_fp32`).
+
     Raises:
         DataError: the model's head does something that our pass cannot repeat exactly; the message names it.
     """
-    if getattr(model, "_pear_fused_head", False):
+    options = logit_options(model.config.get_text_config())
+    if temperature != 1.0:
+        options["temperature"] = temperature * options.get("temperature", 1.0)
+    if getattr(model.forward, "is_pear_forward", False):  # ours, and nobody else's around it
+        model._pear_fused_head = FusedHead(options, entropy, float32)  # the latest call's hold
         return
-    head_options = logit_options(model.config.get_text_config())
     check_head(model)
+    model._pear_fused_head = FusedHead(options, entropy, float32)
     # The function, not the bound method, so that a deep copy of the model runs its own forward.
     original_forward = model.forward.__func__
 
     @functools.wraps(type(model).forward)  # the signature stays: `generate` and the Trainer read it
-    def forward(self, *args, pear=None, labels=None, behavior_logprobs=None, **kwargs):
-        if pear is None:
+    def forward(self, *args, pear=None, labels=None, fused_lm_head=False, **kwargs):
+        for_trl = fused_lm_head and not kwargs.get("output_router_logits")
+        if pear is None and not for_trl:
             if labels is not None:
                 kwargs["labels"] = labels
+            if fused_lm_head:
+                kwargs["fused_lm_head"] = True
             return original_forward(self, *args, **kwargs)
+        head: FusedHead = self._pear_fused_head
+        columns = {name: kwargs.pop(name) for name in COLUMNS if kwargs.get(name) is not None}
         # Trunk and head are looked up on each call: FSDP and PEFT replace them after patching.
         kwargs["use_cache"] = False
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         hidden = self.base_model(*args, **kwargs).last_hidden_state  # (B, T, D)
         weight, bias, gathered = _head_parameters(self)
-        with gathered:
-            return _run_head(
-                hidden.to(weight.device), weight, bias, labels, behavior_logprobs, cu_seqlens, pear | head_options
-            )
+        hidden = hidden.to(weight.device)
+        autocast = contextlib.nullcontext()
+        if head.float32:
+            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        with gathered, autocast:
+            if for_trl:
+                return _run_head_for_trl(hidden, weight, bias, labels, head)
+            return _run_head(hidden, weight, bias, labels, columns, cu_seqlens, pear | head.options)
 
+    forward.is_pear_forward = True
     model.forward = types.MethodType(forward, model)
-    model._pear_fused_head = True
+
+
+class FusedHead(NamedTuple):
+    """How `model.forward` runs our pass."""
+
+    options: dict[str, float]  # what repeats the model's own treatment of its logits
+    entropy: bool
+    float32: bool
 
 
 def _run_head(
@@ -70,22 +108,36 @@ def _run_head(
     weight: torch.Tensor,  # (V, D)
     bias: torch.Tensor | None,  # (V,)
     labels: torch.Tensor,  # (B, T), unshifted
-    behavior_logprobs: torch.Tensor | None,  # (B, T), unshifted
+    columns: dict[str, torch.Tensor],  # (B, T), unshifted; of `advantages` also (B,)
     cu_seqlens: torch.Tensor | None,  # (S+1,)
     options: dict[str, Any],
 ) -> torch.Tensor | LossOutput:
     target = shift_left(first_tokens_ignored(labels.to(weight.device), cu_seqlens), IGNORE)
-    if behavior_logprobs is None:
+    columns = {name: column.to(weight.device) for name, column in columns.items()}
+    columns = {name: shift_left(column, 0.0) if column.dim() == 2 else column for name, column in columns.items()}
+    if not columns:
         return shift_right(linear_logprobs(hidden, weight, target, bias=bias, **options))
-    behavior = shift_left(behavior_logprobs.to(weight.device), 0.0)
-    if cu_seqlens is None:
-        output = linear_pear_loss(hidden, weight, target, behavior, bias=bias, **options)
+    if "advantages" in columns:
+        old = columns.pop("old_logprobs", None)
+        advantages = columns.pop("advantages")
+        output = linear_policy_loss(hidden, weight, target, old, advantages, bias=bias, **columns, **options)
+    elif cu_seqlens is None:
+        output = linear_pear_loss(hidden, weight, target, columns["behavior_logprobs"], bias=bias, **options)
     else:
-        output = linear_pear_loss(
-            hidden[0], weight, target[0], behavior[0], bias=bias, cu_seqlens=cu_seqlens.to(weight.device), **options
-        )
+        behavior, cu_seqlens = columns["behavior_logprobs"][0], cu_seqlens.to(weight.device)
+        output = linear_pear_loss(hidden[0], weight, target[0], behavior, bias=bias, cu_seqlens=cu_seqlens, **options)
         output = output._replace(logprobs=output.logprobs[None], weights=output.weights[None])
     return output._replace(logprobs=shift_right(output.logprobs), weights=shift_right(output.weights))
+
+
+def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
+    """TRL's fused output, its rows already shifted: (B, T - 1)."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    target = labels.to(weight.device)[:, 1:].contiguous()
+    found = linear_logprobs(hidden[:, :-1], weight, target, bias=bias, return_entropy=head.entropy, **head.options)
+    logprobs, entropy = found if head.entropy else (found, None)
+    return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, label_mask=target != IGNORE)
 
 
 def first_tokens_ignored(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -6,11 +6,9 @@ log-probs carried through preparation and collation, the loss (from hidden state
 Options are in sft_config.py, the data in scored.py, the files that training leaves in save.py.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,9 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
+from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
-from pear.io import DataError, disk_error, write_error
+from pear.io import DataError
 from pear.models import load_tokenizer, resolve_model
 from pear.save import save_final
 from pear.scored import COLUMNS, load_scored
@@ -60,7 +59,7 @@ class PEARCollator(DataCollatorForLanguageModeling):
         return batch
 
 
-class PEARSFTTrainer(SFTTrainer):
+class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     """SFTTrainer whose loss is PEAR's. Datasets come from `load_scored`; arguments are SFTTrainer's.
 
     The loss is the sum of G_t * NLL_t over the response tokens of an optimiser step, over all its micro-batches and
@@ -270,21 +269,6 @@ class PEARSFTTrainer(SFTTrainer):
                     "model that wrote it."
                 )
 
-    # ---- files
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint that cannot be written whole is taken away again, so that no resume finds it."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        existed = folder.exists()
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            if (cause := disk_error(error)) is None:
-                raise
-            if not existed and self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise write_error(folder, cause, kept="Earlier checkpoints are whole.") from error
-
 
 def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
@@ -327,10 +311,7 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume_from(args.resume_from_checkpoint, args.output_dir))
     if eval_dataset is not None:
         trainer.evaluate()
     save_final(trainer, merge_adapter=data_args.merge_adapter)

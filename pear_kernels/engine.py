@@ -9,9 +9,10 @@ so a chunk's logits are made once, and its two gradient products follow while th
 
 A loss that is `coupled` knows a coefficient only when it has seen all of the token's sequence (PEAR's sequence level,
 GSPO). Its chunks end where sequences end. If it is `separable` too, a sequence has one coefficient, and one longer than
-a chunk is deferred: dW is gathered with c = 1 and scaled once c is known. The first such sequence does that in dW itself,
-before anything else is there; a further one needs a (V, D) buffer of its own. Where the workspace has no room for that,
-or the loss is not separable, the log-probs of all but the sequence's last chunk are made first (up to a fourth product).
+a chunk is deferred: dW is gathered with c = 1 and scaled once c is known. The first such sequence does that in dW
+itself, before anything else is there; a further one needs a (V, D) buffer of its own. Where the workspace has no room
+for that, or the loss is not separable, the log-probs of all but the sequence's last chunk are made first (up to a
+fourth product).
 """
 
 from dataclasses import dataclass

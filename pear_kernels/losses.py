@@ -144,6 +144,7 @@ def linear_policy_loss(
     sampler_level: str = POLICY_DEFAULTS.sampler_level,
     entropy_coef: float = POLICY_DEFAULTS.entropy_coef,
     max_length: int | None = POLICY_DEFAULTS.max_length,
+    unbiased_kl: bool = POLICY_DEFAULTS.unbiased_kl,
     sequence_scale: Tensor | None = None,  # (S,)
     reduction: str | None = None,
     denominator: float | Tensor | None = None,
@@ -159,20 +160,25 @@ def linear_policy_loss(
 
         L = sum_t (w_t policy_t + beta (r_ref - 1 - log r_ref)_t - entropy_coef H_t) / divisor,   r_ref = pi_ref / pi
 
-    | objective | policy_t | divisor by default |
+    | objective | policy_t | reduction |
     | --- | --- | --- |
-    | "ppo", "grpo" (arXiv 1707.06347, 2402.03300) | -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) | mean over sequences of token means |
-    | "dapo" (2503.14476; its clip_high is 0.28), "bnpo" | the same | the call's tokens |
-    | "dr_grpo" (2503.20783) | the same | sequences times a constant length |
-    | "gspo" (2507.18071; its clips are 3e-4, 4e-4) | the same of s = exp(mean over the sequence of log r) | as "grpo" |
-    | "gspo_token" (section 4.3 there) | the same of sg(s) pi / sg(pi): its gradient is the token's own | as "grpo" |
-    | "cispo" (2506.13585) | -sg(min(r, 1 + clip_high)) A log pi | the call's tokens |
-    | "sapo" (2511.20347) | -4 / tau sigmoid(tau (r - 1)) A, tau by the sign of A | the call's tokens |
-    | "reinforce" (Williams 1992) | -A log pi | the call's tokens |
+    | "ppo", "grpo" | -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) | "sequence_mean" |
+    | "dapo", "bnpo" | the same | "mean" |
+    | "dr_grpo" | the same | "constant_length" |
+    | "gspo" | the same of s = exp(mean over the sequence of log r) | "sequence_mean" |
+    | "gspo_token" | the same of sg(s) pi / sg(pi): its gradient is the token's own | "sequence_mean" |
+    | "cispo" | -sg(min(r, 1 + clip_high)) A log pi | "mean" |
+    | "sapo" | -4 / tau sigmoid(tau (r - 1)) A, tau by the sign of A | "mean" |
+    | "reinforce" | -A log pi | "mean" |
+
+    with sg a stopped gradient, and the reduction the one that is used where none is named. PPO: arXiv 1707.06347; GRPO:
+    2402.03300; DAPO: 2503.14476, its clip_high is 0.28; BNPO: TRL's name; Dr. GRPO: 2503.20783; GSPO: 2507.18071, its
+    clips are 3e-4 and 4e-4, "gspo_token" its section 4.3; CISPO: 2506.13585; SAPO: 2511.20347; REINFORCE: Williams
+    1992.
 
     Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients; one more with an entropy bonus. ("gspo" and "gspo_token": of sequences longer than a
-    chunk, those after the first cost up to a fourth product if the workspace has no room for a second (V, D) buffer;
+    gradient, one without gradients; one more with an entropy bonus. ("gspo" and "gspo_token": of sequences longer than
+    a chunk, those after the first cost up to a fourth product if the workspace has no room for a second (V, D) buffer;
     with beta, or for "gspo_token" with numbers that differ within a sequence, so does the first.)
 
     Args:
@@ -194,6 +200,8 @@ def linear_policy_loss(
         entropy_coef: factor of the entropy H_t, whose gradient costs one more product.
         max_length: the length of "constant_length"; None: that of the longest sequence here (of (B, T) rows: T).
             Dr. GRPO wants one that is the same in every call.
+        unbiased_kl: multiply the KL term by the token's r = pi / pi_old, gradient included, which makes its gradient
+            that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
         reduction: "mean", "sum", "sequence_mean" (as in `linear_pear_loss`), or "constant_length", all sequences (empty
             ones too) times `max_length`; None: the objective's.
 
@@ -206,7 +214,7 @@ def linear_policy_loss(
     """
     options = PolicyOptions(
         objective, beta, clip_low, clip_high, dual_clip, sapo_temperatures, sampler_clip, sampler_level, entropy_coef,
-        max_length,
+        max_length, unbiased_kl,
     )  # fmt: skip
     checks.check_policy_options(options, OBJECTIVES)
     checks.check_reduction(reduction or "sum", denominator, checks.POLICY_REDUCTIONS)

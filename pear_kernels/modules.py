@@ -87,6 +87,7 @@ class LinearPolicyLoss(_LinearLoss):
         sampler_level: str = POLICY_DEFAULTS.sampler_level,
         entropy_coef: float = POLICY_DEFAULTS.entropy_coef,
         max_length: int | None = POLICY_DEFAULTS.max_length,
+        unbiased_kl: bool = POLICY_DEFAULTS.unbiased_kl,
         reduction: str | None = None,
         temperature: float = 1.0,
         softcap: float | None = None,
@@ -97,7 +98,7 @@ class LinearPolicyLoss(_LinearLoss):
         super().__init__()
         options = PolicyOptions(
             objective, beta, clip_low, clip_high, dual_clip, sapo_temperatures, sampler_clip, sampler_level,
-            entropy_coef, max_length,
+            entropy_coef, max_length, unbiased_kl,
         )  # fmt: skip
         checks.check_policy_options(options, OBJECTIVES)
         checks.check_reduction(reduction or "sum", None, checks.POLICY_REDUCTIONS)

@@ -175,6 +175,7 @@ def linear_policy_loss(
     sampler_level: str,
     entropy_coef: float,
     max_length: int | None,
+    unbiased_kl: bool,
     reduction: str | None,
     temperature: float,
     softcap: float | None,
@@ -203,7 +204,7 @@ def linear_policy_loss(
     head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     options = PolicyOptions(
         objective, beta, clip_low, clip_high, dual_clip, tuple(sapo_temperatures), sampler_clip, sampler_level,
-        entropy_coef, max_length,
+        entropy_coef, max_length, unbiased_kl,
     )  # fmt: skip
     policy = PolicyObjective(
         pack,

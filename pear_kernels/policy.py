@@ -46,6 +46,7 @@ class PolicyOptions(NamedTuple):
     sampler_level: str = "token"
     entropy_coef: float = 0.0
     max_length: int | None = None
+    unbiased_kl: bool = False
 
 
 POLICY_DEFAULTS = PolicyOptions()
@@ -118,6 +119,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- the whole loss
 
+MAX_LOG_RATIO = 700.0  # whose exp is still a number in float64, so that an advantage of 0 times it is 0
 _SUMS = PEAROptions(level="sequence", log_ratio_clip=(-torch.inf, torch.inf))  # of log-ratios over a whole sequence
 
 
@@ -181,7 +183,7 @@ class PolicyObjective:
     def sampler_ratio(self, capped: bool) -> Tensor:
         """(n,) pi_old / pi_sampler, of a token or of all its sequence."""
         limit = torch.inf if self.options.sampler_clip is None or not capped else self.options.sampler_clip
-        return self.sampler_log_ratio.exp().clamp(max=limit)
+        return self.sampler_log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=limit)
 
     # ---- what the engine asks
 
@@ -199,12 +201,16 @@ class PolicyObjective:
 
     # ---- formulas, on any stretch of tokens
 
-    def log_ratio(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) log r: a token's own, or the mean of its sequence's."""
+    def own_log_ratio(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) log pi / pi_old of each token."""
         if self.old_logprobs is None:
             return torch.zeros_like(self.logprobs[begin:end])
+        return self.logprobs[begin:end] - self.old_logprobs[begin:end]
+
+    def log_ratio(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) log r: a token's own, or the mean of its sequence's."""
         if not self.coupled:
-            return self.logprobs[begin:end] - self.old_logprobs[begin:end]
+            return self.own_log_ratio(begin, end)
         self.walk.weights(begin, end)
         return self.walk.log_weights(begin, end) / self.lengths[begin:end]
 
@@ -214,6 +220,9 @@ class PolicyObjective:
         found = [self.kind.formula(logprobs, log_ratio, part[begin:end], self.options) for part in self.parts]
         if self.options.beta:
             kl, slope = k3(logprobs, self.ref_logprobs[begin:end])
+            if self.options.unbiased_kl:
+                ratio = self.own_log_ratio(begin, end).exp()
+                kl, slope = ratio * kl, ratio * (slope - kl)
             found.append((self.options.beta * kl, self.options.beta * slope))
         losses, coefficients = zip(*found, strict=True)
         return sum(losses), sum(coefficients)
@@ -230,9 +239,7 @@ class PolicyObjective:
         """(11,) `POLICY_STATS`."""
         options, nothing = self.options, torch.zeros_like(self.logprobs)
         log_ratio = self.log_ratio(0, self.pack.tokens)
-        ratio, own = log_ratio.exp(), nothing
-        if self.old_logprobs is not None:
-            own = self.logprobs - self.old_logprobs
+        ratio, own = log_ratio.exp(), self.own_log_ratio(0, self.pack.tokens)
         sampler = nothing + 1 if self.sampler_log_ratio is None else self.sampler_ratio(capped=False)
         values = (
             -self.logprobs,

@@ -115,6 +115,7 @@ def naive_policy_loss(
     sampler_level: str = "token",
     entropy_coef: float = 0.0,
     max_length: int | None = None,
+    unbiased_kl: bool = False,
     sequence_scale: Tensor | None = None,
     reduction: str | None = None,
     denominator: float | None = None,
@@ -163,7 +164,7 @@ def naive_policy_loss(
             loss = loss * (w if sampler_clip is None else w.clamp(max=sampler_clip)).detach()
         if beta:
             log_r = ref_logprobs[response] - lp
-            loss = loss + beta * (torch.exp(log_r) - log_r - 1)
+            loss = loss + beta * (torch.exp(lp - old) if unbiased_kl else 1) * (torch.exp(log_r) - log_r - 1)
         loss = loss - entropy_coef * entropy[response]
         by_sequence = ("ppo", "grpo", "gspo", "gspo_token")
         how = reduction or ("sequence_mean" if objective in by_sequence else None)

@@ -1,0 +1,439 @@
+"""`pear rl`: GRPO and its relatives, a subclass of TRL's GRPOTrainer whose loss and log-probs come from our pass.
+
+What TRL does stays TRL's: rollouts (transformers or vLLM), rewards, advantages, schedules, LoRA, logging. Ours are the
+loss of one micro-batch (`pear_kernels.linear_policy_loss`, inside the model's own forward), all log-probs, rewards that
+survive a completion they cannot judge (rewards.py), rollouts that depend on seed, step and weights alone, and
+checkpoints that hold the rollouts in hand, so that a run resumed at any step is the unbroken one.
+
+Where an option asks for a formula that `linear_policy_loss` does not have (`other_formula`), TRL's own runs on our
+log-probs and entropies: the same numbers, at four products instead of three. Options are in rl_config.py.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.logging import get_logger
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from pear.checkpoints import WholeCheckpoints, resume_from
+from pear.eval import evaluate, prompt_format
+from pear.fused_head import IGNORE, add_fused_head
+from pear.io import DataError, read_jsonl, write_json, write_jsonl
+from pear.models import load_model, load_tokenizer, resolve_model
+from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
+from pear.rl_config import PEARGRPOConfig, RLArguments
+from pear.runs import write_run
+from pear.save import save_final
+from pear.tasks import Problem, load_task
+from pear_kernels import LossOutput
+from pear_kernels.policy import POLICY_STATS
+
+logger = get_logger(__name__)
+
+SHOWN_FAULTS = 3  # of a generation, in the log; all are counted
+# TRL's names of losses, and ours. In TRL the ratio of a sequence is an option of them, in ours an objective.
+OBJECTIVE_OF = {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")}
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")
+# what TRL logs from its own loss, and where it is among our statistics
+TRL_NAMES = {"entropy": "entropy", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
+MEANS = [name for name in POLICY_STATS if name not in ("ratio_max", "tokens")]
+
+
+class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+    """GRPOTrainer with the fused policy loss. Arguments, datasets and reward functions are GRPOTrainer's.
+
+    Logged besides TRL's own, under `pear/` (and `eval_pear/`): the statistics of `pear_kernels.policy.POLICY_STATS`,
+    means over completion tokens since the last log; `reward_faults`, completions whose reward could not be had;
+    `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G.
+    """
+
+    _tag_names = ["trl", "grpo", "pear"]
+    _name = "PEAR GRPO"
+
+    def __init__(self, model, reward_funcs=None, args: PEARGRPOConfig | None = None, **kwargs: Any):
+        if args is None:
+            args = PEARGRPOConfig("pear-rl")
+        if not isinstance(args, PEARGRPOConfig):
+            raise TypeError(f"args must be a PEARGRPOConfig, got {type(args).__name__}")
+        functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+        if kwargs.get("rollout_func") is not None:
+            kwargs["rollout_func"] = self._without_empty_rollouts(kwargs["rollout_func"])
+        super().__init__(model, [guarded(function) for function in functions], args, **kwargs)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        float32 = args.cast_lm_head_to_fp32
+        add_fused_head(base, temperature=self.temperature, entropy=True, float32=float32)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            add_fused_head(reference, temperature=self.temperature, float32=float32)
+        self._policy_stats: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        if why := self.other_formula({}):
+            logger.warning(f"{why}: TRL's own formula runs on our log-probs, at four products instead of three")
+
+    def _send_telemetry(self) -> None:
+        """TRL reports which of its trainers are used; ours is none of them."""
+
+    # ---- rollouts
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's; but what is drawn depends on seed, step and process alone, so that a resumed run draws the same."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        with seeded(f"{self.args.seed} {self._step} {self.accelerator.process_index}", self.accelerator.device):
+            return super()._prepare_inputs(generation_batch)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        """TRL's, with an end-of-sequence token where a backend returned no token at all: it ended at once."""
+        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        return self._without_empty(completion_ids, logprobs)
+
+    def _without_empty(self, completion_ids: list[list[int]], logprobs: list[list[float]] | None):
+        empty = [i for i, ids in enumerate(completion_ids) if len(ids) == 0]
+        for i in empty:
+            completion_ids[i] = [self._tokenizer.eos_token_id]
+            if logprobs is not None:
+                logprobs[i] = [None]  # TRL's for "not scored": no correction of the sampler there
+        self._log_count("pear/empty_completions", len(empty))
+        return completion_ids, logprobs
+
+    def _without_empty_rollouts(self, rollout_func):
+        @functools.wraps(rollout_func)
+        def rollouts(prompts, trainer):
+            output = dict(rollout_func(prompts, trainer))
+            output["completion_ids"], output["logprobs"] = self._without_empty(
+                list(output["completion_ids"]), output.get("logprobs") and list(output["logprobs"])
+            )
+            return output
+
+        return rollouts
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's rewards, with their faults counted and shown, pass@k of the rollouts, and samples kept to read."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (all processes', F)
+        faults = [f for reward in self.reward_funcs if isinstance(reward, GuardedReward) for f in reward.take_faults()]
+        for fault in faults[:SHOWN_FAULTS]:
+            logger.warning(f"{fault}. It scores 0.", main_process_only=False)
+        if len(faults) > SHOWN_FAULTS:
+            logger.warning(f"... and {len(faults) - SHOWN_FAULTS} more completions that could not be judged")
+        self._log_count("pear/reward_faults", len(faults))
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        right = torch.tensor([is_right(total) for total in totals.tolist()]).view(-1, group)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["pear/pass@1"].append(right.float().mean().item())
+        if group > 1:
+            self._metrics[mode][f"pear/pass@{group}"].append(right.any(dim=1).float().mean().item())
+        if self.model.training and self.accelerator.is_main_process:
+            self._keep_samples(prompts, completions, completion_ids_list, rewards, faults)
+        return rewards
+
+    def _keep_samples(self, prompts, completions, completion_ids_list, rewards, faults) -> None:
+        why = {fault.row: str(fault) for fault in faults}
+        rows = []
+        for i in range(min(self.args.keep_samples, len(prompts))):
+            named = zip(self.reward_func_names, rewards[i].tolist(), strict=True)
+            scores = {name: None if math.isnan(value) else value for name, value in named}
+            rows.append(
+                {
+                    "step": self.state.global_step,
+                    "prompt": text_of(prompts[i]),
+                    "completion": text_of(completions[i]),
+                    "tokens": len(completion_ids_list[i]),
+                    "ended": completion_ids_list[i][-1] in self.eos_token_ids,
+                    "rewards": scores,
+                    "fault": why.get(i),
+                }
+            )
+        if rows:  # a file a generation: one that is drawn again after a kill takes the place of the first
+            write_jsonl(Path(self.args.output_dir) / "samples" / f"{self._step:08d}.jsonl", rows)
+
+    def _log_count(self, name: str, count: int) -> None:
+        mode = "train" if self.model.training else "eval"
+        total = torch.tensor(float(count), device=self.accelerator.device)
+        self._metrics[mode][name].append(self.accelerator.reduce(total, reduction="sum").item())
+
+    # ---- loss
+
+    def other_formula(self, inputs: dict[str, Any]) -> str | None:
+        """Why the loss of these options (and inputs) is not among `linear_policy_loss`'s; None where it is."""
+        args = self.args
+        of_sequences = self.importance_sampling_level == "sequence"
+        reasons = {
+            f"loss_type = {self.loss_type!r}": self.loss_type not in OBJECTIVE_OF,
+            f"importance_sampling_level = 'sequence' with {self.loss_type!r}": of_sequences
+            and self.loss_type not in CLIPPED,
+            f"epsilon_high = {self.epsilon_high} below 1 with 'cispo'": self.loss_type == "cispo"
+            and self.epsilon_high < 1,
+            f"delta = {args.delta} below 1 + epsilon_high": args.delta is not None
+            and args.delta < 1 + self.epsilon_high,
+            f"top_entropy_quantile = {self.top_entropy_quantile}": self.top_entropy_quantile < 1,
+            "an entropy bonus": self._entropy_bonus_enabled,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "use_bias_correction_kl with importance_sampling_level = 'sequence'": of_sequences
+            and args.use_bias_correction_kl
+            and self.beta != 0,
+            "the auxiliary loss of mixtures of experts": self.aux_loss_enabled,
+            "images": "pixel_values" in inputs,
+        }
+        return next((why for why, holds in reasons.items() if holds), None)
+
+    def _compute_loss(self, model, inputs):
+        if self.other_formula(inputs):
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # (B, C)
+        width = prompt_ids.shape[1]
+
+        def beside_prompt(values: torch.Tensor, fill: float) -> torch.Tensor:
+            """(B, C) -> (B, P + C)."""
+            return torch.nn.functional.pad(values, (width, 0), value=fill)
+
+        advantages = inputs["advantages"]
+        if (ratio := inputs.get("importance_sampling_ratio")) is not None:
+            # a constant of at least 0: it may multiply the advantage as well as the loss
+            advantages = (advantages[:, None] if advantages.dim() == 1 else advantages) * ratio
+        if advantages.dim() == 2:
+            advantages = beside_prompt(advantages.expand_as(completion_ids).contiguous(), 0.0)
+        columns = {}
+        for ours, theirs in (("old_logprobs", "old_per_token_logps"), ("ref_logprobs", "ref_per_token_logps")):
+            if inputs.get(theirs) is not None:
+                columns[ours] = beside_prompt(inputs[theirs], 0.0)
+        output: LossOutput = model(
+            input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+            attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            labels=beside_prompt(completion_ids.masked_fill(mask == 0, IGNORE), IGNORE),
+            advantages=advantages,
+            **columns,
+            pear=self.policy_options() | self._divisor(inputs, mask, mode),
+        )
+        values = output.stats
+        self._policy_stats[mode].append(torch.stack([values[name] for name in (*MEANS, "ratio_max", "tokens")]).float())
+        return output.loss
+
+    def policy_options(self) -> dict[str, Any]:
+        """`linear_policy_loss`'s options for GRPOConfig's."""
+        is_cispo = self.loss_type == "cispo"  # where epsilon_high is the cap itself, not what it is above 1
+        return {
+            "objective": "gspo" if self.importance_sampling_level == "sequence" else OBJECTIVE_OF[self.loss_type],
+            "beta": self.beta,
+            "unbiased_kl": self.args.use_bias_correction_kl,
+            "clip_low": min(self.epsilon_low, 1.0),
+            "clip_high": self.epsilon_high - 1 if is_cispo else self.epsilon_high,
+            "dual_clip": self.args.delta if self.loss_type in CLIPPED else None,
+            "sapo_temperatures": (self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
+            "workspace_bytes": self.args.workspace_bytes,
+        }
+
+    def _divisor(self, inputs: dict[str, Any], mask: torch.Tensor, mode: str) -> dict[str, Any]:
+        """`reduction` and `denominator` of TRL's loss types, gradient accumulation included."""
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        if self.loss_type in ("grpo", "sapo"):
+            return {"reduction": "sequence_mean", "denominator": float(len(mask) * steps)}
+        if self.loss_type == "bnpo":
+            return {"reduction": "sum", "denominator": mask.sum().clamp(min=1) * steps}
+        if self.loss_type == "dr_grpo":
+            return {"reduction": "sum", "denominator": float(len(mask) * self.max_completion_length * steps)}
+        # dapo, cispo: the tokens of the whole generation, and of these an optimiser step's share
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return {
+            "reduction": "sum",
+            "denominator": tokens * steps / self.args.steps_per_generation if mode == "train" else tokens,
+        }
+
+    # ---- statistics: gathered as tensors, read back only when they are logged
+
+    def _read_stats(self, mode: str) -> dict[str, float]:
+        if not self._policy_stats[mode]:
+            return {}
+        table = torch.stack(self._policy_stats[mode]).double()  # a row a micro-batch: means, ratio_max, tokens
+        self._policy_stats[mode].clear()
+        tokens, largest = table[:, -1:], table[:, -2].max()
+        sums = torch.cat([(table[:, :-2] * tokens).sum(0), tokens.sum(0)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            largest = self.accelerator.gather(largest.reshape(1)).max()
+        *means, tokens = sums.tolist()
+        stats = {name: value / max(tokens, 1) for name, value in zip(MEANS, means, strict=True)}
+        return stats | {"ratio_max": largest.item(), "tokens": tokens}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        stats = self._read_stats(mode)
+        metrics = self._metrics[mode]
+        for name, value in stats.items():
+            metrics[f"pear/{name}"] = [value]
+            if name in TRL_NAMES:
+                metrics[TRL_NAMES[name]] = [value]
+        if stats:
+            metrics["clip_ratio/region_mean"] = [stats["clip_low"] + stats["clip_high"]]
+            if self.beta != 0:
+                metrics["kl"] = [stats["kl_ref"]]
+        super().log(logs, start_time)
+
+    # ---- files: what TRL forgets at a checkpoint is which step of which rollouts it was at
+
+    def _save_rng_state(self, output_dir) -> None:
+        super()._save_rng_state(output_dir)
+        tensors, lists = {}, {}
+        for i, batch in enumerate(self._buffered_inputs or []):
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{i}.{name}"] = value.detach().cpu().contiguous().clone()
+                else:
+                    lists[f"{i}.{name}"] = value
+        stats = {f"stats.{mode}": torch.stack(rows).cpu() for mode, rows in self._policy_stats.items() if rows}
+        rank = self.accelerator.process_index
+        save_file({**tensors, **stats}, str(Path(output_dir) / f"rollouts-{rank}.safetensors"))
+        state = {
+            "step": self._step,
+            "batches": len(self._buffered_inputs or []),
+            "lists": lists,
+            "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
+            "seconds": self._current_train_step_time,
+        }
+        (Path(output_dir) / f"rollouts-{rank}.json").write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        rank = self.accelerator.process_index
+        path = Path(checkpoint) / f"rollouts-{rank}.json"
+        if not path.is_file():
+            raise DataError(
+                f"{checkpoint} has no {path.name}: it was not written by `pear rl` with as many processes as now"
+            )
+        state = json.loads(path.read_text())
+        tensors = load_file(str(path.with_suffix(".safetensors")), device=str(self.accelerator.device))
+        self._step = state["step"]
+        batches: list[dict[str, Any]] = [{} for _ in range(state["batches"])]
+        for key, value in {**tensors, **state["lists"]}.items():
+            place, _, name = key.partition(".")
+            if place == "stats":
+                self._policy_stats[name] = list(value)
+            else:
+                batches[int(place)][name] = value
+        self._buffered_inputs = batches or None
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode].update(metrics)
+        self._current_train_step_time = state["seconds"]
+
+
+@contextmanager
+def seeded(what: str, device: torch.device) -> Iterator[None]:
+    """PyTorch's random numbers as `what` says, and afterwards as they were before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "big"))
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def task_dataset(problems: list[Problem], tokenizer) -> Dataset:
+    """Prompts as the model wants them, and which problem each is."""
+    style = prompt_format(tokenizer)
+    prompts: list[Any] = [problem.prompt(style) for problem in problems]
+    if tokenizer.chat_template is not None:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return Dataset.from_dict({"prompt": prompts, "problem": list(range(len(problems)))})
+
+
+def data_dataset(path: str, column: str) -> Dataset:
+    """Rows of a JSONL file, with `prompt` and the column that the reward reads."""
+    rows = []
+    for line, row in read_jsonl(path):
+        for name in ("prompt", column):
+            if not row.get(name):
+                raise DataError(f"{path}:{line}: no `{name}`; a row has `prompt` and `{column}`. Found: {sorted(row)}")
+        rows.append({"prompt": row["prompt"], column: row[column]})
+    if not rows:
+        raise DataError(f"{path}: no row to train on")
+    return Dataset.from_list(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
+    """`pear rl --model M --task countdown --flag value ...`; `argv` without the program's name."""
+    parser = TrlParser((RLArguments, PEARGRPOConfig, ModelConfig), prog="pear rl")
+    try:
+        rl_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
+        raise DataError(f"options of pear rl: {error}") from error
+    name = rl_args.model or model_args.model_name_or_path
+    if name is None:
+        raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")
+
+    tokenizer = load_tokenizer(name)
+    held_out: list[Problem] = []
+    try:
+        if rl_args.task is not None:
+            problems = load_task(rl_args.task, "train", rl_args.problems, rl_args.problem_seed)
+            dataset, reward = task_dataset(problems, tokenizer), TaskReward(problems)
+            if rl_args.eval_problems:
+                held_out = load_task(rl_args.task, "test", rl_args.eval_problems, rl_args.problem_seed)
+        else:
+            dataset, reward = data_dataset(rl_args.data, "solution"), math_reward
+    except ValueError as error:  # of an unknown task, or one with too few problems
+        raise DataError(str(error)) from error
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "use_safetensors": True,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = PEARGRPOTrainer(
+        resolve_model(name),
+        reward,
+        args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    out = Path(args.output_dir)
+    is_main = trainer.accelerator.is_main_process
+
+    def pass_at_k(model, when: str) -> None:
+        found = evaluate(
+            model, tokenizer, held_out, rl_args.k, rl_args.eval_samples, seed=rl_args.problem_seed,
+            max_new_tokens=args.max_completion_length, temperature=args.temperature, progress=f"pass@k {when} RL",
+        )  # fmt: skip
+        write_json(out / "eval" / f"{when}.json", found | {"model": name, "split": "test"})
+
+    checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
+    if held_out and is_main and not (checkpoint and (out / "eval" / "before.json").is_file()):
+        pass_at_k(load_model(name).to(trainer.accelerator.device), "before")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save_final(trainer, merge_adapter=rl_args.merge_adapter)
+    if is_main:
+        if held_out:
+            pass_at_k(load_model(str(out)).to(trainer.accelerator.device), "after")
+        finish_run(out, trainer, name)
+    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
+        trainer.end()
+    return trainer
+
+
+def finish_run(out: Path, trainer: PEARGRPOTrainer, start: str, name: str | None = None) -> None:
+    """The run's record, for `pear compare`, and its curves."""
+    from pear.compare import draw_curves
+    from pear.runs import read_run
+
+    settings = {"start": start, **{key: value for key, value in trainer.args.to_dict().items() if value is not None}}
+    write_run(out, "rl", trainer.state.log_history, settings, name=name)
+    draw_curves([read_run(out)], out / "curves.png")
