@@ -1,4 +1,4 @@
-"""The command `pear`: score, sft, eval, demo. Heavy imports wait inside the commands, so that --help is quick."""
+"""The command `pear`: score, sft, eval, compare, demo. Heavy imports wait inside, so that --help is quick."""
 
 from pathlib import Path
 from typing import Annotated
@@ -100,6 +100,24 @@ def evaluate(
         )
     except (ValueError, WriteError) as error:
         raise _fail(error) from None
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs; the first two are subtracted.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and pictures.")] = Path("runs/compare"),
+    name: Annotated[list[str] | None, typer.Option(help="What to call the runs: once for each, in order.")] = None,
+) -> None:
+    """Compare runs of `pear sft` or `pear rl`: one table with intervals, and pictures of what they logged."""
+    from pear.compare import compare as run
+    from pear.io import DataError, WriteError
+
+    try:
+        files = run(runs, out, name)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    for path in files:
+        typer.echo(f"written: {path}")
 
 
 @app.command()
