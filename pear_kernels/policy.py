@@ -205,14 +205,14 @@ class PolicyObjective:
         """(end - begin,) log pi / pi_old of each token."""
         if self.old_logprobs is None:
             return torch.zeros_like(self.logprobs[begin:end])
-        return self.logprobs[begin:end] - self.old_logprobs[begin:end]
+        return (self.logprobs[begin:end] - self.old_logprobs[begin:end]).clamp(max=MAX_LOG_RATIO)
 
     def log_ratio(self, begin: int, end: int) -> Tensor:
         """(end - begin,) log r: a token's own, or the mean of its sequence's."""
         if not self.coupled:
             return self.own_log_ratio(begin, end)
         self.walk.weights(begin, end)
-        return self.walk.log_weights(begin, end) / self.lengths[begin:end]
+        return (self.walk.log_weights(begin, end) / self.lengths[begin:end]).clamp(max=MAX_LOG_RATIO)
 
     def terms(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """(end - begin,) loss of each token but for its entropy, and its coefficient, both before `token_scale`."""

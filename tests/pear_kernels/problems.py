@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pear_kernels import linear_pear_loss
+from pear_kernels import linear_pear_loss, linear_policy_loss
 from pear_kernels.cpu import Head
-from pear_kernels.reference import naive_pear_loss
+from pear_kernels.reference import naive_pear_loss, naive_policy_loss
 
 
 @dataclass
@@ -21,27 +21,36 @@ class Problem:
     cu_seqlens: Tensor  # (S+1,)
     options: dict = field(default_factory=dict)
 
+    loss, reference = staticmethod(linear_pear_loss), staticmethod(naive_pear_loss)
+
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Fresh leaves of hidden, weight and (where there is one) bias."""
         tensors = [self.hidden, self.weight, *([self.options["bias"]] if "bias" in self.options else [])]
         return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
     def ours(self, **overrides):
-        """linear_pear_loss on fresh leaves: (LossOutput, leaves)."""
+        """The loss on fresh leaves: (LossOutput, leaves)."""
         leaves = self.leaves()
         options = {**self.options, "cu_seqlens": self.cu_seqlens, **overrides}
         if "bias" in self.options:
             options["bias"] = leaves[2]
-        return linear_pear_loss(*leaves[:2], self.target, self.behavior_logprobs, **options), leaves
+        return self.loss(*leaves[:2], self.target, self.behavior_logprobs, **options), leaves
 
     def naive(self, **overrides):
-        """naive_pear_loss on the same numbers in float64: ((loss, logprobs, weights), leaves)."""
+        """The naive loss on the same numbers in float64: ((loss, logprobs, weights), leaves)."""
         leaves = self.leaves(torch.float64)
         options = {**self.options, "cu_seqlens": self.cu_seqlens, **overrides}
         options.pop("workspace_bytes", None)
         if "bias" in self.options:
             options["bias"] = leaves[2]
-        return naive_pear_loss(*leaves[:2], self.target, self.behavior_logprobs.double(), **options), leaves
+        behavior = None if self.behavior_logprobs is None else self.behavior_logprobs.double()
+        return self.reference(*leaves[:2], self.target, behavior, **options), leaves
+
+
+class PolicyProblem(Problem):
+    """The same for policy losses: `behavior_logprobs` are the old policy's, or None, and advantages are an option."""
+
+    loss, reference = staticmethod(linear_policy_loss), staticmethod(naive_policy_loss)
 
 
 def make_problem(
@@ -69,6 +78,28 @@ def make_problem(
     if bias:
         options["bias"] = torch.randn(V, generator=rng, dtype=torch.float64).to(dtype)
     return Problem(hidden, weight, target, behavior, cu_seqlens, options)
+
+
+def make_policy_problem(
+    lengths=(7, 1, 0, 12, 5), *, by_token: bool = False, ref: bool = False, sampler: bool = False, **options
+) -> PolicyProblem:
+    """`make_problem` with advantages of a number a sequence or a token, and with the log-probs of more policies."""
+    problem = make_problem(lengths, **options)
+    rng = torch.Generator().manual_seed(options.get("seed", 0) + 1)
+    N, dtype = len(problem.target), problem.behavior_logprobs.dtype
+
+    def near(logprobs: Tensor, noise: float) -> Tensor:
+        return (logprobs + noise * torch.randn(N, generator=rng, dtype=torch.float64)).clamp(max=0).to(dtype)
+
+    count = N if by_token else len(lengths)
+    columns = {"advantages": torch.randn(count, generator=rng, dtype=torch.float64).to(dtype)}
+    for name, is_there, noise in (("ref_logprobs", ref, 0.5), ("sampler_logprobs", sampler, 0.2)):
+        if is_there:
+            columns[name] = near(problem.behavior_logprobs, noise)
+    return PolicyProblem(
+        problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens,
+        {**problem.options, **columns},
+    )  # fmt: skip
 
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -33,7 +33,8 @@ TOLERANCE = 5e-6  # relative, of float32 loss, log-probs and gradients
 def on_device(problem: Problem) -> Problem:
     options = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in problem.options.items()}
     tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens
-    return Problem(*(tensor.to(DEVICE) for tensor in tensors), {"backend": "triton", **options})
+    moved = (tensor if tensor is None else tensor.to(DEVICE) for tensor in tensors)
+    return type(problem)(*moved, {"backend": "triton", **options})
 
 
 def kernel_problem(lengths=LENGTHS, *, D: int = 24, V: int = 75, dtype=torch.float32, **options) -> Problem:
@@ -47,7 +48,7 @@ def naive(problem: Problem, **overrides):
     for name in ("backend", "workspace_bytes"):
         overrides.pop(name, None)
     tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens
-    return Problem(*tensors, options).naive(**overrides)
+    return type(problem)(*tensors, options).naive(**overrides)
 
 
 def chunk_bytes(problem: Problem, rows: int, gradient: bool = True) -> int:

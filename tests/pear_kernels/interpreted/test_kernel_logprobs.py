@@ -109,9 +109,11 @@ def test_without_a_gradient_nothing_of_the_vocabularys_size_is_held(dtype, entro
     N, D, V = 24, 8, 400
     problem = kernel_problem((N,), D=D, V=V, dtype=dtype, ignored=0.0)
     pack = pack_tokens(problem.target >= 0, problem.cu_seqlens)
-    nothing, of_hidden = (Walk(
-        problem.hidden, Head(problem.weight, None, 1.0, None, dtype), problem.target, pack, wanted, None, entropy=entropy
-    ) for wanted in (Wanted(False, False, False), Wanted(True, False, False)))  # fmt: skip
+    head = dict(bias=None, temperature=1.0, softcap=None, compute_dtype=dtype)
+    nothing, of_hidden = (
+        Walk(problem.hidden, Head(problem.weight, **head), problem.target, pack, wanted, None, entropy=entropy)
+        for wanted in (Wanted(False, False, False), Wanted(True, False, False))
+    )
     with Largest() as largest:  # around the walk: it would not see into a custom op
         nothing.score_all(FixedCoefficients())
     assert nothing.head.workspace is None
