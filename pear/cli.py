@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Fine-tune language models with PEAR weights: score -> sft -> eval.",
+    help="Fine-tune language models with PEAR weights: score -> sft -> rl -> eval.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -63,6 +63,21 @@ def sft(context: typer.Context) -> None:
     """Train on scored rows: --model M --data scored.jsonl, --config x.yaml, any flag of TRL's SFTConfig, PEAR's own."""
     from pear.io import DataError, WriteError
     from pear.sft import main
+
+    try:
+        main(context.args)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def rl(context: typer.Context) -> None:
+    """GRPO from any checkpoint: --model M --task countdown, or --data rows.jsonl --reward math; any GRPOConfig flag."""
+    from pear.io import DataError, WriteError
+    from pear.rl import main
 
     try:
         main(context.args)

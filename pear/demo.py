@@ -1,11 +1,12 @@
-"""`make demo`: on two CPU cores, from nothing to a report: a student fine-tuned on a teacher's traces, by SFT and PEAR.
+"""`make demo`: on two CPU cores, from nothing to a report: a student fine-tuned by SFT and by PEAR, and then by RL.
 
 Teacher and student are small Llamas trained here, on worked Countdown solutions of different styles. The teacher's
 right answers become the data; they are scored under the teacher; the student is fine-tuned on them twice, from the same
-start and in the same order, without weights (SFT) and with PEAR's (token level). Everything is evaluated on problems
-that no training saw. What comes out is written down as it is.
+start and in the same order, without weights (SFT) and with PEAR's (token level). Both checkpoints then go through one
+and the same RL run (GRPO, a verified reward; same prompts, seeds and budget). Everything is evaluated on problems that
+no training saw. What comes out is written down as it is.
 
-Simplifications: one seed, one learning rate for both, no RL afterwards. It shows the path, not the paper's claim.
+Simplifications: one seed, one learning rate for both, small models, short RL. It shows the path, not the paper's claim.
 """
 
 import hashlib
@@ -29,16 +30,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import pear
 import pear_kernels
+from pear.compare import compare, comparison_table
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
 from pear.eval import evaluate, prompt_format, table
 from pear.generate import generate
 from pear.io import DataError, disk_error, read_jsonl, write_error, write_json, write_jsonl
 from pear.models import load_model, load_tokenizer
-from pear.report import draw_pictures, write_report
+from pear.report import LABELS, draw_pictures, write_report
+from pear.runs import evaluation_path, read_run, write_run
 from pear.side_by_side import Job, Team, quiet
 from pear.tasks import Problem, load_task, rewards
 
-MODELS = ("teacher", "student", "sft", "pear")  # "student" is the common start of the last two
+TUNED = ("sft", "pear")  # both from "student"
+FOLDERS = {name: name for name in ("teacher", "student", *TUNED)} | {f"{name}_rl": f"rl/{name}" for name in TUNED}
+MODELS = tuple(FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ class Settings:
     epochs: int = 3
     learning_rate: float = 2e-3
     log_every: int = 2
+    # RL, the same for both
+    rl_rounds: int = 80  # of drawing completions and learning from them
+    rl_prompts: int = 16  # a round
+    rl_group: int = 8  # completions a prompt
+    rl_updates: int = 4  # optimiser steps a round, each on a part of its completions
+    rl_learning_rate: float = 5e-5
     # evaluation
     test_problems: int = 200
     samples: int = 16
@@ -86,6 +97,10 @@ FAST = Settings(
     batch=4,
     epochs=1,
     log_every=1,
+    rl_rounds=2,
+    rl_prompts=4,
+    rl_group=4,
+    rl_updates=2,
     test_problems=8,
     samples=8,
     max_new_tokens=48,
@@ -121,7 +136,7 @@ def run(out: str | Path = "runs/demo", fast: bool = False, workers: int | None =
 def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     settings = FAST if fast else Settings()
-    stages = _Stages(out, settings, console, total=6)
+    stages = _Stages(out, settings, console, total=7)
 
     with stages("data", "problems and tokenizer", ["problems.json"]) as todo:
         if todo:
@@ -174,14 +189,24 @@ def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
     for warning in warnings:
         console.print(f"      {warning}", style="yellow", markup=False, highlight=False)
 
-    names = [f"{name}.json" for name in MODELS]
-    with stages("eval", "pass@k on problems that none of them saw", [f"eval/{name}" for name in names]) as todo:
+    with stages("rl", "the same RL from both", [FOLDERS[f"{name}_rl"] for name in TUNED]) as todo:
+        if todo:
+            team.run(
+                {name: Job(reinforce, dict(out=out, name=name, problems=train, settings=settings)) for name in TUNED}
+            )
+
+    outputs = [f"eval/{name}.json" for name in MODELS] + [f"rl/{name}/eval" for name in TUNED]
+    with stages("eval", "pass@k on problems that none of them saw", outputs) as todo:
         if todo:
             jobs = {
-                name: Job(evaluate_one, dict(folder=out / name, problems=test, settings=settings)) for name in MODELS
+                name: Job(evaluate_one, dict(folder=out / folder, problems=test, settings=settings))
+                for name, folder in FOLDERS.items()
             }
             for name, result in team.run(jobs).items():
                 write_json(out / "eval" / f"{name}.json", result)
+                model, moment = (name[:-3], "after") if name.endswith("_rl") else (name, "before")
+                if model in TUNED:  # beside the RL run too, where `pear compare` looks for it
+                    write_json(evaluation_path(out / "rl" / model, moment), result)
     results = {name: json.loads((out / "eval" / f"{name}.json").read_text()) for name in MODELS}
 
     with stages("report", "report and pictures", []), quiet():
@@ -197,15 +222,17 @@ def _run(out: Path, fast: bool, team: Team, console: Console) -> dict[str, Any]:
             "fast": fast,
         }
         files = draw_pictures(out, logs, traces["heldout"])
-        files.append(write_report(out, results, logs, facts))
+        runs = [out / FOLDERS[f"{name}_rl"] for name in TUNED]
+        files += compare(runs, out / "rl")
+        files.append(write_report(out, results, logs, facts, comparison_table([read_run(run) for run in runs])))
 
     console.print(table(results, title="Countdown, problems that none of them saw"))
     console.print("A demo of the path on toy models, not evidence for or against the paper's claim.")
-    for path in (*(out / name for name in ("sft", "pear")), *sorted(files)):
+    for path in (*(out / folder for folder in FOLDERS.values()), *sorted(files)):
         console.print(f"  {path}", soft_wrap=True, highlight=False)
     seconds = time.monotonic() - began
     console.print(
-        f"{seconds:.0f} s in all; go on with: pear eval --model {out / 'pear'} --task countdown", soft_wrap=True
+        f"{seconds:.0f} s in all; go on with: pear compare {out / 'rl/sft'} {out / 'rl/pear'}", soft_wrap=True
     )
     return {"results": results, "files": [str(path) for path in files], "seconds": seconds, "facts": facts}
 
@@ -450,14 +477,10 @@ def score_traces(tick: Tick, out: Path, settings: Settings) -> dict[str, Any]:
 
 def fine_tune(tick: Tick, out: Path, name: str, weighting: str, settings: Settings) -> None:
     """The student on the teacher's traces, by `pear.sft`; `weighting` is all that differs between "sft" and "pear"."""
-    from transformers import TrainerCallback
-
     from pear.score import score
-    from pear.sft import PEARSFTConfig, PEARSFTTrainer, load_scored
-
-    class Ticker(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            tick(state.global_step, state.max_steps)
+    from pear.scored import load_scored
+    from pear.sft import PEARSFTTrainer
+    from pear.sft_config import PEARSFTConfig
 
     warnings = _Collect()
     logger = logging.getLogger("pear.sft")
@@ -490,16 +513,66 @@ def fine_tune(tick: Tick, out: Path, name: str, weighting: str, settings: Settin
             train_dataset=load_scored(out / "scored" / "train.jsonl", tokenizer),
             eval_dataset=load_scored(out / "scored" / "heldout.jsonl", tokenizer),
             processing_class=tokenizer,
-            callbacks=[Ticker()],
+            callbacks=[ticker(tick)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         trainer.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_run(folder, "sft", trainer.state.log_history, {"start": "student", "weighting": weighting})
         logger.removeHandler(warnings)
     after = out / "training" / f"{name}.jsonl"
     score(trainer.model, out / "traces.jsonl", after, tokenizer=tokenizer, progress=False, resume=False)
     write_json(after.with_suffix(".json"), {"log": trainer.state.log_history, "warnings": warnings.messages})
+
+
+def reinforce(tick: Tick, out: Path, name: str, problems: list[Problem], settings: Settings) -> None:
+    """GRPO from the checkpoint `name`, by `pear.rl`; nothing but the start differs between "sft" and "pear"."""
+    from pear.rewards import TaskReward
+    from pear.rl import PEARGRPOConfig, PEARGRPOTrainer, finish_run, task_dataset
+
+    tokenizer = load_tokenizer(str(out / name))
+    with whole_folder(out / "rl" / name) as folder:
+        trainer = PEARGRPOTrainer(
+            load_model(str(out / name)),
+            TaskReward(problems),
+            PEARGRPOConfig(
+                output_dir=str(folder),
+                loss_type="grpo",
+                max_steps=settings.rl_rounds * settings.rl_updates,
+                per_device_train_batch_size=settings.rl_prompts * settings.rl_group // settings.rl_updates,
+                steps_per_generation=settings.rl_updates,
+                num_generations=settings.rl_group,
+                max_completion_length=settings.max_new_tokens,
+                learning_rate=settings.rl_learning_rate,
+                lr_scheduler_type="constant",
+                logging_steps=settings.rl_updates,
+                save_strategy="no",
+                report_to="none",
+                seed=settings.seed,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=task_dataset(problems, tokenizer),
+            processing_class=tokenizer,
+            callbacks=[ticker(tick)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        finish_run(folder, trainer, start=name, name=LABELS[name])
+
+
+def ticker(tick: Tick) -> transformers.TrainerCallback:
+    """A trainer's steps, told to `tick`."""
+
+    class Ticker(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            tick(state.global_step, state.max_steps)
+
+    return Ticker()
 
 
 class _Collect(logging.Handler):

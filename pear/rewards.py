@@ -55,6 +55,12 @@ class GuardedReward:
             values = self.function(prompts=prompts, completions=completions, **columns)
         except Exception:  # of whatever kind: it is the user's code
             values = [self._one(i, prompts, completions, columns) for i in range(len(prompts))]
+        try:
+            values = list(values)
+        except TypeError:
+            raise DataError(
+                f"reward {self.__name__!r} returned {values!r}; it must return a list: one reward of each completion"
+            ) from None
         if len(values) != len(prompts):
             raise DataError(
                 f"reward {self.__name__!r} returned {len(values)} rewards for {len(prompts)} completions; it must "

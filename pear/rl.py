@@ -26,6 +26,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.import_utils import is_math_verify_available
 
 from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.eval import evaluate, prompt_format
@@ -78,6 +79,7 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             reference = self.accelerator.unwrap_model(self.ref_model)
             add_fused_head(reference, temperature=self.temperature, float32=float32)
         self._policy_stats: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._unlogged: tuple[float, int] | None = None  # running loss and last logged step of a checkpoint
         if why := self.other_formula({}):
             logger.warning(f"{why}: TRL's own formula runs on our log-probs, at four products instead of three")
 
@@ -302,6 +304,8 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             "lists": lists,
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
             "seconds": self._current_train_step_time,
+            "loss": self._tr_loss.item(),  # of the steps since the last log
+            "logged": self._globalstep_last_logged,
         }
         (Path(output_dir) / f"rollouts-{rank}.json").write_text(json.dumps(state))
 
@@ -329,6 +333,16 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
         self._current_train_step_time = state["seconds"]
+        self._unlogged = (state["loss"], state["logged"])
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Transformers' own; and by now it has reset its running loss, so that what was not logged can be put back."""
+        super()._load_rng_state(checkpoint)
+        if self._unlogged is not None:
+            loss, self._globalstep_last_logged = self._unlogged
+            self._tr_loss += loss
+            self._total_loss_scalar -= loss  # `train_loss` is of this call's steps alone
+            self._unlogged = None
 
 
 @contextmanager
@@ -358,9 +372,9 @@ def data_dataset(path: str, column: str) -> Dataset:
     rows = []
     for line, row in read_jsonl(path):
         for name in ("prompt", column):
-            if not row.get(name):
+            if row.get(name) in (None, "", []):
                 raise DataError(f"{path}:{line}: no `{name}`; a row has `prompt` and `{column}`. Found: {sorted(row)}")
-        rows.append({"prompt": row["prompt"], column: row[column]})
+        rows.append({"prompt": row["prompt"], column: str(row[column])})
     if not rows:
         raise DataError(f"{path}: no row to train on")
     return Dataset.from_list(rows)
@@ -376,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     name = rl_args.model or model_args.model_name_or_path
     if name is None:
         raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")
+    checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
 
     tokenizer = load_tokenizer(name)
     held_out: list[Problem] = []
@@ -387,6 +402,8 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
                 held_out = load_task(rl_args.task, "test", rl_args.eval_problems, rl_args.problem_seed)
         else:
             dataset, reward = data_dataset(rl_args.data, "solution"), math_reward
+            if not is_math_verify_available():
+                raise DataError("--reward math needs the package math-verify: pip install math-verify")
     except ValueError as error:  # of an unknown task, or one with too few problems
         raise DataError(str(error)) from error
     args.model_init_kwargs = {
@@ -415,7 +432,6 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
         )  # fmt: skip
         write_json(out / "eval" / f"{when}.json", found | {"model": name, "split": "test"})
 
-    checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
     if held_out and is_main and not (checkpoint and (out / "eval" / "before.json").is_file()):
         pass_at_k(load_model(name).to(trainer.accelerator.device), "before")
     trainer.train(resume_from_checkpoint=checkpoint)

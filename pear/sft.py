@@ -26,6 +26,7 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
 from pear.io import DataError
 from pear.models import load_tokenizer, resolve_model
+from pear.runs import write_run
 from pear.save import save_final
 from pear.scored import COLUMNS, load_scored
 from pear.sft_config import DataArguments, PEARSFTConfig
@@ -315,6 +316,10 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if eval_dataset is not None:
         trainer.evaluate()
     save_final(trainer, merge_adapter=data_args.merge_adapter)
+    if trainer.accelerator.is_main_process:  # for `pear compare`
+        settings = {"start": name, "data": data_args.data}
+        settings |= {key: value for key, value in args.to_dict().items() if value is not None}
+        write_run(args.output_dir, "sft", trainer.state.log_history, settings)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
     return trainer

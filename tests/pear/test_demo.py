@@ -34,9 +34,10 @@ def finished(tmp_path_factory) -> Path:
 
 def test_report_has_every_figure_and_picture(finished):
     text = (finished / "report.md").read_text()
-    head, rule, *rows = table_of(text)[:6]
+    head, rule, *rows = table_of(text)[: 2 + len(demo.MODELS)]
     assert head == ["model", "pass@1", "pass@8", "held-out NLL", "finished", "tokens"]
-    assert [row[0] for row in rows] == ["teacher", "student (start of both)", "SFT", "PEAR"]
+    names = ["teacher", "student (start of both)", "SFT", "PEAR", "SFT, then RL", "PEAR, then RL"]
+    assert [row[0] for row in rows] == names
     for row, name in zip(rows, demo.MODELS, strict=True):
         saved = json.loads((finished / "eval" / f"{name}.json").read_text())
         for cell, key in zip(row[1:3], ("pass@1", "pass@8"), strict=True):
@@ -44,10 +45,11 @@ def test_report_has_every_figure_and_picture(finished):
             counts = [pass_at_k(p["samples"], p["correct"], int(key[5:])) for p in saved["problems"]]
             assert float(value) == pytest.approx(100 * sum(counts) / len(counts), abs=0.051)
             assert float(error) >= 0
-        assert (row[3] == "") == (name == "teacher")
+        assert (row[3] == "") == (name not in ("student", "sft", "pear"))
         assert 0 < float(row[5]) <= FAST.max_new_tokens
-    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == set(PICTURES)
-    for name in PICTURES:
+    pictures = {*PICTURES, "rl/curves_rl.png", "rl/passes.png"}
+    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == pictures
+    for name in pictures:
         picture = matplotlib.image.imread(finished / name)
         assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 0.05
     for word in ("not evidence", "seed", torch.__version__, "CPU", "reasoning-gym"):
@@ -55,7 +57,7 @@ def test_report_has_every_figure_and_picture(finished):
 
 
 def test_checkpoints_are_plain_folders_that_differ_from_their_common_start(finished):
-    models = {name: AutoModelForCausalLM.from_pretrained(finished / name) for name in demo.MODELS}
+    models = {name: AutoModelForCausalLM.from_pretrained(finished / path) for name, path in demo.FOLDERS.items()}
     start = models["student"].state_dict()
     for name in ("sft", "pear"):
         assert AutoTokenizer.from_pretrained(finished / name).init_kwargs["prompt_format"] == "compact"
@@ -84,6 +86,31 @@ def test_both_runs_saw_the_same_batches_from_the_same_start(finished):
     assert steps["sft"][0]["pear/nll"] == pytest.approx(steps["pear"][0]["pear/nll"], rel=1e-6)
     assert steps["sft"][-1]["pear/nll"] != steps["pear"][-1]["pear/nll"]
     assert "pear/weight_floor" in steps["pear"][0]
+
+
+def test_both_arms_had_the_same_prompts_in_rl_and_their_table_is_that_of_pear_compare(finished, tmp_path):
+    from typer.testing import CliRunner
+
+    from pear.cli import app
+
+    prompts = [
+        [json.loads(line)["prompt"] for path in sorted((finished / "rl" / name / "samples").iterdir())
+         for line in path.read_text().splitlines()]
+        for name in demo.TUNED
+    ]  # fmt: skip
+    assert prompts[0] == prompts[1] and len(set(prompts[0])) > 1
+    for name in demo.TUNED:  # each evaluation of an RL run is the one of the table
+        for moment, model in (("before", name), ("after", f"{name}_rl")):
+            beside = json.loads((finished / "rl" / name / "eval" / f"{moment}.json").read_text())
+            assert beside == json.loads((finished / "eval" / f"{model}.json").read_text())
+    folders = [str(finished / "rl" / name) for name in demo.TUNED]
+    result = CliRunner().invoke(app, ["compare", *folders, "--out", str(tmp_path / "compared")])
+    assert result.exit_code == 0, result.output
+    rows = table_of((tmp_path / "compared" / "report.md").read_text())
+    report = table_of((finished / "report.md").read_text())
+    assert [row for row in rows if row[0] in ("SFT", "PEAR")][:2] == [
+        row for row in report if row[0] in ("SFT", "PEAR") and row[1] == "rl"
+    ]
 
 
 def test_traces_are_right_different_and_held_apart(finished):
@@ -117,23 +144,25 @@ def test_behavior_logprobs_are_the_teachers(finished):
 
 def test_a_second_run_elsewhere_prints_the_same_table(finished, tmp_path):
     run(tmp_path / "again", fast=True, workers=1)
-    tables = [table_of((out / "report.md").read_text())[:6] for out in (finished, tmp_path / "again")]
-    assert tables[0] == tables[1]
+    reports = [table_of((out / "report.md").read_text()) for out in (finished, tmp_path / "again")]
+    assert [row for row in reports[0] if row[0] != "versions"] == [row for row in reports[1] if row[0] != "versions"]
+    weights = [(out / "rl" / "pear" / "model.safetensors").read_bytes() for out in (finished, tmp_path / "again")]
+    assert weights[0] == weights[1]
 
 
 def test_whole_stages_are_kept_and_broken_ones_made_again(finished, monkeypatch):
     before = (finished / "report.md").read_text()
     done = []
-    for job in ("pretrain", "sample_traces", "score_traces", "fine_tune", "evaluate_one"):
+    for job in ("pretrain", "sample_traces", "score_traces", "fine_tune", "reinforce", "evaluate_one"):
         original = getattr(demo, job)
         monkeypatch.setattr(demo, job, lambda *a, _f=original, _n=job, **k: done.append(_n) or _f(*a, **k))
     facts = run(finished, fast=True, workers=1)["facts"]
-    assert done == [] and facts["kept"] == ["data", "base", "traces", "train", "eval"]
+    assert done == [] and facts["kept"] == ["data", "base", "traces", "train", "rl", "eval"]
 
     (finished / ".stages" / "eval.json").unlink()  # as if the run had died while it evaluated
     facts = run(finished, fast=True, workers=1)["facts"]
-    assert done == ["evaluate_one"] * 4 and facts["kept"] == ["data", "base", "traces", "train"]
-    assert table_of((finished / "report.md").read_text())[:6] == table_of(before)[:6]
+    assert done == ["evaluate_one"] * 6 and facts["kept"] == ["data", "base", "traces", "train", "rl"]
+    assert table_of((finished / "report.md").read_text()) == table_of(before)
 
 
 def test_a_stage_is_made_again_after_any_doubt(tmp_path, monkeypatch):
