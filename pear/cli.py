@@ -1,4 +1,4 @@
-"""The command `pear`: score, sft, eval, compare, demo. Heavy imports wait inside, so that --help is quick."""
+"""The command `pear`: score, sft, rl, eval, compare, demo. Heavy imports wait inside, so that --help is quick."""
 
 from pathlib import Path
 from typing import Annotated

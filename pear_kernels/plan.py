@@ -144,7 +144,8 @@ def plan(
         lengths: the tokens that count in each sequence, which sum to `tokens`; None: one sequence. They matter to level
             "sequence".
         dtype: of hidden and weight.
-        level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again.
+        level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
+            `linear_policy_loss`: "token", but "sequence" for objective "gspo".
         gradient: False: no gradient at all, as under `torch.no_grad()`.
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
         bias: whether the head has one.
