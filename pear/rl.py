@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.import_utils import is_math_verify_available
+from trl.trainer.utils import RepeatSampler
 
 from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.eval import evaluate, prompt_format
@@ -72,6 +73,12 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = self._without_empty_rollouts(kwargs["rollout_func"])
         super().__init__(model, [guarded(function) for function in functions], args, **kwargs)
+        at_once = self.args.generation_batch_size // self.num_generations
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < at_once:
+            raise DataError(
+                f"{len(self.train_dataset)} prompts are too few: one generation takes {at_once}, for generation_batch_size "
+                f"= {self.args.generation_batch_size} completions in groups of {self.num_generations}"
+            )
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         float32 = args.cast_lm_head_to_fp32
         add_fused_head(base, temperature=self.temperature, entropy=True, float32=float32)
@@ -94,6 +101,10 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         with seeded(f"{self.args.seed} {self._step} {self.accelerator.process_index}", self.accelerator.device):
             return super()._prepare_inputs(generation_batch)
+
+    def _get_train_sampler(self, dataset=None):
+        """TRL's, its order that of the epoch in which a resumed run goes on."""
+        return EpochSampler(super()._get_train_sampler(dataset), lambda: int((self.state.epoch or 0) + 1e-6))
 
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's, with an end-of-sequence token where a backend returned no token at all: it ended at once."""
@@ -343,6 +354,21 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._tr_loss += loss
             self._total_loss_scalar -= loss  # `train_loss` is of this call's steps alone
             self._unlogged = None
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order is the next one each time it is asked; this one is told which epoch it is."""
+
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]):
+        self.__dict__.update(sampler.__dict__)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
 
 
 @contextmanager
