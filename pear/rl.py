@@ -76,8 +76,8 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         at_once = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < at_once:
             raise DataError(
-                f"{len(self.train_dataset)} prompts are too few: one generation takes {at_once}, for generation_batch_size "
-                f"= {self.args.generation_batch_size} completions in groups of {self.num_generations}"
+                f"{len(self.train_dataset)} prompts are too few: one generation takes {at_once}, for "
+                f"generation_batch_size = {self.args.generation_batch_size} in groups of {self.num_generations}"
             )
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         float32 = args.cast_lm_head_to_fp32
@@ -331,7 +331,8 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                 f"{checkpoint} has no {path.name}: it was not written by `pear rl` with as many processes as now"
             )
         state = json.loads(path.read_text())
-        tensors = load_file(str(path.with_suffix(".safetensors")), device=str(self.accelerator.device))
+        tensors = load_file(str(path.with_suffix(".safetensors")))
+        tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
         self._step = state["step"]
         batches: list[dict[str, Any]] = [{} for _ in range(state["batches"])]
         for key, value in {**tensors, **state["lists"]}.items():
@@ -400,6 +401,8 @@ def data_dataset(path: str, column: str) -> Dataset:
         for name in ("prompt", column):
             if row.get(name) in (None, "", []):
                 raise DataError(f"{path}:{line}: no `{name}`; a row has `prompt` and `{column}`. Found: {sorted(row)}")
+        if rows and type(row["prompt"]) is not type(rows[0]["prompt"]):
+            raise DataError(f"{path}:{line}: `prompt` must be text in all rows, or a list of messages in all rows")
         rows.append({"prompt": row["prompt"], column: str(row[column])})
     if not rows:
         raise DataError(f"{path}: no row to train on")

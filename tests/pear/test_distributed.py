@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
-from two_processes import STEPS, batch, options
+from two_processes import STEPS, batch, options, rl_trainer
 
 from pear.fused_head import add_fused_head
 from pear.score import score
@@ -84,3 +84,22 @@ def test_two_processes_train_like_one(tokenizer, folder, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     for name, weight in torch.load(folder / "weights.pt").items():
         torch.testing.assert_close(weight, one.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_learn_like_one(folder, tmp_path):
+    """The same rollouts, a group's halves in two processes: losses, statistics, weights, and from a checkpoint too."""
+    one = rl_trainer(tmp_path, world=1)
+    start = {name: weight.clone() for name, weight in one.model.state_dict().items()}
+    one.train()
+    two, resumed = torch.load(folder / "rl-weights.pt")
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(two[name], resumed[name]), name
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(start[name], weight)
+    log, log_resumed = json.loads((folder / "rl-log.json").read_text())
+    assert sum(entry.get("pear/reward_faults", 0) for entry in log) > 0
+    assert [entry["pear/empty_completions"] for entry in log[: 2 * STEPS : 2]] == [1] * STEPS
+    for a, b, c in zip(one.state.log_history[: 2 * STEPS], log, log_resumed, strict=False):
+        for name in a.keys() - {"step_time"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+            assert c[name] == b[name], name

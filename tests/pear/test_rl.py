@@ -814,6 +814,25 @@ def test_numbers_as_solutions(jsonl):
     assert data["solution"][:] == ["0", "b"]
 
 
+def test_prompts_of_two_kinds(jsonl):
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    data = jsonl([{"prompt": "1 - 1?", "solution": 0}, {"prompt": chat, "solution": 2}])
+    with pytest.raises(DataError, match=r"data\.jsonl:2: `prompt` must be text in all rows, or a list of messages"):
+        data_dataset(str(data), "solution")
+    assert data_dataset(str(jsonl([{"prompt": chat, "solution": 2}])), "solution")["prompt"][0] == chat
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="package math-verify is not installed")
+def test_reward_math(policy, jsonl, tmp_path):
+    data = jsonl([{"prompt": f"What is {n} plus 4?", "solution": n + 4} for n in range(4)])
+    flags = argv(policy, tmp_path / "out", "--data", str(data), "--reward", "math")
+    del flags[flags.index("--task") : flags.index("--output_dir")]  # --problems with it
+    run = CliRunner().invoke(app, flags)
+    assert run.exit_code == 0, run.output
+    log = read_run(tmp_path / "out").log
+    assert log[0]["rewards/math_reward/mean"] == 0 and log[0]["pear/reward_faults"] == 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="package math-verify is installed")
 def test_reward_math_without_its_package(policy, jsonl, tmp_path):
     data = jsonl([{"prompt": "What is 3 plus 4?", "solution": "7"}])
@@ -825,9 +844,7 @@ def test_reward_math_without_its_package(policy, jsonl, tmp_path):
 
 def test_too_few_prompts_for_a_generation(make_trainer):
     """TRL's sampler would leave them all out, and the run end at once."""
-    with pytest.raises(
-        DataError, match="3 prompts are too few: one generation takes 4, .*= 16 completions in groups of 4"
-    ):
+    with pytest.raises(DataError, match="3 prompts are too few: one generation takes 4, .*= 16 in groups of 4"):
         make_trainer(data=prompts(3), steps_per_generation=4)
 
 

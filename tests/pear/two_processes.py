@@ -1,6 +1,7 @@
 """Run twice at once by test_distributed.py, as two processes of one job on a CPU; the argument is a folder."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -68,9 +69,67 @@ def trainer(folder: Path) -> None:
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
 
 
+def rl_trainer(folder: Path, world: int):
+    """GRPO whose completions and rewards are functions of the prompt and of a row's place in its group of BATCH.
+
+    A group is one optimiser step's rows, drawn half by each of two processes, and used twice.
+    """
+    from datasets import Dataset
+
+    from pear.rl import PEARGRPOTrainer
+    from pear.rl_config import PEARGRPOConfig
+
+    tokenizer = make_tokenizer()
+
+    def rollouts(prompts, trainer):
+        completions = []
+        for i, prompt in enumerate(prompts):
+            place = i + len(prompts) * trainer.accelerator.process_index
+            generator = torch.Generator().manual_seed(100 * sum(map(ord, prompt)) + place)
+            ids = torch.randint(5, 300, (1 + (7 * place) % 6,), generator=generator).tolist()
+            completions.append(ids if place % 3 == 0 else [*ids, tokenizer.eos_token_id])
+        completions[0] = completions[0] if trainer.accelerator.process_index else []
+        return {
+            "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+            "completion_ids": completions,
+            "logprobs": None,
+        }
+
+    def reward(prompts, completions, completion_ids, **_):
+        return [math.nan if sum(ids) % 5 == 0 else (sum(ids) % 7) / 7 for ids in completion_ids]
+
+    config = PEARGRPOConfig(
+        str(folder / f"rl-{world}"), per_device_train_batch_size=BATCH // world // 2, gradient_accumulation_steps=2,
+        num_generations=BATCH, num_iterations=2, max_completion_length=8, max_steps=2 * STEPS, logging_steps=1,
+        save_strategy="steps", save_steps=1, report_to="none", use_cpu=True, optim="sgd", learning_rate=1e-2,
+        max_grad_norm=0.0, lr_scheduler_type="constant", disable_tqdm=True, dataloader_pin_memory=False,
+        gradient_checkpointing=False, loss_type="dapo", keep_samples=4,
+    )  # fmt: skip
+    return PEARGRPOTrainer(
+        make_model(tokenizer),
+        reward,
+        config,
+        train_dataset=Dataset.from_dict({"prompt": [f"What is {n} plus {n * n}?" for n in range(8)]}),
+        processing_class=tokenizer,
+        rollout_func=rollouts,
+    )
+
+
+def reinforced(folder: Path) -> None:
+    """The run, and once more from the middle of its second generation."""
+    run = rl_trainer(folder, world=2)
+    run.train()
+    resumed = rl_trainer(folder, world=2)
+    resumed.train(resume_from_checkpoint=str(folder / "rl-2" / "checkpoint-3"))
+    if run.accelerator.is_main_process:
+        torch.save([run.model.state_dict(), resumed.model.state_dict()], folder / "rl-weights.pt")
+        (folder / "rl-log.json").write_text(json.dumps([run.state.log_history, resumed.state.log_history]))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sharded(Path(sys.argv[1]))
     trainer(Path(sys.argv[1]))
+    reinforced(Path(sys.argv[1]))
     dist.destroy_process_group()
