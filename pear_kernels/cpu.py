@@ -127,11 +127,12 @@ class Head:
         factor into a row scale times E, so the chunk is rewritten in place. Given for the raw logits, the factor
         1 / temperature included.
         """
-        coefficient, entropy_gradient = coefficient / self.temperature, entropy_gradient / self.temperature
+        # in the logits' dtype: a float64 factor a row would take the whole block through float64
+        c_of, h_of = ((factor / self.temperature).to(self.dtype) for factor in (coefficient, entropy_gradient))
         logits, anchor, below = self._logits(x, target)
         of_y, e_y = below.to(self.dtype)[:, None], below.exp().to(self.dtype)[:, None]
         for rows in self._row_blocks(len(x)):
-            z, y, c, h = logits[rows], target[rows, None], coefficient[rows, None], entropy_gradient[rows, None]
+            z, y, c, h = logits[rows], target[rows, None], c_of[rows, None], h_of[rows, None]
             tanh = self._activate_(z)
             log = z.sub_(anchor[rows, None]).clamp(min=MIN_EXPONENT).scatter_(1, y, of_y[rows])
             exp = z.exp_().scatter_(1, y, 0.0)
