@@ -358,8 +358,17 @@ RUNS = {
     "cispo": dict(loss_type="cispo", epsilon_high=1.5, steps_per_generation=4, gradient_accumulation_steps=2),
     "truncated": dict(mask_truncated_completions=True, steps_per_generation=2, num_iterations=2),
     "sapo": dict(loss_type="sapo", num_iterations=2),
+    "cold": dict(temperature=0.7, beta=0.1, use_bias_correction_kl=False, num_iterations=2),
     "checkpointed": dict(gradient_checkpointing=True, num_iterations=2),
 }
+
+
+randperm = torch.randperm
+
+
+def reversed_or_seeded(n: int, generator=None) -> torch.Tensor:
+    """The order of prompts is drawn from a generator; that of a generation's rows is not, and is here a fixed one."""
+    return torch.arange(n - 1, -1, -1) if generator is None else randperm(n, generator=generator)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -369,14 +378,14 @@ def test_a_run_gives_the_weights_of_trl_s(make_trainer, tmp_path, monkeypatch, n
         trainer = make_trainer(ours, rollout_func=rollouts, max_steps=4, output_dir=tmp_path / str(ours), **RUNS[name])
         start = copy.deepcopy(trainer.model.state_dict())
         with monkeypatch.context() as patch:  # each shuffles a generation, by a seed of its own
-            patch.setattr(torch, "randperm", lambda n, **_: torch.arange(n - 1, -1, -1))
+            patch.setattr(torch, "randperm", reversed_or_seeded)
             trainer.train()
         trainers.append(trainer)
     ours, theirs = (trainer.model.state_dict() for trainer in trainers)
     for key in ours:
         moved = (theirs[key] - start[key]).norm()
         assert (ours[key] - theirs[key]).norm() <= 1e-4 * moved, key
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-6)
     for a, b in zip(*(trainer.state.log_history for trainer in trainers), strict=True):
         for key in ("loss", "reward", "kl", "clip_ratio/region_mean", "completions/mean_length", "entropy"):
             if key in b and not (key.startswith("clip") and name == "sequence"):  # ours are of tokens
