@@ -59,5 +59,15 @@ def test_kernels_work_with_torch_alone():
     command = [sys.executable, "-W", "ignore", "-c", IMPORT_WITH_TORCH_ALONE, *sorted(forbidden)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = ["LinearPEARLoss", "LossOutput", "Plan", "linear_logprobs", "linear_pear_loss", "pear_weights", "plan"]
+    names = [
+        "LinearPEARLoss",
+        "LinearPolicyLoss",
+        "LossOutput",
+        "Plan",
+        "linear_logprobs",
+        "linear_pear_loss",
+        "linear_policy_loss",
+        "pear_weights",
+        "plan",
+    ]
     assert done.stdout.strip() == str(names)
