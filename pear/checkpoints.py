@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, for both trainers, and which one to go on from."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pear.io import DataError, disk_error, write_error
+
+logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 
@@ -58,4 +61,7 @@ def resume_from(choice: bool | str | None, output_dir: str) -> str | None:
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and is_whole(folder):
             found[int(match[1])] = str(folder)
-    return found[max(found)] if found else None
+    if not found:
+        logger.warning(f"{output_dir} has no whole checkpoint to go on from: training starts at the beginning")
+        return None
+    return found[max(found)]

@@ -350,6 +350,10 @@ def _numbers_and_target(problem: Problem) -> tuple[Numbers, int]:
 # Jobs: each runs in a process of its own with one thread, and reports how far it is by `tick(done, total)`
 
 Tick = Callable[[int, int], None]
+# of both trainers: one CPU process that reports by `tick` and is saved whole at its end
+TRAINER_OPTIONS = dict(
+    save_strategy="no", report_to="none", use_cpu=True, gradient_checkpointing=False, disable_tqdm=True
+)
 
 
 def pretrain(
@@ -503,12 +507,8 @@ def fine_tune(tick: Tick, out: Path, name: str, weighting: str, settings: Settin
                 logging_steps=settings.log_every,
                 eval_strategy="epoch",
                 eval_on_start=True,
-                save_strategy="no",
-                report_to="none",
                 seed=settings.seed,
-                use_cpu=True,
-                gradient_checkpointing=False,
-                disable_tqdm=True,
+                **TRAINER_OPTIONS,
             ),
             train_dataset=load_scored(out / "scored" / "train.jsonl", tokenizer),
             eval_dataset=load_scored(out / "scored" / "heldout.jsonl", tokenizer),
@@ -547,12 +547,8 @@ def reinforce(tick: Tick, out: Path, name: str, problems: list[Problem], setting
                 learning_rate=settings.rl_learning_rate,
                 lr_scheduler_type="constant",
                 logging_steps=settings.rl_updates,
-                save_strategy="no",
-                report_to="none",
                 seed=settings.seed,
-                use_cpu=True,
-                gradient_checkpointing=False,
-                disable_tqdm=True,
+                **TRAINER_OPTIONS,
             ),
             train_dataset=task_dataset(problems, tokenizer),
             processing_class=tokenizer,

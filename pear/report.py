@@ -4,19 +4,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 
 from pear.compare import CURVES, PASSES
 from pear.eval import percent
-from pear.io import read_jsonl, write_error, write_text
+from pear.io import read_jsonl, write_text
+from pear.pictures import plt, save_figure
 from pear_kernels import pear_weights
 from pear_kernels.weights import DEFAULTS
-
-matplotlib.use("Agg")  # files only; there may be no display
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 
 COLORS = {"student": "tab:gray", "sft": "tab:blue", "pear": "tab:orange", "low": "tab:red", "high": "tab:green"}
 LABELS = {
@@ -192,16 +189,7 @@ def series(log: list[dict[str, float]], key: str) -> tuple[list[float], list[flo
 
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # Without the version of matplotlib in the file, equal pictures are equal files.
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-        temporary.replace(path)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,19 +13,17 @@ import functools
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
@@ -34,9 +32,10 @@ from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
 from pear.models import load_model, load_tokenizer, resolve_model
+from pear.options import model_init_kwargs, model_name, parse
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
-from pear.runs import write_run
+from pear.runs import given, read_run, write_run
 from pear.save import save_final
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
@@ -411,14 +410,8 @@ def data_dataset(path: str, column: str) -> Dataset:
 
 def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     """`pear rl --model M --task countdown --flag value ...`; `argv` without the program's name."""
-    parser = TrlParser((RLArguments, PEARGRPOConfig, ModelConfig), prog="pear rl")
-    try:
-        rl_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
-        raise DataError(f"options of pear rl: {error}") from error
-    name = rl_args.model or model_args.model_name_or_path
-    if name is None:
-        raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")
+    rl_args, args, model_args = parse((RLArguments, PEARGRPOConfig, ModelConfig), "pear rl", argv)
+    name = model_name(rl_args.model, model_args)
     checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
 
     tokenizer = load_tokenizer(name)
@@ -435,13 +428,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
                 raise DataError("--reward math needs the package math-verify: pip install math-verify")
     except ValueError as error:  # of an unknown task, or one with too few problems
         raise DataError(str(error)) from error
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "use_safetensors": True,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
     trainer = PEARGRPOTrainer(
         resolve_model(name),
         reward,
@@ -477,8 +464,6 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
 def finish_run(out: Path, trainer: PEARGRPOTrainer, start: str, name: str | None = None) -> None:
     """The run's record, for `pear compare`, and its curves."""
     from pear.compare import draw_curves
-    from pear.runs import read_run
 
-    settings = {"start": start, **{key: value for key, value in trainer.args.to_dict().items() if value is not None}}
-    write_run(out, "rl", trainer.state.log_history, settings, name=name)
+    write_run(out, "rl", trainer.state.log_history, {"start": start, **given(trainer.args)}, name=name)
     draw_curves([read_run(out)], out / "curves.png")

@@ -82,6 +82,11 @@ def write_run(
     return path
 
 
+def given(arguments: Any) -> dict[str, Any]:
+    """A trainer's arguments (with a `to_dict`, which leaves secrets out) but for those that are None."""
+    return {key: value for key, value in arguments.to_dict().items() if value is not None}
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of PACKAGES, from their metadata, so that nothing has to be imported; what is missing is left out."""
     found = {}

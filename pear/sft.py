@@ -6,18 +6,16 @@ log-probs carried through preparation and collation, the loss (from hidden state
 Options are in sft_config.py, the data in scored.py, the files that training leaves in save.py.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
-from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
@@ -26,7 +24,8 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
 from pear.io import DataError
 from pear.models import load_tokenizer, resolve_model
-from pear.runs import write_run
+from pear.options import model_init_kwargs, model_name, parse
+from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import COLUMNS, load_scored
 from pear.sft_config import DataArguments, PEARSFTConfig
@@ -277,14 +276,8 @@ def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     """`pear sft --config x.yaml --flag value ...`; `argv` without the program's name, None for the process's own."""
-    parser = TrlParser((DataArguments, PEARSFTConfig, ModelConfig), prog="pear sft")
-    try:
-        data_args, args, model_args = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
-        raise DataError(f"options of pear sft: {error}") from error
-    name = data_args.model or model_args.model_name_or_path
-    if name is None:
-        raise DataError("no model given: pass --model (smollm2, a transformers folder or a hub name)")
+    data_args, args, model_args = parse((DataArguments, PEARSFTConfig, ModelConfig), "pear sft", argv)
+    name = model_name(data_args.model, model_args)
     if data_args.data is None:
         raise DataError("no data given: pass --data, a file written by `pear score`")
     if args.eval_strategy != "no" and data_args.eval_data is None:
@@ -296,13 +289,7 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     eval_dataset = None
     if data_args.eval_data is not None:
         eval_dataset = load_scored(data_args.eval_data, tokenizer, max_length, strict=strict)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "use_safetensors": True,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
     trainer = PEARSFTTrainer(
         resolve_model(name),
         args,
@@ -317,8 +304,7 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         trainer.evaluate()
     save_final(trainer, merge_adapter=data_args.merge_adapter)
     if trainer.accelerator.is_main_process:  # for `pear compare`
-        settings = {"start": name, "data": data_args.data}
-        settings |= {key: value for key, value in args.to_dict().items() if value is not None}
+        settings = {"start": name, "data": data_args.data, **given(args)}
         write_run(args.output_dir, "sft", trainer.state.log_history, settings)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()

@@ -628,6 +628,12 @@ def test_a_half_written_checkpoint_is_passed_over(make_trainer, unbroken, tmp_pa
     assert resume_from(True, str(folder)) == str(folder / "checkpoint-7")  # written anew
 
 
+def test_no_checkpoint_to_go_on_from_is_said(tmp_path, caplog):
+    assert resume_from(False, str(tmp_path)) is None and not caplog.messages
+    assert resume_from("true", str(tmp_path)) is None
+    assert caplog.messages == [f"{tmp_path} has no whole checkpoint to go on from: training starts at the beginning"]
+
+
 def test_a_checkpoint_of_another_program_is_named(make_trainer, tmp_path):
     options = RESUMED | dict(max_steps=2)
     make_trainer(ours=False, output_dir=tmp_path / "trl", **options).train()
