@@ -1,18 +1,34 @@
 """Fused, chunked losses for PyTorch, PEAR's (arXiv 2602.01058) and RL's, that never hold the full logits of a batch."""
 
-from pear_kernels.losses import LossOutput, linear_logprobs, linear_pear_loss, linear_policy_loss
-from pear_kernels.modules import LinearPEARLoss, LinearPolicyLoss
+from pear_kernels.distill import Teacher, TopKTeacher
+from pear_kernels.losses import (
+    LossOutput,
+    linear_distill_loss,
+    linear_logprobs,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_topk_logprobs,
+    linear_weighted_loss,
+)
+from pear_kernels.modules import LinearDistillLoss, LinearPEARLoss, LinearPolicyLoss, LinearWeightedLoss
 from pear_kernels.plan import Plan, plan
 from pear_kernels.weights import pear_weights
 
 __all__ = [
+    "LinearDistillLoss",
     "LinearPEARLoss",
     "LinearPolicyLoss",
+    "LinearWeightedLoss",
     "LossOutput",
     "Plan",
+    "Teacher",
+    "TopKTeacher",
+    "linear_distill_loss",
     "linear_logprobs",
     "linear_pear_loss",
     "linear_policy_loss",
+    "linear_topk_logprobs",
+    "linear_weighted_loss",
     "pear_weights",
     "plan",
 ]

@@ -104,6 +104,15 @@ def head_class(backend: str | None, device: torch.device, dtype: torch.dtype) ->
     return Head
 
 
+def dense_head_class(backend: str | None, device: torch.device, dtype: torch.dtype) -> type:
+    """The `pear_kernels.head.DenseHead` of the resolved backend."""
+    if resolve(backend, device, dtype) == "triton":
+        from pear_kernels.triton.dense import DenseHead
+    else:
+        from pear_kernels.cpu_dense import DenseHead
+    return DenseHead
+
+
 def objective_class(backend: str | None, device: torch.device, dtype: torch.dtype) -> type:
     """The PEAR objective of the resolved backend, with the interface of `pear_kernels.objectives.PEARObjective`."""
     if resolve(backend, device, dtype) == "triton":

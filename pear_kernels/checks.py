@@ -87,6 +87,56 @@ def check_policy_options(options, objectives: Collection[str]) -> None:
         raise ValueError(f"max_length must be an integer of at least 1 (tokens), or None, got {options.max_length!r}")
 
 
+def check_negative_options(negative_lambda: float, logprob_floor: float) -> None:
+    """How wrong sequences are pushed away."""
+    if not (is_number(negative_lambda) and 0 <= negative_lambda < math.inf):
+        raise ValueError(f"negative_lambda must be a number of at least 0, got {negative_lambda!r}")
+    if not (is_number(logprob_floor) and logprob_floor <= 0):  # NaN compares false
+        raise ValueError(
+            f"logprob_floor must be a log-prob, at most 0 (-inf for no bound), got {logprob_floor!r}: wrong tokens "
+            "below it are not pushed further"
+        )
+
+
+def check_weighting(weights, weighting: str | None, weightings: Collection[str]) -> None:
+    """One of the two: weights, as a tensor or a function, or the name of a weighting."""
+    if (weights is None) == (weighting is None):
+        got = "neither" if weights is None else f"both, weighting being {weighting!r}"
+        raise ValueError(f"give one of weights and weighting, got {got}")
+    if weighting is not None and weighting not in weightings:
+        raise ValueError(f"weighting must be one of {', '.join(map(repr, weightings))}, got {weighting!r}")
+
+
+def check_weighting_options(options) -> None:
+    """The constants of `weightings.WeightingOptions`."""
+    if not (is_number(options.iw_tau) and -math.inf < options.iw_tau < math.inf):
+        raise ValueError(f"iw_tau must be a finite number, got {options.iw_tau!r}")
+    for name, least in (("iw_max", 0), ("psft_clip", 0), ("asft_kl", 0)):
+        value = getattr(options, name)
+        if not (is_number(value) and least <= value < math.inf):
+            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+    clip = options.idft_clip
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or not all(map(is_number, clip)):
+        raise ValueError(f"idft_clip must be two numbers (low, high), got {clip!r}")
+    if not 0 <= clip[0] <= clip[1] < math.inf:
+        raise ValueError(f"idft_clip must be (low, high) with 0 <= low <= high, got {clip!r}")
+
+
+def check_divergence_options(options, kinds: Collection[str], nll_coef: float) -> None:
+    """Those of `divergence.DivergenceOptions`, and the NLL's share."""
+    if options.kind not in kinds:
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, kinds))}, got {options.kind!r}")
+    if not (is_number(options.js_beta) and 0 < options.js_beta < 1):
+        raise ValueError(
+            f"js_beta must lie between 0 and 1, got {options.js_beta!r}: for either end take divergence 'forward' or "
+            "'reverse'"
+        )
+    if not positive(options.temperature):
+        raise ValueError(f"distill_temperature must be a positive number, got {options.temperature!r}")
+    if not (is_number(nll_coef) and 0 <= nll_coef < math.inf):
+        raise ValueError(f"nll_coef must be a number of at least 0, got {nll_coef!r}")
+
+
 def check_head_options(temperature: float, softcap: float | None, workspace_bytes: int | None) -> None:
     """The options of the LM head that every function shares."""
     if not positive(temperature):
@@ -185,6 +235,87 @@ def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, c
     if not advantages.is_floating_point():
         raise TypeError(f"advantages must be floating-point, got {advantages.dtype}: call advantages.float()")
     same_device(hidden, advantages=advantages)
+
+
+def check_sequence_label(hidden: Tensor, target: Tensor, sequence_label: Tensor | None, cu_seqlens) -> None:
+    """A flag a sequence."""
+    if sequence_label is None:
+        return
+    count = sequence_count(target, cu_seqlens)
+    same_shape("sequence_label", sequence_label, "(S,), a flag a sequence", count)
+    if sequence_label.dtype != torch.bool:
+        raise TypeError(
+            f"sequence_label must be torch.bool, True where the response is right, got {sequence_label.dtype}: call "
+            "sequence_label.bool()"
+        )
+    same_device(hidden, sequence_label=sequence_label)
+
+
+def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None:
+    """Weights of the caller's, a number a token."""
+    same_shape("weights", weights, "target's shape", target.shape)
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must be floating-point, got {weights.dtype}: call weights.float()")
+    same_device(hidden, weights=weights)
+
+
+def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher) -> None:
+    """A `distill.Teacher`: hidden states and a head over the student's vocabulary."""
+    x, w, bias, temperature, softcap = teacher
+    for name, tensor in (("teacher.hidden", x), ("teacher.weight", w)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if x.dim() != hidden.dim() or x.shape[:-1] != target.shape:
+        raise ValueError(
+            f"teacher.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
+            f"{tuple(x.shape)}"
+        )
+    if w.dim() != 2 or w.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"teacher.weight must be (V, D') with its hidden states' D' = {x.shape[-1]}, got {tuple(w.shape)}"
+        )
+    if w.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
+            "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use another "
+            "teacher"
+        )
+    if x.dtype != w.dtype:
+        raise TypeError(f"teacher.hidden and teacher.weight must have one dtype, got {x.dtype} and {w.dtype}")
+    if bias is not None:
+        same_shape("teacher.bias", bias, "(V,)", w.shape[:1])
+    if not positive(temperature):
+        raise ValueError(f"teacher.temperature must be a positive number, got {temperature!r}")
+    if softcap is not None and not positive(softcap):
+        raise ValueError(f"teacher.softcap must be a positive number, or None, got {softcap!r}")
+    same_device(hidden, **{"teacher.hidden": x, "teacher.weight": w, "teacher.bias": bias})
+
+
+def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher, vocabulary: int) -> None:
+    """A `distill.TopKTeacher`: K tokens at each position."""
+    ids, logprobs = teacher
+    for name, tensor in (("teacher.ids", ids), ("teacher.logprobs", logprobs)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != target.dim() + 1 or tensor.shape[:-1] != target.shape:
+            raise ValueError(
+                f"{name} must have target's shape {tuple(target.shape)} and K last, got {tuple(tensor.shape)}"
+            )
+    same_shape("teacher.logprobs", logprobs, "the shape of teacher.ids", ids.shape)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"teacher.ids must be torch.int64 or torch.int32, got {ids.dtype}")
+    check_logprobs_dtype("teacher.logprobs", logprobs)
+    check_k("teacher.ids", ids.shape[-1], vocabulary)
+    same_device(hidden, **{"teacher.ids": ids, "teacher.logprobs": logprobs})
+
+
+def check_k(name: str, k: int, vocabulary: int) -> None:
+    if not (is_number(k, numbers.Integral) and 1 <= k < vocabulary):
+        raise ValueError(
+            f"{name} must have a K of at least 1 and less than the vocabulary's {vocabulary} tokens, got {k!r}"
+        )
 
 
 def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu_seqlens) -> None:
@@ -346,4 +477,49 @@ def check_sequence_scale(sequence_scale: Tensor) -> None:
         sequence_scale.isfinite().all(),
         "sequence_scale must be finite",
         lambda: f"{sequence_scale.tolist()[:20]}",
+    )
+
+
+@value_check
+def check_weights(weights: Tensor, valid: Tensor) -> None:
+    """Finite wherever a token counts."""
+    bad = valid & ~weights.isfinite()
+    require(
+        ~bad.any(),
+        "weights must be finite where a token counts",
+        lambda: f"{weights[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such)",
+    )
+
+
+@value_check
+def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor, vocabulary: int) -> None:
+    """Of tokens that count: ids in the vocabulary and distinct, log-probs descending, with a sum of at most 1."""
+    again = "write them again with `pear score --top-k`"
+
+    def rule(good: Tensor, words: str, found: Callable[[int], str]) -> None:
+        bad = valid & ~good
+        at = lambda: int(bad.nonzero()[0])  # noqa: E731
+        require(~bad.any(), words, lambda: f"{found(at())} at flat position {at()} ({int(bad.sum())} such): {again}")
+
+    rule(
+        ((ids >= 0) & (ids < vocabulary)).all(1),
+        f"teacher.ids must be in [0, {vocabulary})",
+        lambda t: f"{ids[t].tolist()[:20]}",
+    )
+    ordered = ids.sort(dim=1).values
+    rule((ordered.diff(dim=1) != 0).all(1), "teacher.ids must be distinct tokens", lambda t: f"{ids[t].tolist()[:20]}")
+    rule(
+        logprobs.isfinite().all(1),
+        "teacher.logprobs must be finite",
+        lambda t: f"{logprobs[t].tolist()[:20]}",
+    )
+    rule(
+        (logprobs.diff(dim=1) <= 0).all(1),
+        "teacher.logprobs must be sorted, the largest first",
+        lambda t: f"{logprobs[t].tolist()[:20]}",
+    )
+    rule(
+        logprobs.double().exp().sum(1) <= 1 + MAX_LOGPROB,
+        "teacher.logprobs must have a sum of probabilities of at most 1",
+        lambda t: f"{logprobs[t].double().exp().sum().item()}",
     )

@@ -20,12 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pear_kernels.divergence import MIN_LOG
 from pear_kernels.head import Softmax, torch_row_bytes
 
 # exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
 MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
-# exp is 0 below this in either dtype, and times this still 0, as it would not be times the -inf that a bias may hold
-MIN_EXPONENT = -1e4
 ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row blocks that stay in cache
 WEIGHT_TILE_BYTES = 1 << 24  # a widened tile of a half-precision weight
 
@@ -66,11 +65,11 @@ class Head:
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
-    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
+    def row_bytes(self, gradient: bool) -> int:
         """Bytes of workspace a row takes: its logits, with or without a gradient."""
         return torch_row_bytes(self.vocabulary, self.dtype.itemsize)
 
-    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
+    def reserve(self, rows: int, gradient: bool) -> None:
         """One (rows, V) workspace for every chunk to come."""
         self.workspace = torch.empty(rows, self.vocabulary, dtype=self.dtype, device=self.weight.device)
 
@@ -99,7 +98,7 @@ class Head:
             z, y = logits[rows], target[rows, None]
             tanh = self._activate_(z)
             z.sub_(anchor[rows, None])
-            log = z.clamp(min=MIN_EXPONENT) if entropy else None
+            log = z.clamp(min=MIN_LOG) if entropy else None
             exp = z.exp_().scatter_(1, y, 0.0)
             of_rows = exp.sum(1)
             S[rows] = of_rows.double()
@@ -118,47 +117,27 @@ class Head:
         mean_log = (mean_log + torch.xlogy(below.exp(), below.exp())) / normaliser
         return Softmax(logits, row_scale, logprobs, log_z - mean_log)
 
-    def entropy_gradient(
-        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(R, V) dL/dz for a loss with `coefficient` (R,) on -log p and `entropy_gradient` (R,) on the entropy.
-
-        dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H), where log p_v + H = log E_v - sum_u p_u log E_u. It does not
-        factor into a row scale times E, so the chunk is rewritten in place. Given for the raw logits, the factor
-        1 / temperature included.
-        """
-        # in the logits' dtype: a float64 factor a row would take the whole block through float64
-        c_of, h_of = ((factor / self.temperature).to(self.dtype) for factor in (coefficient, entropy_gradient))
-        logits, anchor, below = self._logits(x, target)
-        of_y, e_y = below.to(self.dtype)[:, None], below.exp().to(self.dtype)[:, None]
-        for rows in self._row_blocks(len(x)):
-            z, y, c, h = logits[rows], target[rows, None], c_of[rows, None], h_of[rows, None]
-            tanh = self._activate_(z)
-            log = z.sub_(anchor[rows, None]).clamp(min=MIN_EXPONENT).scatter_(1, y, of_y[rows])
-            exp = z.exp_().scatter_(1, y, 0.0)
-            S = exp.sum(1, keepdim=True)
-            p = exp.scatter_(1, y, e_y[rows]).div_(e_y[rows] + S)
-            of_entropy = log.sub_((p * log).sum(1, keepdim=True)).mul_(p).mul_(h)
-            p.scatter_(1, y, -S / (e_y[rows] + S)).mul_(c).sub_(of_entropy)
-            self._chain_(p, tanh)
-        return logits, torch.ones(len(x), dtype=self.dtype, device=x.device)
-
     def _logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits (R, V) in the workspace; of the activated ones the anchor (R,), and the target's less the anchor.
 
         The latter is float64: next to 0 where the target is the anchor, else how far it lies under the row's maximum.
         """
+        logits = self._product(x)
+        target_logit = self._target_logits(x, target)
+        largest = logits.amax(1)
+        self._activate_(largest)  # increasing, so the largest stays the largest
+        anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit).to(self.dtype)
+        return logits, anchor, target_logit - anchor
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Product 1: raw logits (R, V) in the workspace."""
         logits = self.workspace[: len(x)]
         for tile, weight in self.tiles():
             if self.bias is None:
                 torch.mm(x, weight.t(), out=logits[:, tile])
             else:
                 torch.addmm(self.bias[tile], x, weight.t(), out=logits[:, tile])
-        target_logit = self._target_logits(x, target)
-        largest = logits.amax(1)
-        self._activate_(largest)  # increasing, so the largest stays the largest
-        anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit).to(self.dtype)
-        return logits, anchor, target_logit - anchor
+        return logits
 
     def _target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         """(R,) float64: the target's activated logit, which is a dot product a row."""

@@ -7,36 +7,79 @@ so a chunk's logits are made once, and its two gradient products follow while th
 
     E, log p = softmax(x W^T)        dX = diag(r) E W        dW += E^T diag(r) x        r = c * row_scale
 
+`DenseWalk` is the same walk for losses whose gradient in the logits is no row scale times E (an entropy bonus, a
+divergence from a teacher). There the chunk's logits stay as they are until the coefficients are known, and are then
+overwritten by the gradient.
+
 A loss that is `coupled` knows a coefficient only when it has seen all of the token's sequence (PEAR's sequence level,
-GSPO). Its chunks end where sequences end. If it is `separable` too, a sequence has one coefficient, and one longer than
-a chunk is deferred: dW is gathered with c = 1 and scaled once c is known. The first such sequence does that in dW
-itself, before anything else is there; a further one needs a (V, D) buffer of its own. Where the workspace has no room
-for that, or the loss is not separable, the log-probs of all but the sequence's last chunk are made first (up to a
-fourth product).
+GSPO). Its chunks end where sequences end. If it is `separable` too, a coefficient is a number known at once (`own`)
+times one of the whole sequence (`factor`), and a sequence longer than a chunk is deferred: dW is gathered with the
+former and scaled once the latter is known. The first such sequence does that in dW itself, before anything else is
+there; a further one needs a (V, D) buffer of its own. Where the workspace has no room for that, or the loss is not
+separable, the log-probs of all but the sequence's last chunk are made first (up to a fourth product).
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pear_kernels.head import Head, Softmax
+from pear_kernels.head import DenseHead, Head, Scores, Softmax, TeacherRows
 from pear_kernels.packing import Pack
 from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
 
 
-class Objective(Protocol):
+class Coefficients(NamedTuple):
+    """What a `DenseWalk` asks of an objective: (R,) each, dL/d of what the name says; None for 0."""
+
+    nll: Tensor | None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+
+class Objective:
     """A loss, to the engine. Bounds are [begin, end) in the pack's compact order."""
 
-    coupled: bool  # a coefficient depends on all tokens of its sequence
-    separable: bool  # of a coupled loss: a sequence's tokens share one coefficient
+    coupled = False  # a coefficient depends on all tokens of its sequence
+    separable = True  # of a coupled loss: c = own * factor, with one factor a sequence
+    scalable = True  # of a coupled loss: ... with some factor for each token, `own` being known at once
 
-    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
-        """The log-probs (end - begin,) of these tokens; called once for each token, right to left in a sequence."""
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
+        """The log-probs (end - begin,) of these tokens, and entropies if the walk makes them.
 
-    def coefficients(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) c_t = dL/d(-log p_t), of tokens that were observed."""
+        Called once for each token, right to left in a sequence.
+        """
+        raise NotImplementedError
+
+    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients:
+        """(end - begin,) c_t = dL/d(-log p_t), of tokens that were observed; of a `DenseWalk`, `Coefficients`."""
+        raise NotImplementedError
+
+    def own(self, begin: int, end: int) -> Tensor | Coefficients | None:
+        """Of a coupled loss, what is known of the coefficients as soon as the tokens are observed; None for ones."""
+        return None
+
+    def factor(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) what `own` is to be multiplied by once the whole sequence was observed."""
+        return self.coefficients(begin, end)
+
+    def waits(self) -> list[bool] | None:
+        """Of a coupled loss, which sequences have coefficients that depend on all their tokens; None: all of them."""
+        return None
+
+
+class Teacher(Protocol):
+    """Whose distribution a `DenseWalk` compares with the head's; `pear_kernels.distill` has two of them."""
+
+    def row_bytes(self) -> int:
+        """Bytes of workspace that a row takes."""
+
+    def reserve(self, rows: int) -> None:
+        """One workspace for every chunk to come."""
+
+    def rows(self, begin: int, end: int) -> TeacherRows:
+        """Of these tokens."""
 
 
 @dataclass
@@ -116,18 +159,7 @@ class Walk:
             for begin, end in chunks:
                 self.score(objective, begin, end, gradient=False)
 
-    def run_dense(self, of_nll: Tensor, of_entropy: Tensor) -> None:
-        """Gradients for known coefficients (n,) on -log p and on the entropy, which rewrite the whole chunk."""
-        for _, chunks in self.start(dense=True).steps:
-            for begin, end in chunks:
-                x = self.rows(begin, end)
-                dz, row_scale = self.head.entropy_gradient(
-                    x, self.target[begin:end], of_nll[begin:end], of_entropy[begin:end]
-                )
-                self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, self.grads)
-        self.finish()
-
-    def start(self, objective: Objective | None = None, *, dense: bool = False) -> Schedule:
+    def start(self, objective: Objective | None = None) -> Schedule:
         """The plan of the walk, and the workspace for it. Only what is planned here runs."""
         coupled = objective is not None and objective.coupled
         # lengths leave the device here: the one thing a coupled loss waits for. A static pack may not
@@ -135,15 +167,25 @@ class Walk:
         planned = schedule(
             self.pack.tokens,
             self.wanted,
-            row_bytes=self.head.row_bytes(any(self.wanted), dense),
+            row_bytes=self.row_bytes(),
             workspace_bytes=self.workspace_bytes,
             coupled=coupled,
             separable=not coupled or objective.separable,
+            scalable=not coupled or objective.scalable,
             lengths=self.pack.lengths.tolist() if known else None,
+            waits=objective.waits() if known else None,
             head_bytes=self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel()),
         )
-        self.head.reserve(planned.rows, planned.gradient, dense)
+        self.reserve(planned)
         return planned
+
+    def row_bytes(self) -> int:
+        """Bytes of workspace that a row of a chunk takes."""
+        return self.head.row_bytes(any(self.wanted))
+
+    def reserve(self, planned: Schedule) -> None:
+        """The workspace of all chunks."""
+        self.head.reserve(planned.rows, planned.gradient)
 
     def finish(self) -> None:
         """What is left when every chunk has passed."""
@@ -168,24 +210,24 @@ class Walk:
             self.accumulate(*chunk, x, softmax, objective.coefficients(*chunk), self.grads)
 
     def visit_deferred(self, objective: Objective, chunks: list[Chunk], into: Gradients) -> None:
-        """Chunks whose coefficients are known after the last: gradients with c = 1, then scaled.
+        """Chunks whose coefficients are known after the last: gradients with the objective's `own`, then scaled.
 
         Those of the hidden states row by row. Those of the head as a whole, so only one sequence may be in `into`, and
         the objective must be separable (or the head frozen).
         """
         for begin, end in chunks:
             x, softmax = self.score(objective, begin, end, gradient=True)
-            row_scale = softmax.row_scale.to(self.head.dtype)  # never skipped, so that `into` is written
-            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, into)
+            # never skipped, so that `into` is written
+            self.accumulate(begin, end, x, softmax, objective.own(begin, end), into, may_skip=False)
         for begin, end in chunks:
-            coefficients = objective.coefficients(begin, end).to(self.head.dtype)
+            factor = objective.factor(begin, end).to(self.head.dtype)
             if self.wanted.hidden:
                 index = self.pack.index[begin:end]
-                into.hidden.index_copy_(0, index, into.hidden[index].mul_(coefficients[:, None]))
+                into.hidden.index_copy_(0, index, into.hidden[index].mul_(factor[:, None]))
             if self.target_scale is not None:
-                self.target_scale[begin:end].mul_(coefficients)
-        into.weight.mul_(coefficients[0])
-        into.bias.mul_(coefficients[0])
+                self.target_scale[begin:end].mul_(factor)
+        into.weight.mul_(factor[0])
+        into.bias.mul_(factor[0])
 
     def visit_twice(self, objective: Objective, chunks: list[Chunk]) -> None:
         """Chunks whose coefficients are known after the last: log-probs of all but that one first, which goes once."""
@@ -204,7 +246,7 @@ class Walk:
         x, softmax = self.softmax(begin, end, gradient=gradient, entropy=self.entropy is not None)
         if self.entropy is not None:
             self.entropy[begin:end] = softmax.entropy
-        objective.observe(begin, end, softmax.logprobs)
+        objective.observe(begin, end, softmax.logprobs, softmax.entropy)
         return x, softmax
 
     def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Softmax]:
@@ -215,11 +257,20 @@ class Walk:
         return x, softmax
 
     def accumulate(
-        self, begin: int, end: int, x: Tensor, softmax: Softmax, coefficients: Tensor, into: Gradients
+        self,
+        begin: int,
+        end: int,
+        x: Tensor,
+        softmax: Softmax,
+        coefficients: Tensor | None,
+        into: Gradients,
+        *,
+        may_skip: bool = True,
     ) -> None:
-        """The gradient products of one chunk, for coefficients (end - begin,)."""
-        row_scale = (coefficients * softmax.row_scale).to(self.head.dtype)
-        if self.may_look and not row_scale.any():
+        """The gradient products of one chunk, for coefficients (end - begin,), or for ones."""
+        row_scale = softmax.row_scale if coefficients is None else coefficients * softmax.row_scale
+        row_scale = row_scale.to(self.head.dtype)
+        if may_skip and self.may_look and not row_scale.any():
             self.skip(begin, end, into)
         else:
             self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, into)
@@ -262,3 +313,56 @@ class Walk:
     def may_look(self) -> bool:
         """Whether a number may be read back without a wait: on a CPU, but not where a GPU's walk is played through."""
         return self.logprobs.device.type == "cpu" and self.pack.counts is None
+
+
+class DenseWalk(Walk):
+    """The walk of losses with a gradient of their own in every logit, which needs its coefficients to be written.
+
+        dL/dz_v = c (p_v - 1[v = y]) - h p_v (log p_v + H) + g dD/dz_v
+
+    for c, h and g the coefficients of the NLL, the entropy H and the divergence D from a teacher.
+    """
+
+    head: DenseHead
+
+    def __init__(self, *arguments, teacher: Teacher | None = None, **options):
+        super().__init__(*arguments, **options)
+        self.teacher = teacher
+        self.divergence = None if teacher is None else torch.zeros_like(self.logprobs)  # (n,)
+
+    def row_bytes(self) -> int:
+        return self.head.row_bytes(any(self.wanted)) + (0 if self.teacher is None else self.teacher.row_bytes())
+
+    def reserve(self, planned: Schedule) -> None:
+        super().reserve(planned)
+        if self.teacher is not None:
+            self.teacher.reserve(planned.rows)
+
+    def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Scores]:
+        """Product 1 of a chunk (and the teacher's), what comes of its rows, and its logits in the workspace."""
+        x = self.rows(begin, end)
+        teacher = None if self.teacher is None else self.teacher.rows(begin, end)
+        scores = self.head.scores(x, self.target[begin:end], entropy=self.entropy is not None, teacher=teacher)
+        self.logprobs[begin:end] = scores.logprobs
+        if teacher is not None:
+            self.divergence[begin:end] = scores.divergence
+        return x, scores
+
+    def accumulate(
+        self,
+        begin: int,
+        end: int,
+        x: Tensor,
+        scores: Scores,
+        coefficients: Coefficients,
+        into: Gradients,
+        *,
+        may_skip: bool = True,
+    ) -> None:
+        """The gradient products of one chunk."""
+        given = [factor for factor in coefficients if factor is not None]
+        if may_skip and self.may_look and not any(factor.any() for factor in given):
+            self.skip(begin, end, into)
+        else:
+            dz, row_scale = self.head.gradient(scores, *coefficients)
+            self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, into)

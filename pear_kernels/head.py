@@ -4,10 +4,12 @@ The byte formulas are plain functions of shapes because two ask for them: a head
 beforehand what a shape will cost.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pear_kernels.divergence import DivergenceOptions
 
 VOCABULARY_TILE = 256  # columns of the logits that leave one partial sum a row, if the tile table says nothing else
 ROW_PARTIALS = 3  # float32 of each row and tile, at most: the sum of E, the maximum and, for the entropy, sum E log E
@@ -25,16 +27,37 @@ class Softmax(NamedTuple):
     target_mass: Tensor | None = None
 
 
+class TeacherRows(NamedTuple):
+    """A teacher's distribution over the vocabulary at R tokens: all of it, or its K most likely tokens.
+
+    With those the outcomes to compare are K + 1, the last one being any other token.
+    """
+
+    options: DivergenceOptions
+    log_q: Tensor | None  # (R, V), the teacher's workspace
+    ids: Tensor | None = None  # (R, K) int64
+    top: Tensor | None = None  # (R, K) float64, log-probs of the ids
+
+
+class Scores(NamedTuple):
+    """What one pass over a chunk's logits gives where they stay in the workspace, until the next chunk's."""
+
+    logprobs: Tensor  # (R,) float64: log p of the target
+    entropy: Tensor | None  # (R,) float64
+    divergence: Tensor | None  # (R,) float64, of the head's distribution from the teacher's
+    rows: Any  # what `DenseHead.gradient` needs again
+
+
 class Head(Protocol):
     """An LM head and its workspace: logits, softmax and the two gradient products of a chunk of R rows."""
 
     weight: Tensor  # (V, D)
     dtype: torch.dtype  # of every product and sum: float32 (float64 for float64)
 
-    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
-        """Bytes of workspace that one row of a chunk takes; `dense`: of a chunk for `entropy_gradient`."""
+    def row_bytes(self, gradient: bool) -> int:
+        """Bytes of workspace that one row of a chunk takes."""
 
-    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
+    def reserve(self, rows: int, gradient: bool) -> None:
         """One workspace for every chunk to come, of at most that many rows."""
 
     def widen(self, x: Tensor) -> Tensor:
@@ -42,14 +65,6 @@ class Head(Protocol):
 
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
-
-    def entropy_gradient(
-        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Product 1, and in its place the whole (R, V) dL/d(raw logits) for (R,) dL/d(-log p) and dL/d(entropy).
-
-        Returned as (factor (R, V), row_scale (R,)), whose product it is.
-        """
 
     def write_grad_hidden_(
         self,
@@ -81,6 +96,24 @@ class Head(Protocol):
 
         A row of scale 0 adds nothing, whatever its hidden state holds. Asked only of heads that give a `target_mass`.
         """
+
+
+class DenseHead(Head, Protocol):
+    """The same for losses whose gradient in the logits is no row scale times E. Its logits lie in the workspace."""
+
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
+        """Product 1 for rows `x` (R, D), and log-probs, entropies and divergences of their logits."""
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """dL/d(raw logits) for (R,) float64 dL/d(-log p), dL/d(entropy) and dL/d(divergence); None for 0.
+
+        In place of the logits, as (factor (R, V), row_scale (R,)), whose product it is.
+        """
+
+    def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
+        """(R, V) in the workspace: log-probs of all tokens (>= `MIN_LOG`), `temperature` on top of the head's own."""
 
 
 def torch_row_bytes(vocabulary: int, itemsize: int) -> int:

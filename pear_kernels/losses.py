@@ -1,5 +1,8 @@
 """The public losses: check arguments, run one pass of the engine, shape the result."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,8 +10,12 @@ from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.backend import check_backend
+from pear_kernels.distill import Teacher, TopKTeacher
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA, WRONG_STATS
 from pear_kernels.objectives import STATS
 from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, POLICY_STATS, PolicyOptions
+from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTING_DEFAULTS, WEIGHTINGS, Tokens, WeightingOptions
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 
@@ -20,7 +27,7 @@ class LossOutput(NamedTuple):
     weights: (
         Tensor  # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored ones
     )
-    stats: dict[str, Tensor]  # 0-d tensors; `objectives.STATS` and `policy.POLICY_STATS` say what each is
+    stats: dict[str, Tensor]  # 0-d tensors; the tables named *_STATS beside each loss's formulas say what each is
 
 
 def linear_pear_loss(
@@ -36,6 +43,9 @@ def linear_pear_loss(
     gamma: float = DEFAULTS.gamma,
     log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
     log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    sequence_label: Tensor | None = None,  # (S,)
+    negative_lambda: float = NEGATIVE_LAMBDA,
+    logprob_floor: float = LOGPROB_FLOOR,
     sequence_scale: Tensor | None = None,  # (S,)
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
@@ -66,6 +76,11 @@ def linear_pear_loss(
         bias: (V,), the head's bias.
         cu_seqlens: (S+1,) int32 or int64 on hidden's device: the sequences of a pack; None means one sequence.
         level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
+        sequence_label: (S,) or (B,) bool, False where the response is wrong. Its tokens have, at sequence level alone,
+            the repulsive term of the paper's section 3.6 with a bound of ours,
+            -negative_lambda G min(-log pi, -logprob_floor); right and wrong ones may be mixed. None: all are right.
+        negative_lambda: how strongly wrong responses are pushed away. The paper is silent; 0.1 is ours.
+        logprob_floor: a wrong token whose log-prob is down to this is not pushed further; -inf: no bound. Ours.
         sequence_scale: (S,) or (B,), multiplies each sequence's loss; not part of G. Ours, not the paper's.
         reduction: the divisor, on which the paper is silent (the default is ours): "mean", the call's valid tokens;
             "sum", 1; "sequence_mean", the mean over sequences with a valid token of their token means.
@@ -81,7 +96,9 @@ def linear_pear_loss(
             computed by "torch".
 
     Returns:
-        LossOutput. With every token ignored: loss 0 and zero gradients.
+        LossOutput. With every token ignored: loss 0 and zero gradients. With labels, the statistics of right sequences
+        are `objectives.STATS`, and those of wrong ones `negatives.WRONG_STATS`; for tokens of the latter, `weights`
+        hold -negative_lambda G, or 0.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do. Values (of target, behavior_logprobs,
@@ -91,20 +108,25 @@ def linear_pear_loss(
         RuntimeError: for a double backward.
     """
     checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+    checks.check_negative_options(negative_lambda, logprob_floor)
     checks.check_reduction(reduction, denominator)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     checks.check_loss_arguments(
         hidden, target, {"behavior_logprobs": behavior_logprobs}, cu_seqlens, sequence_scale, denominator
     )
-    loss, logprobs, weights, stats, *_ = ops.linear_pear_loss(
+    checks.check_sequence_label(hidden, target, sequence_label, cu_seqlens)
+    found = ops.linear_pear_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         target.reshape(-1),
+        flat(sequence_label),
         flat(behavior_logprobs),
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         flat(sequence_scale),
         as_tensor(denominator, hidden.device),
+        negative_lambda,
+        logprob_floor,
         level,
         block_size,
         gamma,
@@ -118,9 +140,233 @@ def linear_pear_loss(
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )
-    return LossOutput(
-        loss, logprobs.view(target.shape), weights.view(target.shape), dict(zip(STATS, stats.unbind(), strict=True))
+    return loss_output(found, target, STATS if sequence_label is None else STATS + WRONG_STATS)
+
+
+def linear_weighted_loss(
+    hidden: Tensor,  # (N, D) or (B, T, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) or (B, T)
+    weights: Tensor | Callable[..., Tensor] | str | None = None,  # (N,) or (B, T)
+    *,
+    weighting: str | None = None,
+    ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
+    iw_tau: float = WEIGHTING_DEFAULTS.iw_tau,
+    iw_max: float = WEIGHTING_DEFAULTS.iw_max,
+    psft_clip: float = WEIGHTING_DEFAULTS.psft_clip,
+    asft_kl: float = WEIGHTING_DEFAULTS.asft_kl,
+    idft_clip: tuple[float, float] = WEIGHTING_DEFAULTS.idft_clip,
+    bias: Tensor | None = None,  # (V,)
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    sequence_scale: Tensor | None = None,  # (S,)
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """SFT loss of an LM head with any weights a token, head included, without ever holding the (N, V) logits.
+
+        L = sum_t stop_gradient(w_t) * -log pi(y_t | x, y_<t) / divisor
+
+    The weights are given, or made of the log-probs while the pass has them, by a function of yours or one of these:
+
+    | weighting | w_t, with p = pi(y_t) |
+    | --- | --- |
+    | "none" | 1 |
+    | "dft" | p |
+    | "iw-sft" | clip(exp(iw_tau mean(log pi - log pi_ref)), 0, iw_max), the mean being over the sequence |
+    | "psft" | r 1[r <= 1 + psft_clip], r = pi / pi_ref, pi_ref being the previous policy |
+    | "asft" | p, and asft_kl KL(pi_ref, pi) is added to the loss |
+    | "idft" | p^clip(exp(-(log p + H)), *idft_clip), H the entropy |
+
+    DFT: arXiv 2508.05629; iw-SFT: 2507.12856; PSFT: 2508.17784; ASFT: 2509.23753; IDFT: 2602.12222. ASFT's KL is that
+    of the outcomes "y_t" and "another token", which a column of log-probs holds: a lower bound of the KL over the
+    vocabulary that its authors use, with the same gradient in the target's logit. (`linear_distill_loss` has all of
+    the latter.)
+
+    Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
+    gradient, one without gradients. ("iw-sft": as `linear_pear_loss` at sequence level.)
+
+    Args:
+        hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
+            ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
+        weights: like target, floating-point, of any sign; what stands at ignored tokens does not matter. Or a function
+            `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights (n,), both
+            float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It is called
+            chunk by chunk and at last with all tokens that count, so a token's weight must come of that token alone.
+            (`torch.compile` breaks the graph there.) Or a name, as `weighting`.
+        weighting: a row of the table, in place of weights.
+        ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
+            previous policy ("psft").
+        iw_tau, iw_max, psft_clip, asft_kl, idft_clip: the table's constants. The defaults are their papers'.
+
+    Returns:
+        LossOutput. `weights` are d loss_t / d(-log pi) before the divisor: w, and for "asft" the KL's share. `stats`
+        are `weightings.WEIGHTED_STATS`.
+
+    Raises:
+        ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
+    """
+    if isinstance(weights, str):
+        weights, weighting = None, weights
+    checks.check_weighting(weights, weighting, WEIGHTINGS)
+    options = WeightingOptions(iw_tau, iw_max, psft_clip, asft_kl, idft_clip)
+    checks.check_weighting_options(options)
+    if weighting is not None and WEIGHTINGS[weighting].needs_ref and ref_logprobs is None:
+        raise ValueError(
+            f"weighting is {weighting!r}, but ref_logprobs is None: pass the targets' log-probs under "
+            f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
+        )
+    checks.check_reduction(reduction, denominator)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    checks.check_loss_arguments(hidden, target, {"ref_logprobs": ref_logprobs}, cu_seqlens, sequence_scale, denominator)
+    if weights is not None and not callable(weights):
+        checks.check_given_weights(hidden, target, weights)
+    run = functools.partial(
+        run_weighted,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        ref_logprobs=flat(ref_logprobs),
+        cu_seqlens=checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
+        sequence_scale=flat(sequence_scale),
+        denominator=as_tensor(denominator, hidden.device),
+        **options._replace(idft_clip=[float(bound) for bound in idft_clip])._asdict(),
+        reduction=reduction,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        compute_dtype=compute_dtype,
+        wanted=wanted_gradients(hidden, weight, bias),
     )
+    if callable(weights):
+        found = by_function(run, weights)
+    else:
+        found = run(weights=flat(weights), weighting=weighting)
+    return loss_output(found, target, WEIGHTED_STATS)
+
+
+def linear_distill_loss(
+    hidden: Tensor,  # (N, D) or (B, T, D)
+    weight: Tensor,  # (V, D)
+    teacher: Teacher | TopKTeacher,
+    target: Tensor,  # (N,) or (B, T)
+    behavior_logprobs: Tensor | None = None,  # (N,) or (B, T)
+    *,
+    divergence: str = "forward",
+    js_beta: float = 0.5,
+    distill_temperature: float = 1.0,
+    nll_coef: float = 0.0,
+    bias: Tensor | None = None,  # (V,)
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    level: str = DEFAULTS.level,
+    block_size: int = DEFAULTS.block_size,
+    gamma: float = DEFAULTS.gamma,
+    log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
+    log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    sequence_scale: Tensor | None = None,  # (S,)
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """Distillation of an LM head with PEAR's weights, heads included, without ever holding the (N, V) logits of either.
+
+        L = sum_t stop_gradient(G_t) * (D_t + nll_coef * -log pi(y_t | x, y_<t)) / divisor
+
+    with D_t a divergence of the student's distribution p from the teacher's q:
+
+    | divergence | D |
+    | --- | --- |
+    | "forward" | KL(q, p) = sum q log(q / p) |
+    | "reverse" | KL(p, q) = sum p log(p / q) |
+    | "js" | js_beta KL(q, m) + (1 - js_beta) KL(p, m), m = js_beta q + (1 - js_beta) p (GKD, arXiv 2306.13649) |
+
+    Three matrix products with a trained head, two with a frozen one, one without gradients, and for a teacher in memory
+    one of its own in each case, the least there can be. (At sequence level: as `linear_pear_loss`.) Of both models a
+    chunk of logits is held at a time.
+
+    Args:
+        hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
+            ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
+        teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
+            do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
+            its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
+            compares K + 1 outcomes, the last one being any other token. No gradient goes to a teacher.
+        behavior_logprobs: as in `linear_pear_loss`; None: every G is 1.
+        divergence: a row of the table.
+        js_beta: the teacher's share of m, between 0 and 1.
+        distill_temperature: divides the logits of both in D alone, on top of what either head does to its own. (There
+            is no factor of its square.)
+        nll_coef: how much of the NLL is added.
+        level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
+
+    Returns:
+        LossOutput. `weights` are G. `stats` begin with "divergence", the mean of D; the others are `objectives.STATS`
+        with behavior_logprobs, else `weightings.WEIGHTED_STATS`.
+
+    Raises:
+        ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
+    """
+    checks.check_divergence_options(DivergenceOptions(divergence, js_beta, distill_temperature), DIVERGENCES, nll_coef)
+    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+    checks.check_reduction(reduction, denominator)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    columns = {"behavior_logprobs": behavior_logprobs}
+    checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
+    in_memory, offline = (None, None, None), (None, None)
+    if isinstance(teacher, TopKTeacher):
+        checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
+        offline = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher)
+        teacher = Teacher(*in_memory)
+    elif isinstance(teacher, Teacher):
+        checks.check_teacher(hidden, weight, target, teacher)
+        states, *parameters = teacher[:3]
+        detached = [None if part is None else part.detach() for part in parameters]
+        in_memory = states.detach().reshape(-1, states.shape[-1]), *detached
+    else:
+        raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
+    found = ops.linear_distill_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        flat(behavior_logprobs),
+        *in_memory,
+        *offline,
+        checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
+        flat(sequence_scale),
+        as_tensor(denominator, hidden.device),
+        teacher.temperature,
+        teacher.softcap,
+        divergence,
+        js_beta,
+        distill_temperature,
+        nll_coef,
+        level,
+        block_size,
+        gamma,
+        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        reduction,
+        temperature,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        backend,
+        compute_dtype,
+        wanted_gradients(hidden, weight, bias),
+    )
+    names = WEIGHTED_STATS if behavior_logprobs is None else STATS
+    return loss_output(found, target, ("divergence", *names))
 
 
 def linear_policy_loss(
@@ -177,9 +423,9 @@ def linear_policy_loss(
     1992.
 
     Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients; one more with an entropy bonus. ("gspo" and "gspo_token": of sequences longer than
-    a chunk, those after the first cost up to a fourth product if the workspace has no room for a second (V, D) buffer;
-    with beta, or for "gspo_token" with numbers that differ within a sequence, so does the first.)
+    gradient, one without gradients. ("gspo" and "gspo_token": of sequences longer than a chunk, those after the first
+    cost up to a fourth product if the workspace has no room for a second (V, D) buffer; with beta or an entropy bonus,
+    or for "gspo_token" with numbers that differ within a sequence, so does the first.)
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, temperature, softcap, ignore_index,
@@ -197,7 +443,7 @@ def linear_policy_loss(
         sampler_logprobs: like target, under the engine that drew the tokens, where it is not pi_old to the last digit.
         sampler_clip: cap of w = pi_old / pi_sampler, which has no gradient; None: no cap.
         sampler_level: "token", or "sequence": w is the product over the sequence.
-        entropy_coef: factor of the entropy H_t, whose gradient costs one more product.
+        entropy_coef: factor of the entropy H_t.
         max_length: the length of "constant_length"; None: that of the longest sequence here (of (B, T) rows: T).
             Dr. GRPO wants one that is the same in every call.
         unbiased_kl: multiply the KL term by the token's r = pi / pi_old, gradient included, which makes its gradient
@@ -226,7 +472,7 @@ def linear_policy_loss(
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
     checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)
-    loss, logprobs, weights, stats, *_ = ops.linear_policy_loss(
+    found = ops.linear_policy_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -249,8 +495,7 @@ def linear_policy_loss(
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )
-    stats = dict(zip(POLICY_STATS, stats.unbind(), strict=True))
-    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
+    return loss_output(found, target, POLICY_STATS)
 
 
 def linear_logprobs(
@@ -296,6 +541,84 @@ def linear_logprobs(
     if return_entropy:
         return logprobs.view(target.shape), entropy.view(target.shape)
     return logprobs.view(target.shape)
+
+
+def linear_topk_logprobs(
+    hidden: Tensor,  # (N, D) or (B, T, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) or (B, T)
+    k: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> TopKTeacher:
+    """The k most likely tokens of an LM head and their log-probs, without ever holding the (N, V) logits.
+
+    One matrix product, no gradient: what an offline teacher writes for `linear_distill_loss`. `target` only says which
+    tokens count; the other arguments are as in `linear_pear_loss`.
+
+    Returns:
+        TopKTeacher: `ids` (N, k) or (B, T, k) int64 and `logprobs` of that shape, float32 (float64 for float64 inputs),
+        largest first. At ignored tokens they are 0..k-1 and 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what to do.
+    """
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    checks.check_k("k", k, weight.shape[0])
+    ids, logprobs = ops.linear_topk_logprobs(
+        hidden.detach().reshape(-1, hidden.shape[-1]),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        target.reshape(-1),
+        k,
+        temperature,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        backend,
+        compute_dtype,
+    )
+    return TopKTeacher(ids.view(*target.shape, k), logprobs.view(*target.shape, k))
+
+
+def run_weighted(hidden, weight, bias, target, *, weights=None, weighting=None, function=None, **options):
+    """The op, with its many arguments by name."""
+    return ops.linear_weighted_loss(hidden, weight, bias, target, weights, weighting, function, **options)
+
+
+@torch.compiler.disable
+def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """`run` with weights by a function of the caller's, which the op finds by its number while it runs."""
+    takes_index = len(inspect.signature(function).parameters) > 1
+
+    def weights(tokens: Tokens) -> Tensor:
+        with torch.no_grad():
+            found = function(tokens.logprobs, tokens.index) if takes_index else function(tokens.logprobs)
+        if not isinstance(found, Tensor) or found.shape != tokens.logprobs.shape:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"weights must return a tensor of the log-probs' shape {tuple(tokens.logprobs.shape)}, got {got}"
+            )
+        return found.double()
+
+    key = next(ops.function_keys)
+    ops.functions[key] = weights
+    try:
+        return run(function=key)
+    finally:
+        del ops.functions[key]
+
+
+def loss_output(found: tuple[Tensor, ...], target: Tensor, names: tuple[str, ...]) -> LossOutput:
+    """What an op returned, in target's shape, and its statistics by their names."""
+    loss, logprobs, weights, stats, *_ = found
+    stats = dict(zip(names, stats.unbind(), strict=True))
+    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
 
 
 def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend) -> torch.dtype:

@@ -4,8 +4,18 @@ from torch import Tensor, nn
 
 from pear_kernels import checks
 from pear_kernels.backend import check_backend
-from pear_kernels.losses import LossOutput, linear_pear_loss, linear_policy_loss
+from pear_kernels.distill import Teacher, TopKTeacher
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.losses import (
+    LossOutput,
+    linear_distill_loss,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_weighted_loss,
+)
+from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA
 from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, PolicyOptions
+from pear_kernels.weightings import WEIGHTING_DEFAULTS, WEIGHTINGS, WeightingOptions
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 
@@ -32,6 +42,8 @@ class LinearPEARLoss(_LinearLoss):
         gamma: float = DEFAULTS.gamma,
         log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
         log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+        negative_lambda: float = NEGATIVE_LAMBDA,
+        logprob_floor: float = LOGPROB_FLOOR,
         reduction: str = "mean",
         temperature: float = 1.0,
         softcap: float | None = None,
@@ -41,13 +53,15 @@ class LinearPEARLoss(_LinearLoss):
     ):
         super().__init__()
         checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+        checks.check_negative_options(negative_lambda, logprob_floor)
         checks.check_reduction(reduction, None)
         checks.check_head_options(temperature, softcap, workspace_bytes)
         check_backend(backend)
         self.options = dict(
             level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
-            log_weight_clip=log_weight_clip, reduction=reduction, temperature=temperature, softcap=softcap,
-            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
+            log_weight_clip=log_weight_clip, negative_lambda=negative_lambda, logprob_floor=logprob_floor,
+            reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
 
     def forward(
@@ -59,11 +73,123 @@ class LinearPEARLoss(_LinearLoss):
         *,
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
+        sequence_label: Tensor | None = None,  # (S,)
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
     ) -> LossOutput:
         return linear_pear_loss(
             hidden, weight, target, behavior_logprobs, bias=bias, cu_seqlens=cu_seqlens,
+            sequence_label=sequence_label, sequence_scale=sequence_scale, denominator=denominator, **self.options,
+        )  # fmt: skip
+
+
+class LinearWeightedLoss(_LinearLoss):
+    """`linear_weighted_loss` by a named weighting, or with weights given to each call; see there for what each means.
+
+    It holds no parameter: the LM head's `weight` is an argument of `forward`, so it may be tied, sharded or frozen.
+    """
+
+    def __init__(
+        self,
+        weighting: str | None = None,
+        *,
+        iw_tau: float = WEIGHTING_DEFAULTS.iw_tau,
+        iw_max: float = WEIGHTING_DEFAULTS.iw_max,
+        psft_clip: float = WEIGHTING_DEFAULTS.psft_clip,
+        asft_kl: float = WEIGHTING_DEFAULTS.asft_kl,
+        idft_clip: tuple[float, float] = WEIGHTING_DEFAULTS.idft_clip,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        workspace_bytes: int | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        options = WeightingOptions(iw_tau, iw_max, psft_clip, asft_kl, idft_clip)
+        checks.check_weighting(None, weighting or "none", WEIGHTINGS)
+        checks.check_weighting_options(options)
+        checks.check_reduction(reduction, None)
+        checks.check_head_options(temperature, softcap, workspace_bytes)
+        check_backend(backend)
+        self.options = {"weighting": weighting} | options._asdict() | dict(
+            reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden: Tensor,  # (N, D) or (B, T, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (N,) or (B, T)
+        weights=None,  # (N,) or (B, T), or a function; where no weighting is named
+        *,
+        bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S+1,)
+        ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
+        sequence_scale: Tensor | None = None,  # (S,)
+        denominator: float | Tensor | None = None,
+    ) -> LossOutput:
+        return linear_weighted_loss(
+            hidden, weight, target, weights, bias=bias, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
+            sequence_scale=sequence_scale, denominator=denominator, **self.options,
+        )  # fmt: skip
+
+
+class LinearDistillLoss(_LinearLoss):
+    """`linear_distill_loss` with its options set once; see there for what each means.
+
+    It holds no parameter: the LM head's `weight` is an argument of `forward`, so it may be tied, sharded or frozen.
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward",
+        js_beta: float = 0.5,
+        distill_temperature: float = 1.0,
+        nll_coef: float = 0.0,
+        level: str = DEFAULTS.level,
+        block_size: int = DEFAULTS.block_size,
+        gamma: float = DEFAULTS.gamma,
+        log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
+        log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        workspace_bytes: int | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        options = DivergenceOptions(divergence, js_beta, distill_temperature)
+        checks.check_divergence_options(options, DIVERGENCES, nll_coef)
+        checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+        checks.check_reduction(reduction, None)
+        checks.check_head_options(temperature, softcap, workspace_bytes)
+        check_backend(backend)
+        self.options = dict(
+            divergence=divergence, js_beta=js_beta, distill_temperature=distill_temperature, nll_coef=nll_coef,
+            level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
+            log_weight_clip=log_weight_clip, reduction=reduction, temperature=temperature, softcap=softcap,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden: Tensor,  # (N, D) or (B, T, D)
+        weight: Tensor,  # (V, D)
+        teacher: Teacher | TopKTeacher,
+        target: Tensor,  # (N,) or (B, T)
+        behavior_logprobs: Tensor | None = None,  # (N,) or (B, T)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S+1,)
+        sequence_scale: Tensor | None = None,  # (S,)
+        denominator: float | Tensor | None = None,
+    ) -> LossOutput:
+        return linear_distill_loss(
+            hidden, weight, teacher, target, behavior_logprobs, bias=bias, cu_seqlens=cu_seqlens,
             sequence_scale=sequence_scale, denominator=denominator, **self.options,
         )  # fmt: skip
 

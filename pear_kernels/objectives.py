@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pear_kernels.engine import Coefficients, Objective
 from pear_kernels.packing import Pack
 from pear_kernels.weights import PEAROptions, PEARWeights
 
@@ -21,10 +22,8 @@ STATS = (
 )
 
 
-class PEARObjective:
+class PEARObjective(Objective):
     """L = sum_t G_t * scale_s * -log pi(y_t) / divisor, with G detached (arXiv 2602.01058)."""
-
-    separable = True
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class PEARObjective:
         self.token_scale = token_scale(pack, reduction, denominator, sequence_scale)  # (n,)
         self.walk = weights(behavior_logprobs, pack, options)
 
-    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.walk.observe(begin, end, logprobs)
 
     def coefficients(self, begin: int, end: int) -> Tensor:
@@ -57,41 +56,36 @@ class PEARObjective:
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         """(9,) over the tokens that count: what `statistics` takes, and the loss."""
-        log_ratio = logprobs - self.behavior_logprobs
         log_g = self.walk.log_weights(0, self.pack.tokens)
-        low, high = self.options.log_ratio_clip
-        floor, ceiling = self.options.log_weight_clip
-        values = (
-            -logprobs,
-            log_ratio,
-            log_ratio < low,
-            log_ratio > high,
-            weights,
-            log_g <= floor,
-            log_g >= ceiling,
-            weights.square(),
-            weights * self.token_scale * -logprobs,
-        )
+        values = pear_sums(logprobs - self.behavior_logprobs, -logprobs, log_g, weights, self.options)
+        values += (weights * self.token_scale * -logprobs,)
         return torch.stack([self.pack.zero_ghosts(value.double()).sum() for value in values])
 
 
-class FixedCoefficients:
+class FixedCoefficients(Objective):
     """Coefficients known beforehand: the backward pass of log-probs that went into a caller's own loss; or none."""
 
-    coupled, separable = False, True
-
-    def __init__(self, coefficients: Tensor | None = None):  # (n,); None: nobody will ask
+    def __init__(self, *coefficients: Tensor | None):  # (n,) each: one, or the fields of `engine.Coefficients`
         self.known = coefficients
 
-    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         """Nothing depends on them."""
 
-    def coefficients(self, begin: int, end: int) -> Tensor:
-        return self.known[begin:end]
+    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients:
+        parts = [None if part is None else part[begin:end] for part in self.known]
+        return parts[0] if len(parts) == 1 else Coefficients(*parts)
+
+
+def pear_sums(log_ratio: Tensor, nll: Tensor, log_g: Tensor, weights: Tensor, options: PEAROptions) -> tuple:
+    """What `statistics` takes the sums of, (n,) each."""
+    low, high = options.log_ratio_clip
+    floor, ceiling = options.log_weight_clip
+    counts = log_ratio < low, log_ratio > high
+    return nll, log_ratio, *counts, weights, log_g <= floor, log_g >= ceiling, weights.square()
 
 
 def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:
-    """`STATS` (9,) from the sums (9,) of `PEARObjective.sums`."""
+    """`STATS` (9,) from the sums over tokens of what `pear_sums` gives."""
     tokens = at_least_one(counted)
     means, weight_sum, weight_squares = sums[:7] / tokens, sums[4], sums[7]
     effective = weight_sum.square() / (tokens * weight_squares).clamp(min=torch.finfo(torch.float64).tiny)

@@ -3,16 +3,24 @@
 A loss makes its gradients in the forward pass, so its backward pass only multiplies them by the upstream scalar.
 """
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.backend import head_class, objective_class, weights_class
-from pear_kernels.engine import Walk, Wanted
+from pear_kernels.backend import dense_head_class, head_class, objective_class, weights_class
+from pear_kernels.distill import DistillObjective, LoadedTeacher, OfflineTeacher
+from pear_kernels.divergence import DivergenceOptions
+from pear_kernels.engine import DenseWalk, Objective, Walk
 from pear_kernels.memory import explain_out_of_memory
-from pear_kernels.objectives import STATS, FixedCoefficients
-from pear_kernels.packing import pack_tokens, unpack
-from pear_kernels.policy import POLICY_STATS, PolicyObjective, PolicyOptions, policy_scale
+from pear_kernels.negatives import WRONG_STATS, LabelledObjective
+from pear_kernels.objectives import STATS, FixedCoefficients, token_scale
+from pear_kernels.packing import Pack, pack_tokens, unpack
+from pear_kernels.policy import POLICY_STATS, EntropyBonus, PolicyObjective, PolicyOptions, policy_scale
+from pear_kernels.schedule import Wanted
+from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, Tokens, WeightedObjective, WeightingOptions, by
 from pear_kernels.weights import PEAROptions
 
 
@@ -46,6 +54,36 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ---- what losses share: their gradients are made in the forward pass
+
+
+def checked_pack(
+    target: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    vocabulary: int,
+    ignore_index: int,
+    logprobs: dict[str, Tensor | None],  # (N,) each
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+) -> Pack:
+    """The tokens that count, once the values of what every loss takes are checked."""
+    valid = target != ignore_index
+    checks.check_cu_seqlens(cu_seqlens, target.numel())
+    checks.check_target(target, valid, vocabulary, ignore_index)
+    for name, column in logprobs.items():
+        if column is not None:
+            checks.check_logprobs(name, column, valid)
+    if sequence_scale is not None:
+        checks.check_sequence_scale(sequence_scale)
+    if denominator is not None:
+        checks.check_denominator(denominator)
+    return pack_tokens(valid, cu_seqlens)
+
+
+def loss_results(walk: Walk, loss: Tensor, weights: Tensor, stats: Tensor, size: int) -> tuple[Tensor, ...]:
+    """What a loss's op returns, after `walk`: the numbers in the result's dtype, tokens in the caller's order."""
+    pack, grads = walk.pack, walk.grads
+    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
+    return *(result.to(walk.head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
 
 
 def loss_outputs(
@@ -97,10 +135,13 @@ def linear_pear_loss(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
+    sequence_label: Tensor | None,  # (S,)
     behavior_logprobs: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S+1,)
     sequence_scale: Tensor | None,  # (S,)
     denominator: Tensor | None,  # ()
+    negative_lambda: float,
+    logprob_floor: float,
     level: str,
     block_size: int,
     gamma: float,
@@ -114,38 +155,182 @@ def linear_pear_loss(
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprobs (N,), weights (N,), stats (9,), dX, dW, db); the last three are empty where not wanted."""
-    size = target.numel()
-    valid = target != ignore_index
-    checks.check_cu_seqlens(cu_seqlens, size)
-    checks.check_target(target, valid, weight.shape[0], ignore_index)
-    checks.check_logprobs("behavior_logprobs", behavior_logprobs, valid)
-    if sequence_scale is not None:
-        checks.check_sequence_scale(sequence_scale)
-    if denominator is not None:
-        checks.check_denominator(denominator)
+    """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted.
 
-    pack = pack_tokens(valid, cu_seqlens)
+    9 statistics, or 13 with labels.
+    """
+    columns = {"behavior_logprobs": behavior_logprobs}
+    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
     head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
     options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
-    objective = objective_class(backend, hidden.device, compute_dtype)(
-        pack.take(behavior_logprobs), pack, options, reduction, denominator, sequence_scale
-    )
+    behavior = pack.take(behavior_logprobs)
+    if sequence_label is None:
+        of_backend = objective_class(backend, hidden.device, compute_dtype)
+        objective = of_backend(behavior, pack, options, reduction, denominator, sequence_scale)
+    else:
+        objective = LabelledObjective(
+            behavior, pack, options, token_scale(pack, reduction, denominator, sequence_scale), sequence_label,
+            negative_lambda, logprob_floor, weights_class(backend, hidden.device, compute_dtype),
+        )  # fmt: skip
     with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
         walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
         walk.run(objective)
-    loss, weights, stats = objective.finish(walk.logprobs)
-    grads = walk.grads
-    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
-    return *(result.to(head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
+    return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
 
 
 @linear_pear_loss.register_fake
-def _(hidden, weight, bias, target, *options):
-    return loss_outputs(hidden, weight, target, len(STATS), *options[-2:])
+def _(hidden, weight, bias, target, sequence_label, *options):
+    stats = len(STATS) + (0 if sequence_label is None else len(WRONG_STATS))
+    return loss_outputs(hidden, weight, target, stats, *options[-2:])
 
 
 linear_pear_loss.register_autograd(loss_backward("linear_pear_loss"), setup_context=save_loss_gradients)
+
+
+# ---- linear_weighted_loss
+
+# functions of log-probs, which no op can take, by the number that stands for each while its call runs
+functions: dict[int, Callable[[Tokens], Tensor]] = {}
+function_keys = itertools.count()
+
+
+@torch.library.custom_op("pear_kernels::linear_weighted_loss", mutates_args=())
+def linear_weighted_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,)
+    weighting: str | None,
+    function: int | None,  # a key of `functions`
+    ref_logprobs: Tensor | None,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+    iw_tau: float,
+    iw_max: float,
+    psft_clip: float,
+    asft_kl: float,
+    idft_clip: list[float],
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    backend: str | None,
+    compute_dtype: torch.dtype,
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats (7,), dX, dW, db); the last three are empty where not wanted."""
+    columns = {"ref_logprobs": ref_logprobs}
+    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    if weights is not None:
+        valid = target != ignore_index
+        checks.check_weights(weights, valid)
+        known = weights.double().where(valid, 0.0)
+        chosen = by(lambda tokens: known[tokens.index])
+    elif function is not None:
+        chosen = by(functions[function])
+    else:
+        chosen = WEIGHTINGS[weighting]
+    objective = WeightedObjective(
+        pack,
+        chosen,
+        token_scale(pack, reduction, denominator, sequence_scale),
+        None if ref_logprobs is None else pack.take(ref_logprobs),
+        WeightingOptions(iw_tau, iw_max, psft_clip, asft_kl, tuple(idft_clip)),
+        weights_class(backend, hidden.device, compute_dtype),
+    )
+    with explain_out_of_memory("linear_weighted_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=chosen.needs_entropy)
+        walk.run(objective)
+    return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
+
+
+@linear_weighted_loss.register_fake
+def _(hidden, weight, bias, target, *options):
+    return loss_outputs(hidden, weight, target, len(WEIGHTED_STATS), *options[-2:])
+
+
+linear_weighted_loss.register_autograd(loss_backward("linear_weighted_loss"), setup_context=save_loss_gradients)
+
+
+# ---- linear_distill_loss
+
+
+@torch.library.custom_op("pear_kernels::linear_distill_loss", mutates_args=())
+def linear_distill_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    behavior_logprobs: Tensor | None,  # (N,)
+    teacher_hidden: Tensor | None,  # (N, D'), of a teacher in memory
+    teacher_weight: Tensor | None,  # (V, D')
+    teacher_bias: Tensor | None,  # (V,)
+    teacher_ids: Tensor | None,  # (N, K), of an offline one
+    teacher_logprobs: Tensor | None,  # (N, K)
+    cu_seqlens: Tensor,  # (S+1,)
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+    teacher_temperature: float,
+    teacher_softcap: float | None,
+    divergence: str,
+    js_beta: float,
+    distill_temperature: float,
+    nll_coef: float,
+    level: str,
+    block_size: int,
+    gamma: float,
+    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    backend: str | None,
+    compute_dtype: torch.dtype,
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted.
+
+    The statistics are the mean divergence and those of the weights: 10, or 8 without behaviour log-probs.
+    """
+    columns = {"behavior_logprobs": behavior_logprobs}
+    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    dense_head = dense_head_class(backend, hidden.device, compute_dtype)
+    head = dense_head(weight, bias, temperature, softcap, compute_dtype)
+    options = DivergenceOptions(divergence, js_beta, distill_temperature)
+    if teacher_hidden is not None:
+        dtype = torch.float32 if teacher_hidden.dtype == torch.float64 else teacher_hidden.dtype
+        dtype = torch.float64 if head.dtype == torch.float64 else dtype  # as exact as the student, and no more
+        of_teacher = dense_head(teacher_weight, teacher_bias, teacher_temperature, teacher_softcap, dtype)
+        teacher = LoadedTeacher(teacher_hidden, of_teacher, pack, options)
+    else:
+        checks.check_top_k(teacher_ids, teacher_logprobs, target != ignore_index, weight.shape[0])
+        teacher = OfflineTeacher(teacher_ids, teacher_logprobs, pack, options)
+    if behavior_logprobs is None:
+        scale = token_scale(pack, reduction, denominator, sequence_scale)
+        of_weights: Objective = WeightedObjective(pack, WEIGHTINGS["none"], scale)
+    else:
+        pear = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
+        of_backend = objective_class(backend, hidden.device, compute_dtype)
+        of_weights = of_backend(pack.take(behavior_logprobs), pack, pear, reduction, denominator, sequence_scale)
+    objective = DistillObjective(of_weights, nll_coef)
+    with explain_out_of_memory("linear_distill_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)
+        walk.run(objective)
+    return loss_results(walk, *objective.finish(walk.logprobs, walk.divergence), target.numel())
+
+
+@linear_distill_loss.register_fake
+def _(hidden, weight, bias, target, behavior_logprobs, *options):
+    stats = 1 + len(WEIGHTED_STATS if behavior_logprobs is None else STATS)
+    return loss_outputs(hidden, weight, target, stats, *options[-2:])
+
+
+linear_distill_loss.register_autograd(loss_backward("linear_distill_loss"), setup_context=save_loss_gradients)
 
 
 # ---- linear_policy_loss
@@ -186,22 +371,12 @@ def linear_policy_loss(
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats (11,), dX, dW, db); the last three are empty where not wanted."""
-    size = target.numel()
-    valid = target != ignore_index
-    checks.check_cu_seqlens(cu_seqlens, size)
-    checks.check_target(target, valid, weight.shape[0], ignore_index)
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-    for name, column in columns.items():
-        if column is not None:
-            checks.check_logprobs(name, column, valid)
-    checks.check_advantages(advantages, None if by_sequence else valid)
-    if sequence_scale is not None:
-        checks.check_sequence_scale(sequence_scale)
-    if denominator is not None:
-        checks.check_denominator(denominator)
-
-    pack = pack_tokens(valid, cu_seqlens)
-    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    checks.check_advantages(advantages, None if by_sequence else target != ignore_index)
+    bonus = entropy_coef != 0 and any(wanted)
+    of_backend = (dense_head_class if bonus else head_class)(backend, hidden.device, compute_dtype)
+    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
     options = PolicyOptions(
         objective, beta, clip_low, clip_high, dual_clip, tuple(sapo_temperatures), sampler_clip, sampler_level,
         entropy_coef, max_length, unbiased_kl,
@@ -216,16 +391,10 @@ def linear_policy_loss(
         weights=weights_class(backend, hidden.device, compute_dtype),
     )
     with explain_out_of_memory("linear_policy_loss", hidden, head, Wanted(*wanted), workspace_bytes):
-        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=True)
-        if entropy_coef == 0 or not any(wanted):
-            walk.run(policy)
-        else:  # the entropy's gradient needs log p and H before it can be written: the logits are made twice
-            walk.score_all(policy)
-            walk.run_dense(policy.coefficients(0, pack.tokens), policy.of_entropy())
-    loss, weights, stats = policy.finish(walk.entropy)
-    grads = walk.grads
-    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
-    return *(result.to(head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
+        kind = DenseWalk if bonus else Walk
+        walk = kind(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=True)
+        walk.run(EntropyBonus(policy) if bonus else policy)
+    return loss_results(walk, *policy.finish(walk.entropy), target.numel())
 
 
 @linear_policy_loss.register_fake
@@ -294,16 +463,15 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
     pack = pack_tokens(target != ignore_index, one_sequence(target))
-    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(grad_entropy)
-    of_nll = -pack.take(grad_logprobs.to(head.dtype))
+    dense = grad_entropy is not None
+    of_backend = (dense_head_class if dense else head_class)(backend, hidden.device, compute_dtype)
+    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
+    known = [None if grad is None else pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
+    of_nll = None if known[0] is None else -known[0]
     with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, Wanted(*wanted), workspace_bytes):
-        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
-        if grad_entropy is None:
-            walk.run(FixedCoefficients(of_nll))
-        else:
-            walk.run_dense(of_nll, pack.take(grad_entropy.to(head.dtype)))
+        kind = DenseWalk if dense else Walk
+        walk = kind(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=dense)
+        walk.run(FixedCoefficients(of_nll, known[1]) if dense else FixedCoefficients(of_nll))
         grads = walk.grads
         return (
             grads.hidden.to(hidden.dtype),
@@ -343,6 +511,51 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
 
 
 linear_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs_inputs)
+
+
+# ---- linear_topk_logprobs
+
+
+@torch.library.custom_op("pear_kernels::linear_topk_logprobs", mutates_args=())
+def linear_topk_logprobs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    k: int,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    backend: str | None,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(ids (N, k), logprobs (N, k)); at ignored tokens 0..k-1 and 0."""
+    checks.check_target(target, target != ignore_index, weight.shape[0], ignore_index)
+    pack = pack_tokens(target != ignore_index, one_sequence(target))
+    head = dense_head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    nothing, size = Wanted(False, False, False), target.numel()
+    ids = torch.arange(k, device=target.device).repeat(size, 1)
+    logprobs = torch.zeros(size, k, dtype=head.dtype, device=target.device)
+    with explain_out_of_memory("linear_topk_logprobs", hidden, head, nothing, workspace_bytes):
+        walk = DenseWalk(hidden, head, target, pack, nothing, workspace_bytes)
+        for _, chunks in walk.start().steps:
+            for begin, end in chunks:
+                top, where = head.log_softmax(walk.rows(begin, end), 1.0).topk(k, dim=1)
+                index = pack.index[begin:end]
+                if pack.counts is None:
+                    ids[index], logprobs[index] = where, top
+                else:
+                    counts = pack.counts[begin:end, None]
+                    ids[index] = torch.where(counts, where, ids[index])
+                    logprobs[index] = torch.where(counts, top, 0.0)
+    return ids, logprobs
+
+
+@linear_topk_logprobs.register_fake
+def _(hidden, weight, bias, target, k, *options):
+    shape = *target.shape, k
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=result_dtype(options[-1]))
 
 
 def one_sequence(target: Tensor) -> Tensor:

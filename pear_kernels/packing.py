@@ -5,6 +5,7 @@ after sequence, without prompt, padding or anything else that is ignored. That i
 neighbours in a pack cannot change a result, and why ignored tokens never reach a matrix product.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,23 +103,29 @@ def cut(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
     return [(left, min(left + size, end)) for left in range(begin, end, size)]
 
 
-def cut_at_sequences(lengths: list[int], rows: int) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+def cut_at_sequences(
+    lengths: Sequence[int], rows: int, waits: Sequence[bool] | None = None
+) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
     """For weights that need their whole sequence: chunks of whole sequences, and the sequences longer than a chunk.
 
     Returns `(whole, long)`: `whole` are chunks [begin, end) that end where sequences end; each entry of `long` is the
-    list of chunks of one sequence of more than `rows` tokens.
+    list of chunks of one sequence of more than `rows` tokens. A long one that does not wait for all its tokens (by
+    `waits`, a flag a sequence) has its chunks in `whole`.
     """
     whole: list[tuple[int, int]] = []
     long: list[list[tuple[int, int]]] = []
     begin = end = 0  # the open chunk
-    for length in lengths:
+    for i, length in enumerate(lengths):
         if end + length - begin > rows:
             if end > begin:
                 whole.append((begin, end))
             begin = end
         end += length
         if length > rows:
-            long.append(cut(begin, end, rows))
+            if waits is None or waits[i]:
+                long.append(cut(begin, end, rows))
+            else:
+                whole += cut(begin, end, rows)
             begin = end
     if end > begin:
         whole.append((begin, end))

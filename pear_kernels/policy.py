@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pear_kernels.engine import Coefficients, Objective
 from pear_kernels.objectives import at_least_one, token_scale
 from pear_kernels.packing import Pack
-from pear_kernels.weights import PEAROptions, PEARWeights
+from pear_kernels.weights import UNCLIPPED, PEARWeights
 
 POLICY_STATS = (
     "nll",  # mean of -log pi
@@ -91,23 +92,23 @@ def reinforce(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: 
 Formula = Callable[[Tensor, Tensor, Tensor, PolicyOptions], tuple[Tensor, Tensor]]
 
 
-class Objective(NamedTuple):
+class PolicyLoss(NamedTuple):
     formula: Formula
     reduction: str  # that of its paper
     of_sequences: bool = False  # the ratio is exp of the mean log-ratio of a sequence
 
 
 OBJECTIVES = {
-    "ppo": Objective(clipped, "sequence_mean"),  # arXiv 1707.06347; the mean is that of GRPO
-    "grpo": Objective(clipped, "sequence_mean"),  # arXiv 2402.03300
-    "dapo": Objective(clipped, "mean"),  # arXiv 2503.14476, its clip_high is 0.28
-    "bnpo": Objective(clipped, "mean"),  # TRL's name: the tokens of the local batch
-    "dr_grpo": Objective(clipped, "constant_length"),  # arXiv 2503.20783
-    "gspo": Objective(clipped, "sequence_mean", True),  # arXiv 2507.18071, its clips are 3e-4 and 4e-4
-    "gspo_token": Objective(clipped, "sequence_mean", True),  # ... section 4.3: s_t = stop_gradient(s) pi / sg(pi)
-    "cispo": Objective(cispo, "mean"),
-    "sapo": Objective(sapo, "mean"),
-    "reinforce": Objective(reinforce, "mean"),
+    "ppo": PolicyLoss(clipped, "sequence_mean"),  # arXiv 1707.06347; the mean is that of GRPO
+    "grpo": PolicyLoss(clipped, "sequence_mean"),  # arXiv 2402.03300
+    "dapo": PolicyLoss(clipped, "mean"),  # arXiv 2503.14476, its clip_high is 0.28
+    "bnpo": PolicyLoss(clipped, "mean"),  # TRL's name: the tokens of the local batch
+    "dr_grpo": PolicyLoss(clipped, "constant_length"),  # arXiv 2503.20783
+    "gspo": PolicyLoss(clipped, "sequence_mean", True),  # arXiv 2507.18071, its clips are 3e-4 and 4e-4
+    "gspo_token": PolicyLoss(clipped, "sequence_mean", True),  # ... section 4.3: s_t = stop_gradient(s) pi / sg(pi)
+    "cispo": PolicyLoss(cispo, "mean"),
+    "sapo": PolicyLoss(sapo, "mean"),
+    "reinforce": PolicyLoss(reinforce, "mean"),
 }
 
 
@@ -120,10 +121,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the whole loss
 
 MAX_LOG_RATIO = 700.0  # whose exp is still a number in float64, so that an advantage of 0 times it is 0
-_SUMS = PEAROptions(level="sequence", log_ratio_clip=(-torch.inf, torch.inf))  # of log-ratios over a whole sequence
 
 
-class PolicyObjective:
+class PolicyObjective(Objective):
     """L = sum_t (policy loss_t * w_t + beta KL_t - entropy_coef H_t) * scale_t, with w_t the sampler's correction."""
 
     def __init__(
@@ -165,7 +165,7 @@ class PolicyObjective:
             self.parts = [self.sums_of_sequences(part) / self.lengths for part in of_sign]
             alike = True
         self.separable = alike and options.beta == 0
-        self.walk = weights(self.old_logprobs, pack, _SUMS) if self.coupled else None
+        self.walk = weights(self.old_logprobs, pack, UNCLIPPED) if self.coupled else None
 
     @property
     def lengths(self) -> Tensor:
@@ -175,7 +175,7 @@ class PolicyObjective:
     def sums_of_sequences(self, values: Tensor) -> Tensor:
         """(n,) sum of `values` (n,) over each token's sequence, in an order that repeats on every backend."""
         n = self.pack.tokens
-        walk = self.weights(torch.zeros_like(values), self.pack, _SUMS)
+        walk = self.weights(torch.zeros_like(values), self.pack, UNCLIPPED)
         walk.observe(0, n, values)
         walk.weights(0, n)
         return walk.log_weights(0, n)
@@ -187,17 +187,13 @@ class PolicyObjective:
 
     # ---- what the engine asks
 
-    def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.logprobs[begin:end] = logprobs
         if self.coupled:
             self.walk.observe(begin, end, logprobs)
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.terms(begin, end)[1] * self.token_scale[begin:end]
-
-    def of_entropy(self) -> Tensor:
-        """(n,) dL/dH."""
-        return -self.options.entropy_coef * self.token_scale
 
     # ---- formulas, on any stretch of tokens
 
@@ -278,3 +274,21 @@ def policy_scale(
             denominator = (longest.amax() if len(longest) else longest.sum()).clamp(min=1) * max(len(lengths), 1)
         reduction = "sum"
     return token_scale(pack, reduction, denominator, sequence_scale)
+
+
+class EntropyBonus(Objective):
+    """A policy loss with the gradient of its entropy bonus, for a `DenseWalk`."""
+
+    separable = scalable = False  # the two coefficients of a token have no common factor
+
+    def __init__(self, policy: PolicyObjective):
+        self.policy = policy
+        self.coupled = policy.coupled
+
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
+        self.policy.observe(begin, end, logprobs)
+
+    def coefficients(self, begin: int, end: int) -> Coefficients:
+        policy = self.policy
+        of_entropy = -policy.options.entropy_coef * policy.token_scale[begin:end]
+        return Coefficients(policy.coefficients(begin, end), of_entropy)

@@ -69,7 +69,9 @@ def schedule(
     workspace_bytes: int,
     coupled: bool = False,
     separable: bool = True,
+    scalable: bool = True,
     lengths: Sequence[int] | None = None,
+    waits: Sequence[bool] | None = None,
     head_bytes: int = 0,
 ) -> Schedule:
     """Cuts `tokens` into chunks that fit the workspace, and says how each is visited.
@@ -80,8 +82,10 @@ def schedule(
         row_bytes: what one row of a chunk takes of the workspace.
         workspace_bytes: what there is.
         coupled: whether coefficients are known only after all tokens of their sequence.
-        separable: whether these are one number a sequence, so that dW may be made before it is known.
+        separable: whether what is then known is one number a sequence, so that dW may be made before.
+        scalable: whether it is at least one number a token, so that dX may.
         lengths: for a coupled loss, the tokens of each sequence; None where the host does not know them.
+        waits: which of the sequences those are; None: all. The others may be cut anywhere.
         head_bytes: what gradients of the head take, should a sequence need its own.
     """
     gradient = any(wanted)
@@ -91,11 +95,11 @@ def schedule(
     if lengths is None:
         chunks = cut(0, tokens, rows)[::-1]
         if len(chunks) > 1:  # dX may be scaled later; what is in dW may not, being a sum over sequences
-            return Schedule([Step("twice" if wanted.head else "deferred", chunks)], gradient)
+            return Schedule([Step("twice" if wanted.head or not scalable else "deferred", chunks)], gradient)
         return Schedule([Step("visit", [chunk]) for chunk in chunks], gradient)
-    whole, long = cut_at_sequences(lengths, rows)
+    whole, long = cut_at_sequences(lengths, rows, waits)
     if not wanted.head:
-        first = further = "deferred"
+        first = further = "deferred" if scalable else "twice"
     elif not separable:
         first = further = "twice"
     else:
@@ -103,6 +107,6 @@ def schedule(
         first, further = "deferred", "twice"
         if len(long) > 1 and 2 * head_bytes <= workspace_bytes:
             further = "own buffer"
-            whole, long = cut_at_sequences(lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes))
+            whole, long = cut_at_sequences(lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes), waits)
     steps = [Step(further if i else first, chunks[::-1]) for i, chunks in enumerate(long)]
     return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(whole)], gradient)

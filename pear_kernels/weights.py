@@ -32,6 +32,8 @@ class PEAROptions(NamedTuple):
 
 
 DEFAULTS = PEAROptions()
+# log-ratios summed over whole sequences, as they are: what the ratios of GSPO and iw-SFT are made of
+UNCLIPPED = PEAROptions(level="sequence", log_ratio_clip=(-torch.inf, torch.inf))
 
 
 def summed_from(begin: int, end: int, pack: Pack, options: PEAROptions) -> Tensor:

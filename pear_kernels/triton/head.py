@@ -53,17 +53,17 @@ class Head:
         exact = compute_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.precision = "tf32x3" if exact else "tf32"
 
-    def row_bytes(self, gradient: bool, dense: bool = False) -> int:
-        plain = dense or self.choice.product == "plain"
+    def row_bytes(self, gradient: bool) -> int:
+        plain = self.choice.product == "plain"
         tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
         itemsize = self.compute_dtype.itemsize
         return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
 
-    def reserve(self, rows: int, gradient: bool, dense: bool = False) -> None:
+    def reserve(self, rows: int, gradient: bool) -> None:
         device = self.weight.device
         self.workspace = None
         if gradient:
-            dtype = self.dtype if dense or self.choice.product == "plain" else self.compute_dtype
+            dtype = self.dtype if self.choice.product == "plain" else self.compute_dtype
             self.workspace = torch.empty(rows, self.padded, dtype=dtype, device=device)
             self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
             self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
@@ -151,27 +151,16 @@ class Head:
         )  # fmt: skip
         return exp
 
-    def entropy_gradient(
-        self, x: Tensor, target: Tensor, coefficient: Tensor, entropy_gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Always by the plain variant, as dL/dz needs log p and H before it can be written."""
-        logit, slope, _ = self._target_logits(x, target)
-        logits, dz = self._logits(x)
-        row_scale = torch.empty_like(logit)
-        launch(
-            rows.dense_rows, (len(x),),
-            logits, dz, logits.stride(0), dz.stride(0), self.bias, target, logit, slope,
-            coefficient.double().contiguous(), entropy_gradient.double().contiguous(), row_scale,
-            self.vocabulary, self.softcap, self.inverse_temperature, **self.activation, BLOCK_V=ROW_BLOCK,
-        )  # fmt: skip
-        return dz, row_scale
-
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x W^T in float32 (R, V), and the front part of the same rows in the compute dtype."""
-        rows = len(x)
-        logits = self.workspace[:rows, : self.vocabulary]
+        logits, narrow = self._views(len(x))
         multiply(logits, x, self.weight.t())
-        return logits, self.workspace[:rows].view(self.compute_dtype)[:, : self.vocabulary]
+        return logits, narrow
+
+    def _views(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The workspace as float32 logits (R, V), and the front part of its rows in the compute dtype."""
+        rows = self.workspace[:rows]
+        return rows[:, : self.vocabulary], rows.view(self.compute_dtype)[:, : self.vocabulary]
 
     def _blocks(self, matrix: Tensor | None, stride: int, rows: int, columns: int):
         """A row-major matrix as exp_product takes it. (A single row may have any stride of its own.)"""

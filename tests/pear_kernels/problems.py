@@ -1,13 +1,29 @@
 """Random problems for the tests of pear_kernels, and the naive float64 answer to each."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pear_kernels import linear_pear_loss, linear_policy_loss
+from pear_kernels import (
+    Teacher,
+    TopKTeacher,
+    linear_distill_loss,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_weighted_loss,
+)
 from pear_kernels.cpu import Head
-from pear_kernels.reference import naive_pear_loss, naive_policy_loss
+from pear_kernels.reference import (
+    naive_distill_loss,
+    naive_logits,
+    naive_pear_loss,
+    naive_policy_loss,
+    naive_weighted_loss,
+)
+
+UPSTREAM = 3.7  # a loss is one term of many, so its upstream gradient is not 1
 
 
 @dataclass
@@ -51,6 +67,30 @@ class PolicyProblem(Problem):
     """The same for policy losses: `behavior_logprobs` are the old policy's, or None, and advantages are an option."""
 
     loss, reference = staticmethod(linear_policy_loss), staticmethod(naive_policy_loss)
+
+
+class WeightedProblem(Problem):
+    """The same for weighted losses, whose `weights` or `weighting` are an option; they take no `behavior_logprobs`."""
+
+    @staticmethod
+    def loss(hidden, weight, target, behavior_logprobs, **options):
+        return linear_weighted_loss(hidden, weight, target, **options)
+
+    @staticmethod
+    def reference(hidden, weight, target, behavior_logprobs, **options):
+        return naive_weighted_loss(hidden, weight, target, **options)
+
+
+class DistillProblem(Problem):
+    """The same for distillation: the `teacher` is an option, and `behavior_logprobs` may be None."""
+
+    @staticmethod
+    def loss(hidden, weight, target, behavior_logprobs, *, teacher, **options):
+        return linear_distill_loss(hidden, weight, teacher, target, behavior_logprobs, **options)
+
+    @staticmethod
+    def reference(hidden, weight, target, behavior_logprobs, *, teacher, **options):
+        return naive_distill_loss(hidden, weight, teacher, target, behavior_logprobs, **options)
 
 
 def make_problem(
@@ -102,8 +142,69 @@ def make_policy_problem(
     )  # fmt: skip
 
 
+def make_weighted_problem(lengths=(7, 1, 0, 12, 5), *, weighting: str = "tensor", **options) -> WeightedProblem:
+    """`make_problem` with a named weighting, or with "tensor": weights of both signs; NaN wherever no token counts."""
+    problem = make_problem(lengths, **options)
+    rng = torch.Generator().manual_seed(options.get("seed", 0) + 2)
+    column = problem.behavior_logprobs.masked_fill(problem.target < 0, math.nan)
+    if weighting == "tensor":
+        columns = {"weights": column + torch.randn(len(column), generator=rng, dtype=column.dtype) + 3}
+    else:
+        columns = {"weighting": weighting, "ref_logprobs": column}
+    tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens
+    return WeightedProblem(*tensors, {**problem.options, **columns})
+
+
+def make_distill_problem(
+    lengths=(7, 1, 0, 12, 5),
+    *,
+    top_k: int | None = None,  # ids of each token that the teacher is known by; None: its own head
+    distill_temperature: float = 1.0,
+    weighted: bool = True,  # by PEAR's G
+    teacher_dim: int = 6,
+    teacher_dtype: torch.dtype | None = None,
+    teacher_bias: bool = False,
+    teacher_head: dict | None = None,  # its temperature and softcap
+    **options,
+) -> DistillProblem:
+    """`make_problem` with a teacher; at ignored tokens stands what would be an error or NaN elsewhere."""
+    problem = make_problem(lengths, **options, distill_temperature=distill_temperature)
+    rng = torch.Generator().manual_seed(options.get("seed", 0) + 3)
+    N, V, dtype = len(problem.target), len(problem.weight), teacher_dtype or problem.hidden.dtype
+    shapes = (N, teacher_dim), (V, teacher_dim), (V,)
+    hidden, weight, bias = (torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes)
+    head = {"bias": bias if teacher_bias else None, **(teacher_head or {})}
+    ignored = problem.target < 0
+    if top_k is None:
+        hidden[ignored] = math.nan
+        teacher = Teacher(hidden, weight, **head)
+    else:
+        logits = naive_logits(hidden.double(), weight.double(), **{**head, "bias": bias.double() * teacher_bias})
+        top = torch.log_softmax(logits / distill_temperature, -1).topk(top_k)
+        logprobs = top.values.to(torch.promote_types(dtype, torch.float32))
+        teacher = TopKTeacher(
+            top.indices.masked_fill(ignored[:, None], V + 5), logprobs.masked_fill(ignored[:, None], math.nan)
+        )
+    tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens
+    if not weighted:
+        tensors = *tensors[:3], None, tensors[4]
+    return DistillProblem(*tensors, {**problem.options, "teacher": teacher})
+
+
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves))
+
+
+def assert_matches_naive(problem: Problem, tolerance: float = 1e-12, **overrides) -> None:
+    """Loss, log-probs, weights and gradients. Tolerances are relative but where terms of both signs cancel."""
+    out, leaves = problem.ours(**overrides)
+    (loss, logprobs, weights), exact_leaves = problem.naive(**overrides)
+    assert abs(out.loss.item() - loss.item()) < tolerance * max(abs(loss.item()), 0.1)
+    torch.testing.assert_close(out.logprobs.double(), logprobs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.weights.double(), weights, rtol=20 * tolerance, atol=1e-3 * tolerance)
+    pairs = zip(gradients(UPSTREAM * out.loss, leaves), gradients(UPSTREAM * loss, exact_leaves), strict=True)
+    for ours, exact in pairs:
+        assert (ours - exact).norm() <= tolerance * exact.norm()
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -140,7 +241,7 @@ def count_products(monkeypatch) -> dict[str, int]:
 
         monkeypatch.setattr(Head, name, counted)
 
-    counting("_logits", "logits", 0)
+    counting("_product", "logits", 0)
     counting("write_grad_hidden_", "hidden", 2)
     counting("add_grad_weight_", "weight", 1)
     return rows

@@ -104,8 +104,8 @@ def test_torch_library_opcheck(problem):
     bounds = problem.cu_seqlens
     torch.library.opcheck(
         ops.linear_pear_loss,
-        (hidden, weight, bias, problem.target, problem.behavior_logprobs, bounds, None, None, "token", 4, 0.999,
-         [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
+        (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, bounds, None, None, 0.1, -5.0, "token",
+         4, 0.999, [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
@@ -129,8 +129,8 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
         clips = [-0.08, 0.3, -10.0, 5.0]
         for divisor in (None, denominator):
             loss, *_, dx, dw, db = ops.linear_pear_loss._init_fn(
-                hidden, weight, bias, target, torch.zeros(N), bounds, scale, divisor, level, 4, 0.999, clips, reduction,
-                *head_options, *how, [True, True, True],
+                hidden, weight, bias, target, None, torch.zeros(N), bounds, scale, divisor, 0.1, -5.0, level, 4, 0.999,
+                clips, reduction, *head_options, *how, [True, True, True],
             )  # fmt: skip
             assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
         both = ops.linear_logprobs._init_fn(hidden, weight, bias, target, *head_options, True, *how)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pear_kernels import linear_logprobs, linear_pear_loss, packing
 from pear_kernels.cpu import Head
-from pear_kernels.engine import Walk
+from pear_kernels.engine import DenseWalk, Walk
 from pear_kernels.objectives import FixedCoefficients, PEARObjective
 from pear_kernels.packing import pack_tokens, unpack
 from pear_kernels.schedule import Wanted
@@ -155,11 +155,13 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, mo
     # launches are recorded, not run: this looks at the host's side of them
     pytest.importorskip("triton")
     from pear_kernels.triton import launch
+    from pear_kernels.triton.dense import DenseHead
     from pear_kernels.triton.head import Head
     from pear_kernels.triton.weights import PEARObjective
 
     problem = make_problem((40, 3, 0, 60), D=16, V=64, level=level, bias=True, dtype=dtype)
-    options = problem.hidden, Head(problem.weight, problem.options["bias"], 0.7, 3.0, dtype), problem.target
+    head_options = problem.weight, problem.options["bias"], 0.7, 3.0, dtype
+    options, dense_options = ((problem.hidden, kind(*head_options), problem.target) for kind in (Head, DenseHead))
     with NoSync(), monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "tolist", refuse_tolist)
         patch.setattr(launch, "recorder", [])
@@ -170,7 +172,8 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, mo
             walk = Walk(*options, pack, wanted, rows * 600)
             walk.run(objective)
             objective.finish(walk.logprobs)
-            Walk(*options, pack, wanted, rows * 600).run_dense(ones, ones)
+            dense = DenseWalk(*dense_options, pack, wanted, rows * 600, entropy=True)
+            dense.run(FixedCoefficients(ones, ones))
         Walk(*options, pack, Wanted(False, False, False), rows * 600, entropy=True).score_all(FixedCoefficients())
         assert launch.recorder
 

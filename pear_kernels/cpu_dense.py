@@ -1,0 +1,176 @@
+"""The operations of a `DenseWalk` in plain PyTorch: an LM head whose logits stay until the gradient takes their place.
+
+Rows are anchored on their largest logit, which is left out of the sum with the target (Z = 1 + e_y + the rest), so that
+log p has its last digits whichever of the two has nearly all the mass. What is one number a row is float64.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels import cpu
+from pear_kernels.buckets import Buckets, make_buckets
+from pear_kernels.divergence import MIN_LOG, divergence, slope
+from pear_kernels.head import Scores, TeacherRows
+
+
+class _Rows(NamedTuple):
+    """Of a chunk whose logits are in the workspace, activated, less nothing."""
+
+    target: Tensor  # (R,)
+    top: Tensor  # (R,), the largest logit
+    log_z: Tensor  # (R,) float64, of the sum of exp(z - top)
+    logprobs: Tensor  # (R,) float64
+    entropy: Tensor | None  # (R,) float64
+    soft: tuple[Tensor, Tensor] | None  # log_z and log p of the target at the divergence's temperature, (R,) float64
+    teacher: TeacherRows | None
+    kl_of_p: Tensor | None  # (R,) float64
+    buckets: Buckets | None
+
+
+class DenseHead(cpu.Head):
+    """`cpu.Head` for gradients that are no row scale times E."""
+
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
+        logits, target_logit = self._product(x), self._target_logits(x, target)
+        known = teacher is not None and teacher.ids is not None
+        temperature = 1.0 if teacher is None else teacher.options.temperature
+        R = len(x)
+        top = torch.empty(R, dtype=self.dtype, device=x.device)
+        log_z, logprobs, log_z_soft, logprobs_soft, others, others_soft, H, found, kl_of_p = torch.empty(
+            9, R, dtype=torch.float64, device=x.device
+        )
+        ids_logits = torch.empty(R, teacher.ids.shape[1], dtype=torch.float64, device=x.device) if known else None
+        for rows in self._row_blocks(R):
+            z, y = logits[rows], target[rows, None]
+            self._activate_(z)
+            if known:
+                ids_logits[rows] = z.gather(1, teacher.ids[rows]).double()
+                z.scatter_(1, teacher.ids[rows], -torch.inf)
+            top[rows], largest = z.max(1)
+            of_target = target_logit[rows] - top[rows].double()
+            is_largest = largest == target[rows]
+            left_out = torch.stack([largest, target[rows]], dim=1)
+
+            def rest(u: Tensor, left_out: Tensor = left_out) -> Tensor:
+                """(r,) sum of exp(u) but for the largest and the target."""
+                return u.exp_().scatter_(1, left_out, 0.0).sum(1).double()
+
+            u = z - top[rows, None]
+            if entropy:
+                log = u.clamp(min=MIN_LOG)
+                sums = u.exp_().scatter_(1, left_out, 0.0)
+                mean_log, sums = log.mul_(sums).sum(1).double(), sums.sum(1).double()
+            else:
+                sums = rest(u)
+            others[rows] = sums + (~is_largest)
+            soft_sums = sums
+            if temperature != 1.0:
+                soft_sums = rest((z - top[rows, None]).div_(temperature))
+            others_soft[rows] = soft_sums + (~is_largest)
+            if known:
+                continue
+            log_z[rows], logprobs[rows] = normaliser(others[rows], of_target)
+            log_z_soft[rows], logprobs_soft[rows] = normaliser(others_soft[rows], of_target / temperature)
+            if entropy:
+                # H = log Z - sum_v (E_v / Z) log E_v, where E is 1 for the largest
+                e_y = of_target.exp()
+                H[rows] = log_z[rows] - (mean_log + e_y * of_target) / (others[rows] + e_y)
+            if teacher is not None:
+                log_p = self._log_p(z, y, top[rows], log_z_soft[rows], logprobs_soft[rows], temperature)
+                found[rows], kl_of_p[rows] = divergence(log_p, teacher.log_q[rows], teacher.options)
+        if known:
+            buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
+            state = _Rows(target, top, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
+            return Scores(buckets.logprobs, None, buckets.divergence, state)
+        if not entropy:
+            H = None
+        state = _Rows(target, top, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
+        return Scores(logprobs, H, None if teacher is None else found, state)
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        state: _Rows = scores.rows
+        R = len(state.target)
+        logits = self.workspace[:R]
+        narrow = [None if factor is None else factor.to(self.dtype) for factor in (nll, entropy, divergence)]
+        if state.buckets is not None:
+            of_buckets = [number.to(self.dtype) for number in state.buckets.gradient(nll, divergence)]
+        for rows in self._row_blocks(R):
+            z = logits[rows]
+            chain = self._chain(z)
+            if state.buckets is not None:
+                dz = self._bucket_gradient(z, state, rows, *(number[rows] for number in of_buckets))
+            else:
+                dz = self._full_gradient(z, state, rows, *(None if c is None else c[rows, None] for c in narrow))
+            z.copy_(dz if chain is None else dz.mul_(chain))
+            if state.buckets is not None:
+                ids, k = state.teacher.ids[rows], of_buckets[3][rows]
+                z.scatter_(1, ids, self._bucket_chain(k, state.buckets.ids_logits[rows] + state.top[rows, None]))
+        return logits, torch.full((R,), 1 / self.temperature, dtype=torch.float64, device=logits.device)
+
+    def _full_gradient(self, z: Tensor, state: _Rows, rows: slice, c, h, g) -> Tensor:
+        """(r, V) dL/dz of logits (r, V); c, h and g are (r, 1), or None."""
+        y, log_p_y = state.target[rows, None], state.logprobs[rows, None]
+        dz = torch.zeros_like(z)
+        if c is not None or h is not None:
+            log_p = self._log_p(z, y, state.top[rows], state.log_z[rows], state.logprobs[rows])
+            p = log_p.exp()
+            if h is not None:
+                dz -= (log_p + state.entropy[rows, None].to(z)).mul_(p).mul_(h)
+            if c is not None:
+                dz += p.scatter_(1, y, torch.expm1(log_p_y).to(z)).mul_(c)
+        if g is not None:
+            teacher = state.teacher
+            log_z, log_p_y = (number[rows] for number in state.soft)
+            log_p = self._log_p(z, y, state.top[rows], log_z, log_p_y, teacher.options.temperature)
+            of_z = slope(log_p, teacher.log_q[rows], state.kl_of_p[rows].to(z), teacher.options)
+            dz += of_z.mul_(g / teacher.options.temperature)
+        return dz
+
+    def _bucket_gradient(self, z: Tensor, state: _Rows, rows: slice, a, b, at_target, k) -> Tensor:
+        """(r, V) dL/dz but for the ids, where z is -inf."""
+        u = z - state.top[rows, None]
+        if state.teacher.options.temperature == 1.0:
+            dz = u.exp_().mul_((a + b)[:, None])
+        else:
+            dz = (u / state.teacher.options.temperature).exp_().mul_(b[:, None])
+            dz += u.exp_().mul_(a[:, None])
+        return dz.scatter_(1, state.target[rows, None], at_target[:, None])
+
+    def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
+        logits = self._product(x)
+        for rows in self._row_blocks(len(x)):
+            z = logits[rows]
+            self._activate_(z)
+            top, largest = z.max(1, keepdim=True)
+            z.sub_(top).div_(temperature)
+            rest = z.exp().scatter_(1, largest, 0.0).sum(1, keepdim=True)
+            z.sub_(torch.log1p(rest)).clamp_(min=MIN_LOG)
+        return logits
+
+    def _log_p(self, z: Tensor, y: Tensor, top, log_z, log_p_y, temperature: float = 1.0) -> Tensor:
+        """(r, V) log-probs of activated logits: exact at the target, no less than `MIN_LOG`."""
+        log_p = (z - top[:, None]).div_(temperature).sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG)
+        return log_p.scatter_(1, y, log_p_y[:, None].to(z))
+
+    def _chain(self, z: Tensor) -> Tensor | None:
+        """d logit / d raw logit but for the 1 / temperature, of activated logits; None for ones."""
+        if self.softcap is None:
+            return None
+        return z.mul(self.temperature / self.softcap).square_().neg_().add_(1.0)
+
+    def _bucket_chain(self, gradient: Tensor, ids_logits: Tensor) -> Tensor:
+        chain = self._chain(ids_logits)
+        return gradient if chain is None else gradient * chain.to(gradient)
+
+
+def normaliser(others: Tensor, of_target: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Z, log p of the target), Z = e_y + others, the target's logit and all others being relative to one anchor.
+
+    log p = -log(1 + others / e_y), to the last digits for both summands near 0.
+    """
+    log_p = -torch.logaddexp(torch.zeros_like(others), others.log() - of_target)
+    return of_target - log_p, log_p

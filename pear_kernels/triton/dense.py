@@ -1,0 +1,128 @@
+"""The operations of a `DenseWalk` on an NVIDIA GPU: products by cuBLAS, and kernels over rows between them.
+
+`pear_kernels.cpu_dense` explains the arithmetic; `triton/divergence.py` has the kernels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels.buckets import Buckets, make_buckets
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.head import Scores, TeacherRows, triton_row_bytes
+from pear_kernels.triton import head
+from pear_kernels.triton.divergence import gradient_rows, log_softmax_rows, score_rows
+from pear_kernels.triton.head import ROW_BLOCK
+from pear_kernels.triton.launch import launch
+
+HEADROOM = 1 / 256  # of a row's gradient below its coefficients: room for what is small in float16, and for what is not
+
+
+class _Rows(NamedTuple):
+    """Of a chunk whose raw logits are in the workspace."""
+
+    target: Tensor  # (R,)
+    sums: Tensor  # (9, R) float64, score_rows' out
+    entropy: Tensor | None  # (R,) float64
+    teacher: TeacherRows | None
+    buckets: Buckets | None
+
+
+class DenseHead(head.Head):
+    """`triton.head.Head` for gradients that are no row scale times E."""
+
+    def row_bytes(self, gradient: bool) -> int:
+        """Of float32 logits, and what a gradient takes beside, always: one chunk size for both."""
+        itemsize = self.compute_dtype.itemsize
+        return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=True, plain=True)
+
+    def reserve(self, rows: int, gradient: bool) -> None:
+        device = self.weight.device
+        self.workspace = torch.empty(rows, self.padded, dtype=self.dtype, device=device)
+        if gradient:
+            self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
+            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
+
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
+        R = len(x)
+        target_logit, _, _ = self._target_logits(x, target)
+        logits, _ = self._logits(x)
+        known = teacher is not None and teacher.ids is not None
+        if known:
+            ids_logits = self._activate(logits.gather(1, teacher.ids), teacher.ids)
+            logits.scatter_(1, teacher.ids, -torch.inf)
+        sums = torch.empty(9, R, dtype=torch.float64, device=x.device)
+        entropies = torch.empty_like(target_logit) if entropy else None
+        log_q = None if teacher is None else teacher.log_q
+        launch(
+            score_rows, (R,),
+            logits, logits.stride(0), self.bias, target, target_logit, log_q, 0 if log_q is None else log_q.stride(0),
+            sums, entropies, R, self.vocabulary, *self._numbers(teacher), **self._constants(teacher),
+            BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        if not known:
+            divergence = None if teacher is None else sums[7]
+            return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None))
+        buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
+        return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets))
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        target, sums, entropies, teacher, buckets = scores.rows
+        R = len(target)
+        logits, dz = self._views(R)
+        zero = torch.zeros_like(scores.logprobs)
+        given = [zero if factor is None else factor.double() for factor in (nll, entropy, divergence)]
+        size = sum(factor.abs() for factor in given) * HEADROOM
+        unit = torch.where(size > 0, size, 1.0)
+        if buckets is None:
+            factors = torch.stack(given) / unit
+        else:
+            *factors, of_ids = buckets.gradient(given[0], given[2])
+            factors = torch.stack(factors) / unit
+        log_q = None if teacher is None else teacher.log_q
+        launch(
+            gradient_rows, (R,),
+            logits, dz, logits.stride(0), dz.stride(0), self.bias, target, log_q,
+            0 if log_q is None else log_q.stride(0), sums, entropies if buckets is None else None, factors,
+            R, self.vocabulary, *self._numbers(teacher), **self._constants(teacher), BUCKETS=buckets is not None,
+            BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        if buckets is not None:
+            of_ids = of_ids / unit[:, None]
+            if self.activation["SOFTCAP"]:
+                logit = buckets.ids_logits + sums[1][:, None]
+                of_ids = of_ids * (1 - (logit / (self.softcap * self.inverse_temperature)).square())
+            dz.scatter_(1, teacher.ids, of_ids.to(dz.dtype))
+        return dz, size * self.inverse_temperature
+
+    def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
+        logits, _ = self._logits(x)
+        launch(
+            log_softmax_rows, (len(x),),
+            logits, logits.stride(0), self.bias, self.vocabulary, self.softcap, self.inverse_temperature,
+            1.0 / temperature, **self.activation, BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return logits
+
+    def _activate(self, raw: Tensor, ids: Tensor) -> Tensor:
+        """Logits (R, K) of some tokens, as kernels make them of raw ones."""
+        if self.bias is not None:
+            raw = raw + self.bias[ids].float()
+        if self.activation["SOFTCAP"]:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw * self.inverse_temperature
+
+    def _numbers(self, teacher: TeacherRows | None) -> tuple[float, ...]:
+        """What score_rows and gradient_rows take behind V."""
+        options = DivergenceOptions() if teacher is None else teacher.options
+        logs = math.log1p(-options.js_beta), math.log(options.js_beta)
+        return self.softcap, self.inverse_temperature, 1.0 / options.temperature, *logs
+
+    def _constants(self, teacher: TeacherRows | None) -> dict[str, object]:
+        options = DivergenceOptions() if teacher is None else teacher.options
+        kind = DIVERGENCES.index(options.kind)
+        return {**self.activation, "SOFT": options.temperature != 1.0, "KIND": kind}
