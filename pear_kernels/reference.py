@@ -3,6 +3,7 @@
 Shares no code with the rest of the package. Gradients come from autograd through `log_softmax`.
 """
 
+import inspect
 import math
 
 import torch
@@ -37,16 +38,46 @@ def naive_weights(
     return torch.tensor(log_g, dtype=torch.float64, device=logprobs.device).exp().to(logprobs.dtype)
 
 
-def naive_logprobs(hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100) -> Tensor:
-    """log pi of each target from the full logits (N, V); 0 at ignored tokens."""
+def naive_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=None) -> Tensor:
+    """(N, V): capped, and divided by the temperature."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def naive_logprobs(hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100) -> Tensor:
+    """log pi of each target from the full logits (N, V); 0 at ignored tokens."""
+    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
     valid = target != ignore_index
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs.gather(-1, target.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
+
+
+def naive_entropy(log_p: Tensor) -> Tensor:
+    """(N,) in nats, of log-probs (N, V); a token of probability 0 adds nothing."""
+    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
+
+
+def responses(target: Tensor, cu_seqlens: list[int] | Tensor | None, ignore_index: int) -> list[Tensor]:
+    """Where the tokens that count stand, one tensor for each of the S sequences."""
+    bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
+    edges = zip(bounds[:-1], bounds[1:], strict=True)
+    return [begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1) for begin, end in edges]
+
+
+def reduced(losses: Tensor, sequences: list[Tensor], sequence_scale, reduction: str, denominator) -> Tensor:
+    """Losses (N,) of tokens to that of the batch: scaled by sequence, summed, and divided."""
+    total = losses.sum() * 0
+    for s, response in enumerate(sequences):
+        term = losses[response].sum()
+        if reduction == "sequence_mean" and len(response):
+            term = term / len(response)
+        total = total + (term if sequence_scale is None else term * sequence_scale[s])
+    divisor = {"mean": sum(map(len, sequences)), "sum": 1, "sequence_mean": sum(len(r) > 0 for r in sequences)}
+    return total / (denominator or max(divisor[reduction], 1))
 
 
 def naive_pear_loss(
@@ -57,6 +88,9 @@ def naive_pear_loss(
     *,
     bias: Tensor | None = None,
     cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
+    sequence_label: Tensor | None = None,  # (S,) bool
+    negative_lambda: float = 0.1,
+    logprob_floor: float = -5.0,
     level: str = "token",
     block_size: int = 4,
     gamma: float = 0.999,
@@ -69,29 +103,177 @@ def naive_pear_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(loss, logprobs, weights)` of linear_pear_loss: L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor."""
+    """`(loss, logprobs, weights)` of linear_pear_loss: L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor.
+
+    A sequence labelled False is a wrong one: L_t = -negative_lambda * stop_gradient(G_seq) * min(-log pi, -floor).
+    """
     logprobs = naive_logprobs(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )
-    bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
+    weights, losses = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    sequences = responses(target, cu_seqlens, ignore_index)
+    for s, response in enumerate(sequences):
+        right = sequence_label is None or bool(sequence_label[s])
+        lp = logprobs[response]
+        G = naive_weights(
+            lp.detach(), behavior_logprobs[response].to(lp.dtype), level if right else "sequence", block_size, gamma,
+            log_ratio_clip, log_weight_clip,
+        )  # fmt: skip
+        if right:
+            weights[response] = G
+            losses[response] = G * -lp
+        else:
+            pushed = lp.detach() > logprob_floor
+            weights[response] = -negative_lambda * G * pushed
+            losses[response] = -negative_lambda * G * torch.where(pushed, -lp, -logprob_floor)
+    loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
+    return loss, logprobs.detach(), weights
+
+
+def naive_weighted_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    weights=None,  # (N,), a function of log-probs (n,) and perhaps of their places (n,), or a name
+    *,
+    weighting: str | None = None,
+    ref_logprobs: Tensor | None = None,  # (N,)
+    iw_tau: float = 1.0,
+    iw_max: float = 16.0,
+    psft_clip: float = 0.28,
+    asft_kl: float = 0.1,
+    idft_clip: tuple[float, float] = (0.1, 2.0),
+    bias: Tensor | None = None,
+    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
+    sequence_scale: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, logprobs, weights)` of linear_weighted_loss: L = sum_t (stop_gradient(w_t) * -log pi(y_t) + extra_t)."""
+    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
+    log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
+    counts = target != ignore_index
+    y = target.where(counts, 0)[:, None]
+    logprobs = log_p.gather(1, y)[:, 0].where(counts, 0.0)
+    lp, p = logprobs.detach(), logprobs.detach().exp()
+    ref = None if ref_logprobs is None else ref_logprobs.to(lp.dtype).where(counts, 0.0)
+    name = weights if isinstance(weights, str) else weighting
+    sequences = responses(target, cu_seqlens, ignore_index)
+    extra = torch.zeros_like(logprobs)
+    factors = None  # d loss_t / d(-log pi), where that is more than w_t
+    if isinstance(weights, Tensor):
+        w = weights.to(lp.dtype)
+    elif callable(weights):
+        index = counts.nonzero()[:, 0]
+        two = len(inspect.signature(weights).parameters) == 2
+        w = torch.zeros_like(lp)
+        w[index] = weights(lp[index], index) if two else weights(lp[index])
+    elif name == "none":
+        w = torch.ones_like(lp)
+    elif name == "dft":
+        w = p
+    elif name == "iw-sft":
+        w = torch.zeros_like(lp)
+        for response in sequences:
+            w[response] = torch.exp(iw_tau * (lp - ref)[response].mean()).clamp(0, iw_max)
+    elif name == "psft":
+        r = torch.exp(lp - ref)
+        w = torch.where(r <= 1 + psft_clip, r, 0.0)
+    elif name == "asft":
+        w, log_q = p, ref.clamp(max=0)
+        log_not_p = torch.logsumexp(log_p.scatter(1, y, -math.inf), 1)  # its own sum, right where p is near 1
+        log_not_q = torch.log(-torch.expm1(log_q))  # -inf where q = 1
+        extra = asft_kl * naive_kl(torch.stack([log_q, log_not_q], 1), torch.stack([logprobs, log_not_p], 1))
+        factors = p + asft_kl * (log_q.exp() - p) / log_not_p.detach().exp()
+    elif name == "idft":
+        lo, hi = idft_clip
+        w = p ** torch.exp(-(lp + naive_entropy(log_p.detach()))).clamp(lo, hi)
+    else:
+        raise ValueError(name)
+    losses = w.where(counts, 0.0) * -logprobs + extra
+    loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
+    return loss, lp, (w if factors is None else factors).where(counts, 0.0)
+
+
+def naive_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum_v a_v log(a_v / b_v) over the last dimension; where a_v is 0, so is the term."""
+    there = log_a > -math.inf
+    return (log_a.exp() * (log_a.where(there, 0.0) - log_b.where(there, 0.0))).sum(-1)
+
+
+def naive_divergence(log_p: Tensor, log_q: Tensor, divergence: str = "forward", js_beta: float = 0.5) -> Tensor:
+    """Of a student p from a teacher q, both log-probs of all outcomes in the last dimension (arXiv 2306.13649)."""
+    if divergence == "forward":
+        return naive_kl(log_q, log_p)
+    if divergence == "reverse":
+        return naive_kl(log_p, log_q)
+    m = js_beta * log_q.exp() + (1 - js_beta) * log_p.exp()
+    # the floor is for outcomes that neither has, whose terms are 0
+    log_m = torch.log(m.clamp(min=torch.finfo(m.dtype).tiny))
+    return js_beta * naive_kl(log_q, log_m) + (1 - js_beta) * naive_kl(log_p, log_m)
+
+
+def naive_distill_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    teacher,  # of hidden (N, D'), weight (V, D'), bias, temperature, softcap; or of ids and logprobs (N, K)
+    target: Tensor,  # (N,)
+    behavior_logprobs: Tensor | None = None,  # (N,)
+    *,
+    divergence: str = "forward",
+    js_beta: float = 0.5,
+    distill_temperature: float = 1.0,
+    nll_coef: float = 0.0,
+    level: str = "token",
+    block_size: int = 4,
+    gamma: float = 0.999,
+    log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
+    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+    bias: Tensor | None = None,
+    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
+    sequence_scale: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(loss, logprobs, weights)` of linear_distill_loss: L = sum_t stop_gradient(G_t) (D_t + nll_coef * -log pi)."""
+    logprobs = naive_logprobs(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+    )
+    counted = (target != ignore_index).nonzero().squeeze(-1)
+    logits = naive_logits(hidden[counted], weight, bias=bias, temperature=temperature, softcap=softcap)
+    log_p = torch.log_softmax(logits / distill_temperature, dim=-1)  # (n, V)
+    if hasattr(teacher, "ids"):  # K + 1 outcomes: the last is any other id
+        ids, log_q = teacher.ids[counted].long(), teacher.logprobs[counted].to(log_p.dtype)
+        rest_of_q = torch.log((1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=0))
+        log_q = torch.cat([log_q, rest_of_q], -1)
+        rest_of_p = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
+        log_p = torch.cat([log_p.gather(-1, ids), rest_of_p], -1)
+    else:
+        theirs, its_weight = teacher.hidden[counted].to(log_p.dtype), teacher.weight.to(log_p.dtype)
+        its_bias = None if teacher.bias is None else teacher.bias.to(log_p.dtype)
+        logits = naive_logits(
+            theirs, its_weight, bias=its_bias, temperature=teacher.temperature, softcap=teacher.softcap
+        )
+        log_q = torch.log_softmax(logits / distill_temperature, dim=-1)
+    divergences = torch.zeros_like(logprobs)
+    divergences[counted] = naive_divergence(log_p, log_q.detach(), divergence, js_beta)
     weights = torch.zeros_like(logprobs)
-    total, sequences = logprobs.sum() * 0, 0
-    for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        response = begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1)
-        if len(response) == 0:
-            continue
-        sequences += 1
-        with torch.no_grad():
+    sequences = responses(target, cu_seqlens, ignore_index)
+    for response in sequences:
+        weights[response] = 1.0
+        if behavior_logprobs is not None:
             weights[response] = naive_weights(
-                logprobs[response], behavior_logprobs[response].to(logprobs.dtype), level, block_size, gamma,
+                logprobs[response].detach(), behavior_logprobs[response].to(logprobs.dtype), level, block_size, gamma,
                 log_ratio_clip, log_weight_clip,
             )  # fmt: skip
-        term = -(weights[response] * logprobs[response]).sum()
-        if sequence_scale is not None:
-            term = term * sequence_scale[s]
-        total = total + (term / len(response) if reduction == "sequence_mean" else term)
-    divisor = {"mean": int((target != ignore_index).sum()), "sum": 1, "sequence_mean": sequences}[reduction]
-    return total / (denominator or max(divisor, 1)), logprobs.detach(), weights
+    losses = weights * (divergences - nll_coef * logprobs)
+    return reduced(losses, sequences, sequence_scale, reduction, denominator), logprobs.detach(), weights
 
 
 def naive_policy_loss(
@@ -127,11 +309,8 @@ def naive_policy_loss(
     logprobs = naive_logprobs(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )
-    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    distribution = torch.log_softmax(logits / temperature, dim=-1)  # (N, V)
-    entropy = -(distribution.exp() * distribution.nan_to_num(neginf=0.0)).sum(-1)  # (N,)
+    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
+    entropy = naive_entropy(torch.log_softmax(logits, dim=-1))  # (N,)
 
     bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
     total, sequences, tokens = logprobs.sum() * 0, 0, 0
