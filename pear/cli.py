@@ -30,6 +30,15 @@ def score(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from what an earlier, killed call has scored.")] = True,
+    column: Annotated[
+        str, typer.Option(help="Where the log-probs go: behavior_logprobs, or ref_logprobs beside what a row has.")
+    ] = "behavior_logprobs",
+    top_k: Annotated[
+        int | None, typer.Option(help="Write the K most likely tokens at each response token too, for distillation.")
+    ] = None,
+    top_k_temperature: Annotated[
+        float, typer.Option(help="Temperature of the top-k log-probs: that of the distillation.")
+    ] = 1.0,
 ) -> None:
     """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs."""
     from pear.io import DataError, WriteError
@@ -45,13 +54,18 @@ def score(
             dtype=dtype,
             device=device,
             resume=resume,
+            column=column,
+            top_k=top_k,
+            top_k_temperature=top_k_temperature,
         )
     except (DataError, WriteError) as error:
         raise _fail(error) from None
+    top = f", each with the {top_k} most likely at temperature {top_k_temperature:g}" if top_k else ""
     typer.echo(
         f"{summary['out']}: {summary['scored']} of {summary['rows']} rows scored ({summary['resumed']} of them by an "
         f"earlier call), {summary['too_long']} left out as longer than {summary['max_length']} tokens; "
-        f"{summary['tokens']} response tokens, mean log-prob {summary['mean_logprob']:.4f}, {summary['seconds']:.1f} s"
+        f"{summary['tokens']} response tokens{top}, mean log-prob {summary['mean_logprob']:.4f}, "
+        f"{summary['seconds']:.1f} s"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss, linear_policy_loss
+from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss, linear_policy_loss, linear_topk_logprobs
 
 IGNORE = -100
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
@@ -35,6 +35,9 @@ def add_fused_head(
 
         model(input_ids=..., labels=labels, pear={})
             -> float32 (B, T): log p(labels[t] | before t), 0 where the label is -100
+        model(input_ids=..., labels=labels, pear={"top_k": K, "top_k_temperature": 1.0})
+            -> those log-probs, and a TopKTeacher of ids and log-probs (B, T, K): the K most likely tokens in the place
+            of labels[t], at that temperature (which the log-probs before are not at); anything where it is -100
         model(input_ids=..., labels=labels, behavior_logprobs=b, pear={"level": "token", ...})
             -> LossOutput of `linear_pear_loss`, given what `pear` holds; `logprobs` and `weights` are (B, T) too
         model(input_ids=..., labels=labels, advantages=a, pear={"objective": "grpo", ...})
@@ -116,7 +119,13 @@ def _run_head(
     columns = {name: column.to(weight.device) for name, column in columns.items()}
     columns = {name: shift_left(column, 0.0) if column.dim() == 2 else column for name, column in columns.items()}
     if not columns:
-        return shift_right(linear_logprobs(hidden, weight, target, bias=bias, **options))
+        top_k, top_k_temperature = options.pop("top_k", None), options.pop("top_k_temperature", 1.0)
+        logprobs = shift_right(linear_logprobs(hidden, weight, target, bias=bias, **options))
+        if top_k is None:
+            return logprobs
+        options["temperature"] = top_k_temperature * options.get("temperature", 1.0)
+        top = linear_topk_logprobs(hidden, weight, target, top_k, bias=bias, **options)
+        return logprobs, top._replace(ids=shift_right(top.ids), logprobs=shift_right(top.logprobs))
     if "advantages" in columns:
         old = columns.pop("old_logprobs", None)
         advantages = columns.pop("advantages")
@@ -155,8 +164,8 @@ def shift_left(x: torch.Tensor, fill: float) -> torch.Tensor:
 
 
 def shift_right(x: torch.Tensor) -> torch.Tensor:
-    """(B, T): back from the position that predicts to the token that is predicted."""
-    return torch.cat([x.new_zeros((x.shape[0], 1)), x[:, :-1]], dim=1)
+    """(B, T) or (B, T, K): back from the position that predicts to the token that is predicted."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
 def _head_parameters(

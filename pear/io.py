@@ -155,26 +155,39 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
 # The scored row
 
 
-def check_scored_row(row: dict[str, Any], where: str) -> None:
-    """Check the three lists of a scored row; `where` is "file:line".
+LOGPROB_COLUMNS = ("behavior_logprobs", "ref_logprobs")
+TOP_K_COLUMNS = ("top_k_ids", "top_k_logprobs")
+
+
+def check_scored_row(row: dict[str, Any], where: str, needs: tuple[str, ...] = ("behavior_logprobs",)) -> None:
+    """Check the columns of a scored row; `where` is "file:line", `needs` what must be there besides ids and mask.
 
     `input_ids` are integers >= 0, `completion_mask` is 0 or 1 with at least one 1 and a 0 in front (the first token has
-    nothing before it, so no probability), `behavior_logprobs` are finite and at most `MAX_LOGPROB` where the mask is 1.
+    nothing before it, so no probability). `behavior_logprobs` and `ref_logprobs` are finite and at most `MAX_LOGPROB`
+    where the mask is 1. There `top_k_ids` and `top_k_logprobs` hold K tokens, no token twice, and their log-probs,
+    descending; K is the same at all of them. What lists hold at other positions does not matter. `label` is a boolean.
 
     Raises:
-        DataError: says which field, at which position, and what was found.
+        DataError: says which field, at which position, what was found and what to do.
     """
-    for key in ("input_ids", "completion_mask", "behavior_logprobs"):
+    given = [name for name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS) if name in row and name not in needs]
+    if len(half := [name for name in TOP_K_COLUMNS if name in (*needs, *given)]) == 1:
+        given.extend(name for name in TOP_K_COLUMNS if name not in half)  # both or neither
+    lists = {}
+    for key in ("input_ids", "completion_mask", *needs, *given):
         if key not in row:
-            raise DataError(f"{where}: no `{key}`; is this the output of `pear score`? Keys found: {sorted(row)}")
+            raise DataError(f"{where}: no `{key}`; {_origin(key)} Keys found: {sorted(row)}")
         if not isinstance(row[key], list):
             raise DataError(f"{where}: `{key}` must be a list, got {type(row[key]).__name__}")
-    ids, mask, logprobs = row["input_ids"], row["completion_mask"], row["behavior_logprobs"]
-    if not len(ids) == len(mask) == len(logprobs):
+        lists[key] = row[key]
+    if len({len(values) for values in lists.values()}) > 1:
+        names = [f"`{key}`" for key in lists]
+        lengths = [str(len(values)) for values in lists.values()]
         raise DataError(
-            f"{where}: `input_ids`, `completion_mask` and `behavior_logprobs` must have one length, "
-            f"got {len(ids)}, {len(mask)} and {len(logprobs)}"
+            f"{where}: {', '.join(names[:-1])} and {names[-1]} must have one length, "
+            f"got {', '.join(lengths[:-1])} and {lengths[-1]}"
         )
+    ids, mask = lists["input_ids"], lists["completion_mask"]
     for t, token in enumerate(ids):
         if type(token) is not int or token < 0:
             raise DataError(f"{where}: `input_ids[{t}]` must be a token id >= 0, got {token!r}")
@@ -185,11 +198,85 @@ def check_scored_row(row: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: no completion: `completion_mask` has no 1 in {len(mask)} tokens")
     if mask[0]:
         raise DataError(f"{where}: `completion_mask[0]` must be 0: the first token has nothing before it to predict it")
+    for key in LOGPROB_COLUMNS:
+        if key in lists:
+            _check_logprobs(lists[key], mask, key, where)
+    if "top_k_ids" in lists:
+        _check_top_k(row, where)
+    check_label(row, where)
+
+
+def check_label(row: dict[str, Any], where: str) -> None:
+    """Raise unless the row's `label`, if it has one, is a JSON boolean."""
+    if not isinstance(row.get("label", True), bool):
+        found = _shorten(json.dumps(row["label"], ensure_ascii=False))
+        raise DataError(
+            f"{where}: `label` must be true or false, got {found}: write true where the completion is right, false "
+            "where it is wrong (or another name, if the column is about something else)"
+        )
+
+
+def _origin(key: str) -> str:
+    """What to do about a column that is missing."""
+    if key == "ref_logprobs":
+        return "`pear score --column ref_logprobs` writes it."
+    if key in TOP_K_COLUMNS:
+        return "`pear score --top-k` writes `top_k_ids` and `top_k_logprobs`."
+    return "is this the output of `pear score`?"
+
+
+def _check_logprobs(logprobs: list, mask: list, key: str, where: str) -> None:
+    again = "`pear score`" if key == "behavior_logprobs" else f"`pear score --column {key}`"
     for t, value in enumerate(logprobs):
         if type(value) not in (int, float):
-            raise DataError(f"{where}: `behavior_logprobs[{t}]` must be a number, got {value!r}")
+            raise DataError(f"{where}: `{key}[{t}]` must be a number, got {value!r}")
         if mask[t] and not -math.inf < value <= MAX_LOGPROB:  # False for NaN too
             raise DataError(
-                f"{where}: `behavior_logprobs[{t}]` is {value!r}; a log-prob is finite and at most 0. "
-                "Score the row again with `pear score`."
+                f"{where}: `{key}[{t}]` is {value!r}; a log-prob is finite and at most 0. Score the row again with "
+                f"{again}."
             )
+
+
+def _check_top_k(row: dict[str, Any], where: str) -> None:
+    """Both columns at every completion token. The first check of a token is quick; the second finds what is wrong."""
+    again = "Score the row again with `pear score --top-k`."
+    k = None
+    for t, bit in enumerate(row["completion_mask"]):
+        if not bit:
+            continue
+        ids, logprobs = row["top_k_ids"][t], row["top_k_logprobs"][t]
+        for key, values in (("top_k_ids", ids), ("top_k_logprobs", logprobs)):
+            if not isinstance(values, list) or not values:
+                raise DataError(f"{where}: `{key}[{t}]` must be a list of K entries, got {values!r:.100}. {again}")
+            k = k or len(values)
+            if len(values) != k:
+                raise DataError(
+                    f"{where}: `{key}[{t}]` must have K = {k} entries as the first completion token's ids have, got "
+                    f"{len(values)}. {again}"
+                )
+        if set(map(type, ids)) != {int} or min(ids) < 0:
+            j = next(j for j, token in enumerate(ids) if type(token) is not int or token < 0)
+            raise DataError(f"{where}: `top_k_ids[{t}][{j}]` must be a token id >= 0, got {ids[j]!r}. {again}")
+        if len(set(ids)) != k:
+            twice = next(token for token in ids if ids.count(token) > 1)
+            raise DataError(f"{where}: `top_k_ids[{t}]` has token {twice} twice. {again}")
+        if not set(map(type, logprobs)) <= {int, float} or not all(-math.inf < value < math.inf for value in logprobs):
+            numbers = (type(value) in (int, float) and -math.inf < value < math.inf for value in logprobs)
+            j = list(numbers).index(False)
+            raise DataError(
+                f"{where}: `top_k_logprobs[{t}][{j}]` must be a finite number, got {logprobs[j]!r}. {again}"
+            )
+        if sorted(logprobs, reverse=True) != logprobs:
+            j = next(j for j in range(1, k) if logprobs[j] > logprobs[j - 1])
+            raise DataError(
+                f"{where}: `top_k_logprobs[{t}]` must descend, got {logprobs[j]!r} after {logprobs[j - 1]!r} (entry "
+                f"{j}). {again}"
+            )
+        total = sum(map(math.exp, logprobs)) if logprobs[0] < 1 else math.inf  # exp of a large one overflows
+        if total > 1 + MAX_LOGPROB:
+            raise DataError(
+                f"{where}: `top_k_logprobs[{t}]`: the K probabilities sum to {total:.6g}, more than 1. {again}"
+            )
+    temperature = row.get("top_k_temperature", 1.0)
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        raise DataError(f"{where}: `top_k_temperature` must be a positive number, got {temperature!r}. {again}")

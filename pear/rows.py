@@ -122,3 +122,36 @@ def _common_prefix_length(a: list[int], b: list[int]) -> int:
             break
         length += 1
     return length
+
+
+def check_same_tokens(
+    row: dict[str, Any], own: TokenizedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, whose: str
+) -> None:
+    """Raise unless a scored row has the tokens `own` that `tokenizer` makes of its text; `whose` is "the student", say.
+
+    Raises:
+        DataError: the first position that differs and both tokens, or both starts of the completion.
+    """
+    stored = row["input_ids"]
+    for t in range(max(len(stored), len(own.input_ids))):
+        pair = [ids[t] if t < len(ids) else None for ids in (stored, own.input_ids)]
+        if pair[0] != pair[1]:
+            raise DataError(
+                f"{where}: {whose}'s tokenizer is not the one the row was scored with: at position {t} the file "
+                f"has {_show_token(pair[0], tokenizer, whose)}, {whose} {_show_token(pair[1], tokenizer, whose)}. A "
+                f"log-ratio of different tokens means nothing; score data of a policy with {whose}'s tokenizer."
+            )
+    if list(map(int, row["completion_mask"])) != own.completion_mask:
+        raise DataError(
+            f"{where}: {whose}'s tokenizer or chat template starts the completion at position "
+            f"{own.completion_mask.index(1)}, the scored row at {row['completion_mask'].index(1)}. Score the data "
+            f"again with a behaviour policy of {whose}'s tokenizer and chat template."
+        )
+
+
+def _show_token(token: int | None, tokenizer: PreTrainedTokenizerBase, whose: str) -> str:
+    if token is None:
+        return "no more tokens"
+    if token >= len(tokenizer):
+        return f"token {token} (not in {whose}'s vocabulary of {len(tokenizer)})"
+    return f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r} to {whose})"

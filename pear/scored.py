@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.io import DataError, check_scored_row, read_jsonl
 from pear.models import tokenizer_fingerprint
-from pear.rows import prompt_and_completion, tokenize_row
+from pear.rows import check_same_tokens, prompt_and_completion, tokenize_row
 
 logger = get_logger(__name__)
 
@@ -87,27 +87,5 @@ def _check_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: s
             "the row has no `prompt` and `completion` to compare the ids by. Score the data again with a behaviour "
             "policy of the student's tokenizer."
         )
-    stored = row["input_ids"]
     own = tokenize_row(prompt_and_completion(row, where), tokenizer, where)
-    for t in range(max(len(stored), len(own.input_ids))):
-        pair = [ids[t] if t < len(ids) else None for ids in (stored, own.input_ids)]
-        if pair[0] != pair[1]:
-            raise DataError(
-                f"{where}: the student's tokenizer is not the one the row was scored with: at position {t} the file "
-                f"has {_show_token(pair[0], tokenizer)}, the student {_show_token(pair[1], tokenizer)}. A log-ratio "
-                "of different tokens means nothing; score data of a policy with the student's tokenizer."
-            )
-    if list(map(int, row["completion_mask"])) != own.completion_mask:
-        raise DataError(
-            f"{where}: the student's tokenizer or chat template starts the completion at position "
-            f"{own.completion_mask.index(1)}, the scored row at {row['completion_mask'].index(1)}. Score the data "
-            "again with a behaviour policy of the student's tokenizer and chat template."
-        )
-
-
-def _show_token(token: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    if token is None:
-        return "no more tokens"
-    if token >= len(tokenizer):
-        return f"token {token} (not in the student's vocabulary of {len(tokenizer)})"
-    return f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r} to the student)"
+    check_same_tokens(row, own, tokenizer, where, whose="the student")

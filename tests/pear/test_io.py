@@ -159,6 +159,79 @@ def test_bad_row_is_named_with_field_position_and_value(change, message):
         check_scored_row(good_row() | change, "f:7")
 
 
+def full_row(**change) -> dict:
+    """With every column that a row may have."""
+    top = {"top_k_ids": [[], [6, 2], [0, 7]], "top_k_logprobs": [[], [-0.5, -1.5], [-0.25, -1.625]]}
+    more = {"ref_logprobs": [0.0, -2.5, -0.75], "label": False, **top, "top_k_temperature": 2.0}
+    return good_row() | more | change
+
+
+def test_good_row_with_every_column_passes():
+    check_scored_row(full_row(), "f:1")
+    check_scored_row(full_row(), "f:1", needs=("ref_logprobs", "top_k_ids", "top_k_logprobs"))
+    check_scored_row(full_row(label=True, ref_logprobs=[math.nan, 5e-5, 0]), "f:1")
+    # What stands at the prompt is nothing; K may be 1, equal log-probs descend, and rounding may exceed 1 a little.
+    check_scored_row(full_row(top_k_ids=[[1, 1, -5], [6], [7]], top_k_logprobs=[[9.0], [5e-5], [-1]]), "f:1")
+    check_scored_row(full_row(top_k_logprobs=[[], [math.log(0.50004)] * 2, [-1, -1]]), "f:1")
+    row = full_row()
+    del row["behavior_logprobs"]
+    check_scored_row(row, "f:1", needs=())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": 1}, "`label` must be true or false, got 1: write true"),
+        ({"label": "false"}, '`label` must be true or false, got "false": write true'),
+        ({"label": None}, "`label` must be true or false, got null"),
+        ({"ref_logprobs": [0.0, -1.0]}, "`behavior_logprobs`, `ref_logprobs`.* one length, got 3, 3, 3, 2, 3 and 3"),
+        ({"ref_logprobs": None}, "`ref_logprobs` must be a list, got NoneType"),
+        ({"ref_logprobs": [0.0, -1.0, math.nan]}, r"`ref_logprobs\[2\]` is nan.*--column ref_logprobs"),
+        ({"ref_logprobs": [0.0, 2e-4, -1.0]}, r"`ref_logprobs\[1\]` is 0.0002"),
+        ({"ref_logprobs": [0.0, "x", -1.0]}, r"`ref_logprobs\[1\]` must be a number, got 'x'"),
+        ({"top_k_ids": [[], [6, 2]]}, "one length, got 3, 3, 3, 3, 2 and 3"),
+        ({"top_k_ids": [[], [6, 2], 7]}, r"`top_k_ids\[2\]` must be a list of K entries, got 7"),
+        ({"top_k_ids": [[], [], [0, 7]]}, r"`top_k_ids\[1\]` must be a list of K entries, got \[\]"),
+        ({"top_k_logprobs": [[], [-1, -2], []]}, r"`top_k_logprobs\[2\]` must be a list of K entries, got \[\]"),
+        ({"top_k_ids": [[], [6, 2], [0, 7, 1]]}, r"`top_k_ids\[2\]` must have K = 2 entries.*got 3"),
+        ({"top_k_logprobs": [[], [-1], [-1, -2]]}, r"`top_k_logprobs\[1\]` must have K = 2 entries.*got 1"),
+        ({"top_k_ids": [[], [6, -2], [0, 7]]}, r"`top_k_ids\[1\]\[1\]` must be a token id >= 0, got -2"),
+        ({"top_k_ids": [[], [6, 2], [0.0, 7]]}, r"`top_k_ids\[2\]\[0\]` must be a token id >= 0, got 0.0"),
+        ({"top_k_ids": [[], [6, True], [0, 7]]}, r"`top_k_ids\[1\]\[1\]` must be a token id >= 0, got True"),
+        ({"top_k_ids": [[], [6, 2], [7, 7]]}, r"`top_k_ids\[2\]` has token 7 twice"),
+        ({"top_k_logprobs": [[], [-1, math.nan], [-1, -2]]}, r"`top_k_logprobs\[1\]\[1\]` must be a finite.*got nan"),
+        ({"top_k_logprobs": [[], [-1, -math.inf], [-1, -2]]}, r"logprobs\[1\]\[1\]` must be a finite.*got -inf"),
+        ({"top_k_logprobs": [[], [-1, -2], [math.inf, -2]]}, r"logprobs\[2\]\[0\]` must be a finite.*got inf"),
+        ({"top_k_logprobs": [[], [-1, -2], ["-1", -2]]}, r"logprobs\[2\]\[0\]` must be a finite number, got '-1'"),
+        ({"top_k_logprobs": [[], [-1, -2], [-2, False]]}, r"logprobs\[2\]\[1\]` must be a finite number, got False"),
+        ({"top_k_logprobs": [[], [-1, -2], [-2, -1.5]]}, r"`top_k_logprobs\[2\]` must descend, got -1.5 after -2"),
+        ({"top_k_logprobs": [[], [-0.5, -0.5], [-1, -2]]}, r"`top_k_logprobs\[1\]`: .* sum to 1.21306, more than 1"),
+        ({"top_k_logprobs": [[], [-1, -2], [1e9, -2]]}, r"`top_k_logprobs\[2\]`: .* sum to inf"),
+        ({"top_k_temperature": 0}, "`top_k_temperature` must be a positive number, got 0"),
+        ({"top_k_temperature": "2"}, "`top_k_temperature` must be a positive number, got '2'"),
+        ({"top_k_temperature": math.nan}, "`top_k_temperature` must be a positive number, got nan"),
+    ],
+)
+def test_bad_optional_column_is_named_with_position_value_and_remedy(change, message):
+    with pytest.raises(DataError, match=f"^f:7: .*{message}") as error:
+        check_scored_row(full_row(**change), "f:7")
+    if message.startswith("`top_k") and "one length" not in message:
+        assert "Score the row again with `pear score --top-k`" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["top_k_ids", "top_k_logprobs"])
+def test_one_column_of_top_k_without_the_other_is_an_error(key):
+    row = full_row()
+    del row[key]
+    with pytest.raises(DataError, match=f"f:7: no `{key}`; `pear score --top-k` writes"):
+        check_scored_row(row, "f:7")
+
+
+def test_column_that_is_needed_and_missing_is_named():
+    with pytest.raises(DataError, match="f:7: no `ref_logprobs`; `pear score --column ref_logprobs` writes it"):
+        check_scored_row(good_row(), "f:7", needs=("behavior_logprobs", "ref_logprobs"))
+
+
 @pytest.mark.parametrize("key", ["input_ids", "completion_mask", "behavior_logprobs"])
 def test_missing_field_is_named(key):
     row = good_row()

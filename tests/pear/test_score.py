@@ -4,23 +4,28 @@ import errno
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from tiny import make_model, make_tokenizer
 from trl import SFTTrainer
 
 import pear.score
 from pear.fused_head import add_fused_head, logit_options
-from pear.io import DataError, WriteError, read_jsonl
+from pear.io import TOP_K_COLUMNS, DataError, WriteError, check_scored_row, read_jsonl
 from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
 from pear.rows import prompt_and_completion, tokenize_row
-from pear.score import score
+from pear.score import _floats, score
 
 USER = [{"role": "user", "content": "x"}]
 
@@ -135,9 +140,9 @@ def test_batch_budget_changes_nothing_and_holds(model, tokenizer, jsonl, tmp_pat
     sizes = []
     original = pear.score._score_batch
 
-    def spy(model, rows, data):
+    def spy(model, rows, *args):
         sizes.append((len(rows), max(len(row.input_ids) for row in rows)))
-        return original(model, rows, data)
+        return original(model, rows, *args)
 
     monkeypatch.setattr(pear.score, "_score_batch", spy)
     outputs = []
@@ -217,10 +222,11 @@ def test_fused_head_leaves_the_plain_forward_and_generate_alone(tokenizer):
     assert -fused.sum() / (ids.numel() - 1) == pytest.approx(before.loss.item(), abs=1e-5)
 
 
-def test_no_logits_are_made(model, tokenizer, jsonl, tmp_path, text_rows):
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_no_logits_are_made(model, tokenizer, jsonl, tmp_path, text_rows, top_k):
     """The head module is never called, so nothing of shape (tokens, vocabulary) leaves our pass."""
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head was called"))
-    score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+    score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False, top_k=top_k)
 
 
 def test_damaged_weights_are_named_with_the_row(model, tokenizer, jsonl, tmp_path, text_rows):
@@ -228,6 +234,248 @@ def test_damaged_weights_are_named_with_the_row(model, tokenizer, jsonl, tmp_pat
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(DataError, match=r"data\.jsonl:\d+: the model gives log-prob nan to token"):
         score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The most likely tokens
+
+
+def top_k_from_logits(model, ids: list[int], k: int, temperature: float) -> tuple[list, list]:
+    """The plain way: log_softmax of the model's own logits over `temperature`; what is said of token t stands at t."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+    top = (logits / temperature).log_softmax(-1).topk(k)
+    return [[], *top.indices.tolist()], [[], *top.values.tolist()]
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 1.0), (5, 1.0), (5, 2.5), (17, 0.5)])
+@pytest.mark.parametrize("kind, tied", [("llama", False), ("qwen2", True)])
+def test_top_k_is_that_of_the_models_logits(
+    tokenizer, jsonl, tmp_path, text_rows, chat_rows, kind, tied, k, temperature
+):
+    model, data = make_model(tokenizer, kind, tied), jsonl(text_rows + chat_rows)
+    options = dict(tokenizer=tokenizer, batch_tokens=100, progress=False)
+    score(model, data, tmp_path / "plain", **options)
+    summary = score(model, data, tmp_path / "o", **options, top_k=k, top_k_temperature=temperature)
+    assert summary["top_k"] == k and summary["top_k_temperature"] == temperature
+    for (line, plain), (_, row) in zip(read_jsonl(tmp_path / "plain"), read_jsonl(tmp_path / "o"), strict=True):
+        check_scored_row(row, f"o:{line}")
+        ids, logprobs = top_k_from_logits(model, row["input_ids"], k, temperature)
+        for t, bit in enumerate(row["completion_mask"]):
+            assert row["top_k_ids"][t] == (ids[t] if bit else [])
+            assert row["top_k_logprobs"][t] == pytest.approx(logprobs[t] if bit else [], abs=1e-5)
+            for value in row["top_k_logprobs"][t]:  # the shortest decimals of a float32, and no more
+                assert value == float(str(np.float32(value)))
+        assert row.pop("top_k_temperature") == temperature
+        assert {key: value for key, value in row.items() if key not in TOP_K_COLUMNS} == plain
+
+
+@given(arrays(np.float32, (2, 3), elements=st.floats(-1e5, 1.0, width=32, allow_subnormal=True)))
+@example(np.array([[-0.0, 0.0, -1e-45], [5e-5, -1e-9, -1.0000001]], dtype=np.float32))
+def test_numbers_are_the_shortest_that_read_back_the_same(values):
+    assert _floats(values) == [[float(str(v)) for v in row] for row in values + np.float32(0)]
+    assert not np.signbit(_floats(values)).any() or (values < 0).any()
+
+
+def test_top_k_of_the_models_that_change_their_logits(tokenizer, jsonl, tmp_path, text_rows):
+    """The temperature comes after Gemma 2's softcap and on top of Granite's divisor."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    small = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**small, final_logit_softcapping=3.0)),
+        GraniteForCausalLM(GraniteConfig(**small, logits_scaling=4.0)),
+    ):
+        options = dict(tokenizer=tokenizer, progress=False, top_k=4, top_k_temperature=2.0)
+        score(model, jsonl(text_rows[:3]), tmp_path / "o", **options)
+        for _, row in read_jsonl(tmp_path / "o"):
+            reference = logprobs_from_logits(model.eval(), row["input_ids"], row["completion_mask"])
+            assert row["behavior_logprobs"] == pytest.approx(reference, abs=1e-5)
+            ids, logprobs = top_k_from_logits(model, row["input_ids"], 4, 2.0)
+            for t in range(row["completion_mask"].index(1), len(ids)):
+                assert row["top_k_logprobs"][t] == pytest.approx(logprobs[t], abs=1e-5)
+                assert row["top_k_ids"][t] == ids[t]
+
+
+def test_tokens_without_any_probability_are_an_error(model, tokenizer, jsonl, tmp_path, text_rows, monkeypatch):
+    import pear.fused_head
+
+    original = pear.fused_head.linear_topk_logprobs
+
+    def masked(*args, **kwargs):
+        top = original(*args, **kwargs)
+        top.logprobs[..., -1] = -torch.inf
+        return top
+
+    monkeypatch.setattr(pear.fused_head, "linear_topk_logprobs", masked)
+    with pytest.raises(DataError, match=r"data\.jsonl:\d+: at token \d+ fewer than top_k = 6 tokens have any prob"):
+        score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False, top_k=6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns beside each other, and labels
+
+
+@pytest.fixture
+def two_models(tokenizer):
+    """A behaviour policy and a reference that tell themselves apart by name."""
+    models = make_model(tokenizer, seed=0), make_model(tokenizer, seed=1)
+    for name, model in zip(("wrote-it", "reference"), models, strict=True):
+        model.config.name_or_path = name
+    return models
+
+
+def read(path) -> list[dict]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def test_reference_goes_beside_what_the_behaviour_policy_left(two_models, tokenizer, jsonl, tmp_path, text_rows):
+    behavior, reference = two_models
+    rows = [row | {"label": n % 2 == 0, "id": n} for n, row in enumerate(text_rows)]
+    options = dict(tokenizer=tokenizer, batch_tokens=60, progress=False)
+    score(behavior, jsonl(rows), tmp_path / "one", **options, top_k=3)
+    score(reference, tmp_path / "one", tmp_path / "two", **options, column="ref_logprobs")
+    for n, (before, row) in enumerate(zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True)):
+        check_scored_row(row, "two", needs=("behavior_logprobs", "ref_logprobs", *TOP_K_COLUMNS))
+        expected = logprobs_from_logits(reference, row["input_ids"], row["completion_mask"])
+        assert row.pop("ref_logprobs") == pytest.approx(expected, abs=1e-5)
+        assert row.pop("ref_model") == "reference"
+        assert row == before and row["model"] == "wrote-it" and row["label"] is (n % 2 == 0)
+
+    # The other way round: the reference first, then the behaviour policy over it, in place.
+    score(reference, jsonl(rows), tmp_path / "three", **options, column="ref_logprobs")
+    assert not {"model", *TOP_K_COLUMNS, "behavior_logprobs"} & set(read(tmp_path / "three")[0])
+    assert read(tmp_path / "three")[0]["tokenizer"] == tokenizer_fingerprint(tokenizer)
+    score(behavior, tmp_path / "three", tmp_path / "three", **options, top_k=3)
+    assert read(tmp_path / "three") == read(tmp_path / "two")
+
+    # Other top-k replaces the top-k of before and nothing else.
+    score(reference, tmp_path / "three", tmp_path / "four", **options, column="ref_logprobs", top_k=2)
+    for before, row in zip(read(tmp_path / "three"), read(tmp_path / "four"), strict=True):
+        ids, _ = top_k_from_logits(reference, row["input_ids"], 2, 1.0)
+        assert row["top_k_ids"][-1] == ids[-1] != before["top_k_ids"][-1]
+        assert {k: v for k, v in row.items() if k not in TOP_K_COLUMNS} == {
+            k: v for k, v in before.items() if k not in TOP_K_COLUMNS
+        }
+
+
+def test_reference_of_another_tokenizer_that_makes_the_same_tokens(two_models, tokenizer, jsonl, tmp_path, text_rows):
+    """The row stays the behaviour policy's, fingerprint and all."""
+    behavior, reference = two_models
+    score(behavior, jsonl(text_rows), tmp_path / "one", tokenizer=tokenizer, progress=False)
+    other = make_tokenizer()
+    other.add_tokens(["<think>"])
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    score(reference, tmp_path / "one", tmp_path / "two", tokenizer=other, progress=False, column="ref_logprobs")
+    for before, row in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
+        assert row.items() >= before.items() and set(row) - set(before) == {"ref_logprobs", "ref_model"}
+
+
+def test_scored_file_may_be_written_over_itself(two_models, tokenizer, jsonl, tmp_path, text_rows, monkeypatch):
+    """A kill leaves it as it was; the next call goes on, and gives the bytes that another path gets."""
+    behavior, reference = two_models
+    options = dict(tokenizer=tokenizer, batch_tokens=60, progress=False)
+    path = tmp_path / "scored.jsonl"
+    score(behavior, jsonl(text_rows), path, **options)
+    before = path.read_bytes()
+    options |= dict(column="ref_logprobs", top_k=3)
+    score(reference, path, tmp_path / "elsewhere.jsonl", **options)
+    with monkeypatch.context() as patch:
+        Counter(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            score(reference, path, path, **options)
+    assert path.read_bytes() == before
+    assert score(reference, path, path, **options)["resumed"] > 0
+    assert path.read_bytes() == (tmp_path / "elsewhere.jsonl").read_bytes() != before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_rows_that_do_not_fit_are_not_lost_from_a_file_written_over_itself(
+    model, tokenizer, jsonl, tmp_path, text_rows
+):
+    path = jsonl(text_rows)
+    before = path.read_bytes()
+    (tmp_path / "link").symlink_to(path)
+    for out in (path, tmp_path / "link"):
+        with pytest.raises(DataError, match=r"left out \d rows longer than max_length = 24 .*give another out"):
+            score(model, path, out, tokenizer=tokenizer, max_length=24, progress=False)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+
+
+def test_other_tokens_than_those_of_columns_that_stay_are_refused(
+    two_models, tokenizer, jsonl, tmp_path, text_rows, monkeypatch
+):
+    behavior, reference = two_models
+    other = make_tokenizer(["aardvark zebra quokka " * 9, "It is not the same corpus."], vocab_size=len(tokenizer))
+    first = tokenize_row(text_rows[0], tokenizer, "").input_ids
+    theirs = tokenize_row(text_rows[0], other, "").input_ids
+    position = next(t for t, pair in enumerate(zip(first, theirs, strict=False)) if pair[0] != pair[1])
+    message = rf":1: this model's tokenizer .* at position {position} the file has token {first[position]} "
+    options = dict(progress=False, batch_tokens=60)
+
+    score(behavior, jsonl(text_rows), tmp_path / "b", tokenizer=tokenizer, **options)
+    counter = Counter(monkeypatch)
+    with pytest.raises(DataError, match=rf"b{message}"):
+        score(reference, tmp_path / "b", tmp_path / "o", tokenizer=other, **options, column="ref_logprobs")
+    assert not counter.rows and not list(tmp_path.glob("o*"))
+    # Nothing stays where the behaviour policy is scored anew: its tokens replace the old ones, as ever.
+    score(behavior, tmp_path / "b", tmp_path / "o", tokenizer=other, **options)
+    assert read(tmp_path / "o")[0]["input_ids"] == theirs
+
+    score(reference, jsonl(text_rows), tmp_path / "r", tokenizer=tokenizer, **options, column="ref_logprobs")
+    with pytest.raises(DataError, match=rf"r{message}"):
+        score(behavior, tmp_path / "r", tmp_path / "o", tokenizer=other, **options)
+
+
+LISTS = ("input_ids", "completion_mask", "behavior_logprobs", *TOP_K_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda row: row["behavior_logprobs"].__setitem__(-1, math.nan), r"`behavior_logprobs\[\d+\]` is nan"),
+        (lambda row: row["completion_mask"].pop(), "must have one length"),
+        (lambda row: row.pop("completion_mask"), "no `completion_mask`"),
+        (lambda row: row.pop("input_ids"), "no `input_ids`"),
+        (lambda row: row["top_k_ids"].pop(), "must have one length"),
+        (lambda row: row.pop("top_k_logprobs"), "no `top_k_logprobs`"),
+        (lambda row: row["completion_mask"].__setitem__(row["completion_mask"].index(1), 0), "starts the completion"),
+        (
+            lambda row: [row["input_ids"].__setitem__(0, 7), *map(row.pop, LISTS[2:])],
+            "at position 0 the file has token 7",
+        ),
+    ],
+)
+def test_damaged_columns_that_stay_are_found_before_scoring(
+    two_models, tokenizer, jsonl, tmp_path, text_rows, monkeypatch, change, message
+):
+    behavior, reference = two_models
+    score(behavior, jsonl(text_rows), tmp_path / "b", tokenizer=tokenizer, progress=False, top_k=2)
+    rows = read(tmp_path / "b")
+    change(rows[2])
+    counter = Counter(monkeypatch)
+    with pytest.raises(DataError, match=rf"changed:3: .*{message}"):
+        score(
+            reference, jsonl(rows, "changed"), tmp_path / "o", tokenizer=tokenizer, progress=False,
+            column="ref_logprobs",
+        )  # fmt: skip
+    assert not counter.rows and not list(tmp_path.glob("o*"))
+
+
+@pytest.mark.parametrize("label, shown", [(1, "1"), (0, "0"), ("true", '"true"'), (None, "null"), ([], r"\[\]")])
+@pytest.mark.parametrize("column", ["behavior_logprobs", "ref_logprobs"])
+def test_label_that_is_no_boolean_is_found_before_scoring(
+    model, tokenizer, jsonl, tmp_path, text_rows, monkeypatch, label, shown, column
+):
+    data = jsonl([*text_rows[:3], text_rows[3] | {"label": label}])
+    counter = Counter(monkeypatch)
+    with pytest.raises(DataError, match=rf"data\.jsonl:4: `label` must be true or false, got {shown}: write true"):
+        score(model, data, tmp_path / "o", tokenizer=tokenizer, progress=False, column=column)
+    assert not counter.rows and not list(tmp_path.glob("o*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,12 +521,12 @@ class Counter:
         self.rows, self.batches, self.stop_after = [], 0, stop_after
         original = pear.score._score_batch
 
-        def counted(model, rows, data):
+        def counted(model, rows, *args):
             if self.batches == self.stop_after:
                 raise KeyboardInterrupt
             self.batches += 1
             self.rows += [row.line for row in rows]
-            return original(model, rows, data)
+            return original(model, rows, *args)
 
         monkeypatch.setattr(pear.score, "_score_batch", counted)
 
@@ -319,8 +567,10 @@ def test_resume_scores_no_row_twice_and_gives_the_same_file(
 
 
 def test_real_kill_in_a_process_of_its_own(save_model, jsonl, tmp_path, text_rows):
-    """SIGKILL in the third batch; the second call goes on from the two that were finished."""
+    """SIGKILL in the third batch; the second call goes on from the two that were finished, top-k and all."""
     folder, data, out = save_model(), jsonl(text_rows), tmp_path / "out"
+    options = dict(batch_tokens=60, top_k=3, top_k_temperature=1.5, progress=False)
+    score(str(folder), data, tmp_path / "whole", **options)
     code = (
         "import os, signal, sys, torch, pear.score as s\n"
         "torch.set_num_threads(1)\n"
@@ -330,13 +580,14 @@ def test_real_kill_in_a_process_of_its_own(save_model, jsonl, tmp_path, text_row
         "    if len(n) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return run(*a)\n"
         "s._score_batch = counted\n"
-        "s.score(sys.argv[1], sys.argv[2], sys.argv[3], batch_tokens=60)\n"
+        f"s.score(sys.argv[1], sys.argv[2], sys.argv[3], **{options})\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(folder), str(data), str(out)], capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()
     assert not out.exists()
-    summary = score(str(folder), data, out, batch_tokens=60, progress=False)
+    summary = score(str(folder), data, out, **options)
     assert 0 < summary["resumed"] < summary["scored"] == len(text_rows)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_other_data_model_or_settings_do_not_take_over_old_scores(
@@ -353,22 +604,62 @@ def test_other_data_model_or_settings_do_not_take_over_old_scores(
     stopped(make_model(tokenizer, seed=1), data)
     stopped(model, jsonl(text_rows[::-1], "other.jsonl"))
     stopped(model, data, max_length=200)
-    assert len(list(tmp_path.glob("out.*.partial"))) == 4
+    stopped(model, data, top_k=3)
+    stopped(model, data, top_k=4)
+    stopped(model, data, top_k=3, top_k_temperature=2.0)
+    assert len(list(tmp_path.glob("out.*.partial"))) == 7
     assert score(model, data, tmp_path / "out", tokenizer=tokenizer, resume=False, progress=False)["resumed"] == 0
-    assert len(list(tmp_path.glob("out.*.partial"))) == 3
+    assert len(list(tmp_path.glob("out.*.partial"))) == 6
 
 
-def test_damaged_side_file_is_named(model, tokenizer, jsonl, tmp_path, text_rows, monkeypatch):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda record: record.update(logprobs=[-1.0]), r"1 log-probs for row \d"),
+        (lambda record: record.update(top_k_ids=record["top_k_ids"][:-16]), r"`top_k_ids` of \d+ tokens for row \d"),
+        (lambda record: record.update(top_k_logprobs="AAAAAAAAAAA="), "cannot reshape"),
+        (lambda record: record.update(top_k_logprobs="?"), "base64"),
+        (lambda record: record.pop("top_k_logprobs"), "'top_k_logprobs'"),
+        (lambda record: record.update(row=99), "out of range"),
+    ],
+)
+def test_damaged_side_file_is_named(model, tokenizer, jsonl, tmp_path, text_rows, monkeypatch, change, message):
     data, out = jsonl(text_rows), tmp_path / "out"
+    options = dict(tokenizer=tokenizer, batch_tokens=60, top_k=3, progress=False)
     with monkeypatch.context() as patch:
         Counter(patch, stop_after=2)
         with pytest.raises(KeyboardInterrupt):
-            score(model, data, out, tokenizer=tokenizer, batch_tokens=60, progress=False)
+            score(model, data, out, **options)
     (partial,) = tmp_path.glob("out.*.partial")
-    lines = partial.read_text().splitlines()
-    partial.write_text("\n".join([lines[0], '{"row": 0, "logprobs": [-1.0]}', *lines[2:]]) + "\n")
-    with pytest.raises(DataError, match=r"partial:2: damaged \(1 log-probs for row 0\)"):
-        score(model, data, out, tokenizer=tokenizer, batch_tokens=60, progress=False)
+    header, first, *lines = partial.read_text().splitlines()
+    record = json.loads(first)
+    change(record)
+    partial.write_text("\n".join([header, json.dumps(record), *lines]) + "\n")
+    with pytest.raises(DataError, match=rf"partial:2: damaged \(.*{message}"):
+        score(model, data, out, **options)
+
+
+@pytest.mark.parametrize("tear", [0, 1, 30])
+def test_resume_with_top_k_gives_the_same_bytes(model, tokenizer, jsonl, tmp_path, text_rows, monkeypatch, tear):
+    """Killed twice. A row a batch, so that a torn row is scored anew in the batch that it was in."""
+    data, out = jsonl(text_rows), tmp_path / "out"
+    options = dict(tokenizer=tokenizer, batch_tokens=1, progress=False, top_k=4, top_k_temperature=0.7)
+    score(model, data, tmp_path / "whole", **options)
+    seen = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            counter = Counter(patch, stop_after=3)
+            with pytest.raises(KeyboardInterrupt):
+                score(model, data, out, **options)
+        seen += counter.rows[: 3 - (tear > 0)]
+        (partial,) = tmp_path.glob("out.*.partial")
+        os.truncate(partial, partial.stat().st_size - tear)
+    with monkeypatch.context() as patch:
+        counter = Counter(patch)
+        assert score(model, data, out, **options)["resumed"] == len(seen)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(seen + counter.rows) == list(range(1, len(text_rows) + 1))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_disk_full_at_the_end_keeps_the_scores(model, tokenizer, jsonl, tmp_path, text_rows, whole, monkeypatch):
@@ -441,11 +732,24 @@ def test_two_calls_at_once_are_refused(model, tokenizer, jsonl, tmp_path, text_r
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
         ({"tokenizer": None}, "tokenizer: a loaded model needs its tokenizer"),
+        ({"column": "logprobs"}, "column must be one of behavior_logprobs, ref_logprobs, got 'logprobs'"),
+        ({"top_k": 0}, "top_k must be a whole number of tokens, at least 1, got 0"),
+        ({"top_k": -3}, "top_k must be .*, got -3"),
+        ({"top_k": 2.0}, "top_k must be .*, got 2.0"),
+        ({"top_k": True}, "top_k must be .*, got True"),
+        ({"top_k": 400}, "top_k must be less than the model's vocabulary of 400 tokens, got 400"),
+        ({"top_k": 3, "top_k_temperature": 0.0}, "top_k_temperature must be a positive number, got 0.0"),
+        ({"top_k": 3, "top_k_temperature": -1}, "top_k_temperature must be a positive number, got -1"),
+        ({"top_k": 3, "top_k_temperature": math.nan}, "top_k_temperature must be a positive number, got nan"),
+        ({"top_k": 3, "top_k_temperature": math.inf}, "top_k_temperature must be a positive number, got inf"),
+        ({"top_k_temperature": 2.0}, "top_k_temperature = 2.0 does nothing without top_k"),
     ],
 )
 def test_bad_arguments_are_named(model, tokenizer, jsonl, tmp_path, text_rows, kwargs, message):
+    model.resize_token_embeddings(400)
     with pytest.raises(DataError, match=message):
         score(model, jsonl(text_rows), tmp_path / "o", **{"tokenizer": tokenizer, "progress": False} | kwargs)
+    assert not list(tmp_path.glob("o*"))
 
 
 def test_command_line(save_model, jsonl, tmp_path, text_rows):
@@ -460,6 +764,19 @@ def test_command_line(save_model, jsonl, tmp_path, text_rows):
     assert run.exit_code == 0, run.output
     assert f"{len(text_rows)} of {len(text_rows)} rows scored" in run.output
     assert len(list(read_jsonl(out))) == len(text_rows)
+    run = CliRunner().invoke(
+        app, ["score", "--model", str(folder), "--data", str(out), "--out", str(out), "--column", "ref_logprobs"]
+        + ["--top-k", "3", "--top-k-temperature", "2"]
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert "response tokens, each with the 3 most likely at temperature 2, mean log-prob" in run.output
+    for _, row in read_jsonl(out):
+        assert row["ref_logprobs"] == row["behavior_logprobs"] and len(row["top_k_ids"][-1]) == 3
+        assert row["top_k_temperature"] == 2
+    run = CliRunner().invoke(
+        app, ["score", "--model", str(folder), "--data", str(out), "--out", str(out), "--column", "logprobs"]
+    )
+    assert run.exit_code == 1 and "error: column must be one of" in run.output
     run = CliRunner().invoke(
         app, ["score", "--model", str(folder), "--data", str(tmp_path / "no.jsonl"), "--out", str(out)]
     )
