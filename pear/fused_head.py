@@ -1,9 +1,9 @@
 """Runs the decoder's trunk and then our pass over its hidden states, inside the model's own forward.
 
-`add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs, the
-PEAR loss or a policy loss and never makes logits; without it nothing changes, so `generate` works as before. It happens
-inside the forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and PEFT
-are active.
+`add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs or one
+of the losses of `pear_kernels` and never makes logits; without it nothing changes, so `generate` works as before. It
+happens inside the forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and
+PEFT are active.
 """
 
 import contextlib
@@ -15,7 +15,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import LossOutput, linear_logprobs, linear_pear_loss, linear_policy_loss, linear_topk_logprobs
+from pear_kernels import (
+    LossOutput,
+    TopKTeacher,
+    linear_distill_loss,
+    linear_logprobs,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_topk_logprobs,
+    linear_weighted_loss,
+)
 
 IGNORE = -100
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
@@ -23,7 +32,9 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-COLUMNS = ("behavior_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # (B, T) each, unshifted
+LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
+TOP_K = ("top_k_ids", "top_k_logprobs")
+COLUMNS = (*LOGPROBS, *TOP_K, "advantages", "sequence_label")  # (B, T) each, TOP_K (B, T, K), unshifted
 
 
 def add_fused_head(
@@ -40,6 +51,14 @@ def add_fused_head(
             of labels[t], at that temperature (which the log-probs before are not at); anything where it is -100
         model(input_ids=..., labels=labels, behavior_logprobs=b, pear={"level": "token", ...})
             -> LossOutput of `linear_pear_loss`, given what `pear` holds; `logprobs` and `weights` are (B, T) too
+        model(input_ids=..., labels=labels, behavior_logprobs=b, sequence_label=l, pear={"negative_lambda": 0.1, ...})
+            -> the same with wrong answers: `sequence_label` is bool (B, T), False at all tokens of a wrong one
+        model(input_ids=..., labels=labels, pear={"weighting": "dft", ...})
+            -> LossOutput of `linear_weighted_loss`; with `ref_logprobs` (B, T) where the weighting needs them
+        model(input_ids=..., labels=labels, pear={"divergence": "forward", "teacher": Teacher(...), ...})
+            -> LossOutput of `linear_distill_loss`, towards a teacher's hidden states (B, T, D') at the same positions;
+            or without "teacher" to `top_k_ids` and `top_k_logprobs` (B, T, K), whose row t is about token t; weighted
+            where `behavior_logprobs` are given
         model(input_ids=..., labels=labels, advantages=a, pear={"objective": "grpo", ...})
             -> LossOutput of `linear_policy_loss`; `advantages` are (B,) or (B, T), with `old_logprobs` and
             `ref_logprobs` (B, T) where there are any
@@ -117,8 +136,9 @@ def _run_head(
 ) -> torch.Tensor | LossOutput:
     target = shift_left(first_tokens_ignored(labels.to(weight.device), cu_seqlens), IGNORE)
     columns = {name: column.to(weight.device) for name, column in columns.items()}
-    columns = {name: shift_left(column, 0.0) if column.dim() == 2 else column for name, column in columns.items()}
-    if not columns:
+    label = columns.pop("sequence_label", None)
+    columns = {name: shift_left(column, 0) if column.dim() >= 2 else column for name, column in columns.items()}
+    if not columns and not options.keys() & {"weighting", "divergence"}:
         top_k, top_k_temperature = options.pop("top_k", None), options.pop("top_k_temperature", 1.0)
         logprobs = shift_right(linear_logprobs(hidden, weight, target, bias=bias, **options))
         if top_k is None:
@@ -130,13 +150,32 @@ def _run_head(
         old = columns.pop("old_logprobs", None)
         advantages = columns.pop("advantages")
         output = linear_policy_loss(hidden, weight, target, old, advantages, bias=bias, **columns, **options)
-    elif cu_seqlens is None:
-        output = linear_pear_loss(hidden, weight, target, columns["behavior_logprobs"], bias=bias, **options)
     else:
-        behavior, cu_seqlens = columns["behavior_logprobs"][0], cu_seqlens.to(weight.device)
-        output = linear_pear_loss(hidden[0], weight, target[0], behavior, bias=bias, cu_seqlens=cu_seqlens, **options)
-        output = output._replace(logprobs=output.logprobs[None], weights=output.weights[None])
+        if label is not None:  # the same at all tokens of a sequence, so its first one tells
+            options["sequence_label"] = label[:, 0] if cu_seqlens is None else label[0, cu_seqlens[:-1].long()]
+        output = _supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
     return output._replace(logprobs=shift_right(output.logprobs), weights=shift_right(output.weights))
+
+
+def _supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options) -> LossOutput:
+    """The loss that the keys of `options` speak of. Arguments as in `_run_head`, targets and columns shifted."""
+    if cu_seqlens is not None:
+        hidden, target = hidden[0], target[0]
+        columns = {name: column[0] for name, column in columns.items()}
+        options["cu_seqlens"] = cu_seqlens.to(weight.device)
+        if (teacher := options.get("teacher")) is not None:
+            options["teacher"] = teacher._replace(hidden=teacher.hidden[0])
+    if TOP_K[0] in columns:
+        options["teacher"] = TopKTeacher(*(columns.pop(name) for name in TOP_K))
+    loss = linear_pear_loss
+    if "weighting" in options:
+        loss = linear_weighted_loss
+    elif "divergence" in options:
+        loss = linear_distill_loss
+    output = loss(hidden, weight, target=target, bias=bias, **columns, **options)
+    if cu_seqlens is not None:
+        output = output._replace(logprobs=output.logprobs[None], weights=output.weights[None])
+    return output
 
 
 def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
@@ -159,8 +198,8 @@ def first_tokens_ignored(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) 
 
 
 def shift_left(x: torch.Tensor, fill: float) -> torch.Tensor:
-    """(B, T): what stands at t + 1, to meet the hidden state at t that predicts it."""
-    return torch.cat([x[:, 1:], x.new_full((x.shape[0], 1), fill)], dim=1)
+    """(B, T) or (B, T, K): what stands at t + 1, to meet the hidden state at t that predicts it."""
+    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], dim=1)
 
 
 def shift_right(x: torch.Tensor) -> torch.Tensor:

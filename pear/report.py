@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from pear.compare import CURVES, PASSES
+from pear.curves import CURVES, PASSES
 from pear.eval import percent
 from pear.io import read_jsonl, write_text
 from pear.pictures import plt, save_figure

@@ -463,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
 
 def finish_run(out: Path, trainer: PEARGRPOTrainer, start: str, name: str | None = None) -> None:
     """The run's record, for `pear compare`, and its curves."""
-    from pear.compare import draw_curves
+    from pear.curves import draw_curves
 
     write_run(out, "rl", trainer.state.log_history, {"start": start, **given(trainer.args)}, name=name)
     draw_curves([read_run(out)], out / "curves.png")

@@ -87,6 +87,18 @@ def given(arguments: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.to_dict().items() if value is not None}
 
 
+def objective(run: Run) -> str | None:
+    """What loss a run of `pear sft` had, in its options' words; None of a run that does not say."""
+    weighting, distill = run.settings.get("weighting"), run.settings.get("distill", "none")
+    if weighting is None:
+        return None
+    if distill != "none":
+        return f"distill {distill}" + (f", weighted by {weighting}" if weighting != "none" else "")
+    if weighting == "none":
+        return "none (plain SFT)"
+    return weighting + (", negatives" if run.settings.get("negatives") else "")
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of PACKAGES, from their metadata, so that nothing has to be imported; what is missing is left out."""
     found = {}

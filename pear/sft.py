@@ -1,74 +1,59 @@
-"""`pear sft`: supervised fine-tuning with PEAR weights, a subclass of TRL's SFTTrainer.
+"""`pear sft`: supervised fine-tuning with weighted, signed or distilled losses, a subclass of TRL's SFTTrainer.
 
-What TRL does stays TRL's: model loading, LoRA, packing, schedules, checkpoints, logging. Ours are the behaviour
-log-probs carried through preparation and collation, the loss (from hidden states, see fused_head.py) and the statistics
-`pear/*`. TRL's entropy and token accuracy are not logged: our pass does not make them, and one more would cost as much.
-Options are in sft_config.py, the data in scored.py, the files that training leaves in save.py.
+What TRL does stays TRL's: model loading, LoRA, packing, schedules, checkpoints, logging. Ours are the loss's columns
+carried through preparation and collation (sft_data.py), the loss (from hidden states, see fused_head.py), a teacher
+beside the student (teacher.py) and the statistics `pear/*` (health.py). TRL's entropy and token accuracy are not
+logged: our pass does not make them, and one more would cost as much. Options are in sft_config.py, the data's files in
+scored.py, those that training leaves in save.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
-from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import pad
 
 from pear.checkpoints import WholeCheckpoints, resume_from
-from pear.fused_head import IGNORE, add_fused_head, first_tokens_ignored
+from pear.fused_head import IGNORE, add_fused_head
+from pear.health import NEAR_ZERO, Statistics, first_step_in_words, in_words, names_logged
 from pear.io import DataError
 from pear.models import load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.runs import given, write_run
 from pear.save import save_final
-from pear.scored import COLUMNS, load_scored
+from pear.scored import load_scored
 from pear.sft_config import DataArguments, PEARSFTConfig
+from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare
+from pear.teacher import HeldTeacher, load_teacher
 from pear_kernels import LossOutput
-from pear_kernels.objectives import STATS
-from pear_kernels.weights import DEFAULTS, PEAROptions
 
 logger = get_logger(__name__)
 
-MEANS = tuple(name for name in STATS if name != "tokens")
-ESS = MEANS.index("effective_sample_size")
-
-FLOOR_SHARE = 0.5  # above it, most response tokens no longer train
-# A behaviour policy this close to the student is the student. In half precision, rounding alone moves log-probs more.
-COPY_MAX_RATIO = {"full": 1e-3, "half": 0.25}
-
-
-@dataclass
-class PEARCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `behavior_logprobs` laid out like `labels` and the first token of each sequence ignored."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        behavior = [torch.tensor(example["behavior_logprobs"], dtype=torch.float32) for example in examples]
-        if self.padding_free:
-            behavior = [torch.cat(behavior)]
-        batch["behavior_logprobs"] = pad(
-            behavior, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
-        )
-        batch["labels"] = first_tokens_ignored(batch["labels"], batch.get("cu_seq_lens_q"))
-        return batch
-
 
 class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
-    """SFTTrainer whose loss is PEAR's. Datasets come from `load_scored`; arguments are SFTTrainer's.
+    """SFTTrainer whose loss is one of `pear_kernels`. Datasets come from `load_scored`; arguments are SFTTrainer's.
 
-    The loss is the sum of G_t * NLL_t over the response tokens of an optimiser step, over all its micro-batches and
-    processes, divided by their number: accumulation gives the loss of one big batch.
+    The loss is a sum over the response tokens of an optimiser step, over all its micro-batches and processes, divided
+    by their number: accumulation gives the loss of one big batch. With `weighting="pear"` the sum is of G_t * NLL_t.
 
-    Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log:
-    `nll` (unweighted: compare runs by this one), `log_ratio_mean`, `ratio_clipped_low`, `ratio_clipped_high`,
-    `weight_mean`, `weight_floor`, `weight_ceiling`, `effective_sample_size` (a share), and `tokens`, their number. With
-    `weighting="none"` only `nll`, `log_ratio_mean` and `tokens`.
+    `teacher` is a loaded model of the student's vocabulary, for `distill` without top-k columns in the data.
+
+    Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log
+    (with negatives, of right answers): `nll` (unweighted: compare runs by this one), `log_ratio_mean` to the behaviour
+    policy, `tokens`, their number; and by objective
+
+    - pear: `ratio_clipped_low`, `ratio_clipped_high`, `weight_mean`, `weight_floor`, `weight_ceiling`,
+      `effective_sample_size` (a share);
+    - other weightings: `weight_mean`, `weight_max`, `weight_zero` (the share of weights that are 0),
+      `effective_sample_size`; by the student as it was, `ref_log_ratio_mean`; of iw-sft `weight_ceiling` (the share at
+      iw_max) and `weight_floor` (near 0);
+    - negatives: `wrong_nll`, `wrong_weight_mean`, `wrong_below_floor`, over the tokens of wrong answers,
+      `wrong_tokens`;
+    - distill: `divergence`.
     """
 
     _tag_names = ["trl", "sft", "pear"]
@@ -78,7 +63,9 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         "id": "2602.01058",
     }
 
-    def __init__(self, model, args: PEARSFTConfig | None = None, **kwargs: Any):
+    def __init__(
+        self, model, args: PEARSFTConfig | None = None, *, teacher: PreTrainedModel | None = None, **kwargs: Any
+    ):
         if args is None:
             args = PEARSFTConfig("pear-sft")
         if not isinstance(args, PEARSFTConfig):
@@ -88,6 +75,11 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                 raise DataError(f"{name} does not go with PEARSFTTrainer: batches and loss are its own, without logits")
         if kwargs.get("formatting_func") is not None:
             raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
+        if teacher is not None and args.distill == "none":
+            raise DataError("a teacher is given, but distill is 'none': set distill to forward, reverse or js")
+        self._columns = args.more_columns(teacher_in_memory=teacher is not None)
+        self._vocabulary: int | None = None
+        self._largest_id = -1  # of the data's top-k
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
         if args.padding_free and not args.packing:
@@ -117,8 +109,12 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                 )
             base = base.get_base_model()
         add_fused_head(base)
-        self._pear_stats: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
-        self._max_ratio: torch.Tensor | None = None  # over the first optimiser step
+        self._vocabulary = base.get_output_embeddings().weight.shape[0]
+        self._check_top_k_ids()
+        self._teacher = None if teacher is None else HeldTeacher(teacher, base, self.accelerator.device)
+        self._names = names_logged(args)
+        self._statistics = {"train": Statistics(), "eval": Statistics()}
+        self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
         self._warned: set[str] = set()
 
     def _send_telemetry(self) -> None:
@@ -127,69 +123,47 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     # ---- data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
-        """TRL's steps for tokenised rows: labels, length, packing, shuffling; with our column beside `labels`."""
-        if not isinstance(dataset, Dataset):
-            raise DataError(f"{dataset_name} dataset: expected load_scored's Dataset, got {type(dataset).__name__}")
-        if "labels" in dataset.column_names and "behavior_logprobs" in dataset.column_names:
-            return dataset  # prepared before
-        if missing := [name for name in COLUMNS if name not in dataset.column_names]:
-            raise DataError(
-                f"{dataset_name} dataset: no column {', '.join(missing)}; load it with pear.scored.load_scored from a "
-                f"file that `pear score` wrote. Columns found: {', '.join(dataset.column_names)}"
-            )
-        with args.main_process_first(local=False):
-            dataset = dataset.select_columns(list(COLUMNS)).with_format("numpy")
-            kwargs = {"num_proc": args.dataset_num_proc}
-            if self._max_length is not None:
-                lengths = [len(ids) for ids in dataset["input_ids"]]
-                fits = [i for i, length in enumerate(lengths) if length <= self._max_length]
-                if len(fits) < len(lengths):
-                    message = (
-                        f"{dataset_name} dataset: {len(lengths) - len(fits)} of {len(lengths)} rows are longer than "
-                        f"max_length = {self._max_length} tokens"
-                    )
-                    if args.strict_length or not fits:
-                        raise DataError(message)
-                    logger.warning(f"{message}; they are left out")
-                    dataset = dataset.select(fits)
-            dataset = dataset.map(
-                _labels, remove_columns="completion_mask", desc=f"Labels of {dataset_name} dataset", **kwargs
-            ).with_format(None)
-            if packing:
-                if args.shuffle_dataset:
-                    dataset = dataset.shuffle(seed=args.seed)
-                dataset = dataset.select_columns(["input_ids", "labels", "behavior_logprobs"])
-                dataset = pack_dataset(dataset, self._max_length, "bfd", kwargs | {"desc": f"Packing {dataset_name}"})
-            if args.shuffle_dataset:
-                dataset = dataset.shuffle(seed=args.seed)
+        dataset = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
+        self._largest_id = max(self._largest_id, largest_top_k_id(dataset))
+        self._check_top_k_ids()
         return dataset
+
+    def _check_top_k_ids(self) -> None:
+        if self._vocabulary is not None and self._largest_id >= self._vocabulary:
+            raise DataError(
+                f"teacher and student must have one vocabulary: the data's top_k_ids go up to {self._largest_id}, the "
+                f"student's head has {self._vocabulary} tokens. Give a teacher of the student's vocabulary."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "behavior_logprobs" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "behavior_logprobs"]
+        ours = [name for name in IN_BATCHES if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *ours]
 
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """PEAR loss of a micro-batch, over the response tokens of the whole optimiser step."""
+        """Loss of a micro-batch, over the response tokens of the whole optimiser step."""
         mode = "train" if self.model.training else "eval"
-        args = self.args
-        options = args.pear_options()
-        if args.weighting == "none":  # every log-ratio clipped to 0, so every weight is exactly 1
-            options = PEAROptions("token", 1, 1.0, (0.0, 0.0), DEFAULTS.log_weight_clip)
+        args, inputs = self.args, dict(inputs)
+        behavior = inputs["behavior_logprobs"]
+        if args.weighting != "pear":  # it is for the log then, and no business of the loss
+            del inputs["behavior_logprobs"]
+        options = args.loss_options()
+        if self._teacher is not None:
+            options["teacher"] = self._teacher(inputs)
         denominator = None
         if num_items_in_batch is not None:
             denominator = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
         output: LossOutput = model(
             **inputs,
-            pear={**options._asdict(), "denominator": denominator, "workspace_bytes": args.workspace_bytes},
+            pear={**options, "denominator": denominator, "workspace_bytes": args.workspace_bytes},
         )
         loss = output.loss
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and their gradients are averaged (as in TRL).
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._note(mode, inputs, output)
+        self._note(mode, inputs, behavior, output)
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -198,43 +172,42 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     # ---- statistics: gathered as tensors, read back only when they are logged
 
-    def _note(self, mode: str, inputs: dict[str, Any], output: LossOutput) -> None:
+    @torch.no_grad()
+    def _note(self, mode: str, inputs: dict[str, Any], behavior: torch.Tensor, output: LossOutput) -> None:
         tokens = output.stats["tokens"]
         if "attention_mask" in inputs:
             seen = inputs["attention_mask"].sum()
         else:
             seen = tokens.new_full((), inputs["input_ids"].numel())
-        means = [output.stats[name] for name in MEANS]
-        self._pear_stats[mode].append(torch.stack([seen.to(tokens), tokens, *means]).float())
+        counted = inputs["labels"] != IGNORE
+        log_ratio = torch.where(counted, output.logprobs - behavior.to(output.logprobs), 0)
+        found = {"log_ratio_mean": log_ratio.sum() / tokens.clamp(min=1)} | output.stats
+        if self.args.weighting == "iw-sft":
+            for name, clipped in (
+                ("weight_floor", output.weights < NEAR_ZERO),
+                ("weight_ceiling", output.weights >= self.args.iw_max * (1 - 1e-6)),  # as float32 has it
+            ):
+                found[name] = (clipped & counted).sum() / tokens.clamp(min=1)
+        self._statistics[mode].add({"seen": seen, **{name: found[name] for name in self._names}})
         if mode == "train" and self.state.global_step == 0:
-            counted = inputs["labels"] != IGNORE
-            ratio = (output.logprobs - inputs["behavior_logprobs"].to(output.logprobs)).abs()
-            largest = torch.where(counted, ratio, 0).max()
-            self._max_ratio = largest if self._max_ratio is None else torch.maximum(self._max_ratio, largest)
+            first = {"log_ratio": log_ratio.abs().max()} if self.args.weighting == "pear" else {}
+            first |= {"divergence": found["divergence"]} if self.args.distill != "none" else {}
+            if (ref := inputs.get("ref_logprobs")) is not None:
+                away = torch.where(counted, output.logprobs - ref.to(output.logprobs), 0).abs()
+                first["ref_log_ratio"] = away.sum() / tokens.clamp(min=1)
+            for name, value in first.items():
+                self._largest[name] = torch.maximum(self._largest.get(name, value), value)
 
     def _read_stats(self, mode: str) -> dict[str, float]:
-        """Means over all response tokens, of every process, since the last call. The one place that waits."""
-        if not self._pear_stats[mode]:
+        """Means over all response tokens, of every process, since the last call."""
+        found = self._statistics[mode].read(self.accelerator)
+        if not found:
             return {}
-        table = torch.stack(self._pear_stats[mode]).cpu().double()  # a row a micro-batch: seen, tokens, means
-        self._pear_stats[mode].clear()
-        tokens, mean, share = table[:, 1], table[:, 2 + MEANS.index("weight_mean")], table[:, 2 + ESS]
-        # share = (sum G)^2 / (n sum G^2), so the sum of G^2 is n mean^2 / share; as means, like the others
-        table[:, 2 + ESS] = mean.square() / share.clamp(min=torch.finfo(torch.float64).tiny)
-        table[:, 2:] *= tokens[:, None]  # means back to sums over tokens
-        sums = table.sum(dim=0)
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
-        seen, tokens, *rest = sums.tolist()
         if mode == "train":
-            self._total_train_tokens += int(seen) // self._tp_size
-        stats = {f"pear/{name}": value / max(tokens, 1) for name, value in zip(MEANS, rest, strict=True)}
-        square = stats["pear/effective_sample_size"]
-        stats["pear/effective_sample_size"] = stats["pear/weight_mean"] ** 2 / square if square else 0.0
-        stats["pear/tokens"] = round(tokens) // self._tp_size
-        if self.args.weighting == "none":
-            stats = {name: stats[name] for name in ("pear/nll", "pear/log_ratio_mean", "pear/tokens")}
-        return stats
+            self._total_train_tokens += int(found["seen"]) // self._tp_size
+        for name in found.keys() & {"tokens", "wrong_tokens"}:
+            found[name] = round(found[name]) // self._tp_size
+        return {f"pear/{name}": found[name] for name in self._names}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -248,30 +221,17 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         super().log(logs, start_time)
 
     def _warn_in_words(self, stats: dict[str, float]) -> None:
-        if self.args.weighting == "none":
-            return
-        if stats["pear/weight_floor"] > FLOOR_SHARE and "floor" not in self._warned:
-            self._warned.add("floor")
-            logger.warning(
-                f"PEAR: {stats['pear/weight_floor']:.0%} of the response tokens have their weight at the floor, "
-                f"exp({self.args.log_weight_clip[0]:g}), so most of the batch no longer trains. The behaviour policy "
-                f"is more confident than the student (mean log-ratio {stats['pear/log_ratio_mean']:.3f}). Try a lower "
-                "end of log_ratio_clip nearer to 0, shorter responses, or data from a closer policy."
-            )
-        if self._max_ratio is not None:
+        found = in_words(self.args, {name.removeprefix("pear/"): value for name, value in stats.items()})
+        if self._largest:
+            largest = torch.stack(list(self._largest.values())).float()[None]
+            largest = self.accelerator.gather(largest).amax(0).tolist()  # over processes
             half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
-            largest = self.accelerator.gather(self._max_ratio.reshape(1)).max().item()
-            self._max_ratio = None
-            if largest < COPY_MAX_RATIO["half" if half else "full"]:
-                logger.warning(
-                    f"PEAR: before the first update every log-ratio is near 0 (largest {largest:.1e}): the behaviour "
-                    "policy is a copy of the student, and only gamma is left in the weights. Score the data with the "
-                    "model that wrote it."
-                )
-
-
-def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
+            found |= first_step_in_words(self.args, dict(zip(self._largest, largest, strict=True)), half)
+            self._largest = {}
+        for kind, message in found.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning(message)
 
 
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
@@ -283,16 +243,33 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if args.eval_strategy != "no" and data_args.eval_data is None:
         raise DataError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_data: pass --eval_data")
 
+    if data_args.teacher is not None and args.distill == "none":
+        raise DataError(
+            f"teacher is {data_args.teacher!r}, but distill is 'none': pass --distill forward, reverse or js"
+        )
+
     tokenizer = load_tokenizer(name)
-    max_length, strict = args.max_length, args.strict_length
-    train_dataset = load_scored(data_args.data, tokenizer, max_length, strict=strict)
-    eval_dataset = None
-    if data_args.eval_data is not None:
-        eval_dataset = load_scored(data_args.eval_data, tokenizer, max_length, strict=strict)
+    in_memory = data_args.teacher is not None
+    train_dataset, eval_dataset = (
+        path
+        and load_scored(
+            path,
+            tokenizer,
+            args.max_length,
+            strict=args.strict_length,
+            columns=args.more_columns(in_memory),
+            temperature=args.distill_temperature,
+        )
+        for path in (data_args.data, data_args.eval_data)
+    )
+    teacher = None
+    if in_memory:
+        teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=model_args.attn_implementation)
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     trainer = PEARSFTTrainer(
         resolve_model(name),
         args,
+        teacher=teacher,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -305,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     save_final(trainer, merge_adapter=data_args.merge_adapter)
     if trainer.accelerator.is_main_process:  # for `pear compare`
         settings = {"start": name, "data": data_args.data, **given(args)}
+        settings |= {"teacher": data_args.teacher} if in_memory else {}
         write_run(args.output_dir, "sft", trainer.state.log_history, settings)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()

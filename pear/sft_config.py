@@ -1,13 +1,27 @@
-"""The options of `pear sft`: TRL's, and PEAR's beside them."""
+"""The options of `pear sft`: TRL's, and those of the loss beside them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
 
 from pear.io import DataError
-from pear_kernels.checks import check_options
+from pear_kernels.checks import (
+    check_divergence_options,
+    check_negative_options,
+    check_options,
+    check_weighting_options,
+)
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA
+from pear_kernels.weightings import WEIGHTING_DEFAULTS, WEIGHTINGS, WeightingOptions
 from pear_kernels.weights import DEFAULTS, PEAROptions
+
+CHOICES = {"weighting": ("pear", *WEIGHTINGS), "distill": ("none", *DIVERGENCES)}
+# Weightings by the student as it was before training: column `ref_logprobs`.
+REFERENCED = tuple(name for name, weighting in WEIGHTINGS.items() if weighting.needs_ref)
+TOP_K = ("top_k_ids", "top_k_logprobs", "top_k_temperature")
 
 
 @dataclass
@@ -20,8 +34,10 @@ class PEARSFTConfig(SFTConfig):
     weighting: str = field(
         default="pear",
         metadata={
-            "help": "'pear' weights each token's loss, 'none' is plain SFT on the same data, batches and code.",
-            "choices": ["pear", "none"],
+            "help": "What multiplies each token's NLL: 'pear', or 'none' (plain SFT), 'dft' (p), 'idft' (p to a power "
+            "by entropy); and by the student as it was before training (data with ref_logprobs): 'iw-sft', 'psft', "
+            "'asft'.",
+            "choices": list(CHOICES["weighting"]),
         },
     )
     level: str = field(
@@ -45,6 +61,46 @@ class PEARSFTConfig(SFTConfig):
         default_factory=lambda: list(DEFAULTS.log_weight_clip),
         metadata={"help": "Clip of each weight's logarithm, last: low high."},
     )
+    iw_tau: float = field(
+        default=WEIGHTING_DEFAULTS.iw_tau,
+        metadata={"help": "iw-sft: factor of a response's mean log-ratio to the student before training."},
+    )
+    iw_max: float = field(default=WEIGHTING_DEFAULTS.iw_max, metadata={"help": "iw-sft: the largest weight."})
+    psft_clip: float = field(
+        default=WEIGHTING_DEFAULTS.psft_clip,
+        metadata={"help": "psft: a token whose probability rose by more than this share rests."},
+    )
+    asft_kl: float = field(
+        default=WEIGHTING_DEFAULTS.asft_kl, metadata={"help": "asft: factor of the KL to the student before training."}
+    )
+    idft_clip: list[float] = field(
+        default_factory=lambda: list(WEIGHTING_DEFAULTS.idft_clip),
+        metadata={"help": "idft: clip of the power of p: low high."},
+    )
+    negatives: bool = field(
+        default=False,
+        metadata={"help": 'Train away from rows with "label": false; the others are right answers. With PEAR alone.'},
+    )
+    negative_lambda: float = field(
+        default=NEGATIVE_LAMBDA, metadata={"help": "negatives: factor of the wrong answers' loss."}
+    )
+    logprob_floor: float = field(
+        default=LOGPROB_FLOOR,
+        metadata={"help": "negatives: a wrong token less likely than this log-prob is left alone."},
+    )
+    distill: str = field(
+        default="none",
+        metadata={
+            "help": "Train towards a teacher's distributions by this divergence instead of the NLL; the teacher is "
+            "--teacher, or the data's top_k_logprobs. With weighting 'pear' each token's is weighted, or 'none'.",
+            "choices": list(CHOICES["distill"]),
+        },
+    )
+    js_beta: float = field(default=0.5, metadata={"help": "distill js: the teacher's share in the mixture, in (0, 1)."})
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "distill: divides the logits of both, in the divergence."}
+    )
+    nll_coef: float = field(default=0.0, metadata={"help": "distill: factor of the NLL that is added."})
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
     )
@@ -58,24 +114,69 @@ class PEARSFTConfig(SFTConfig):
             self.bf16 = False
         super().__post_init__()
         check_options(self.pear_options())
-        if self.weighting not in ("pear", "none"):
-            raise DataError(f"weighting must be 'pear' or 'none', got {self.weighting!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise DataError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_weighting_options(self.weighting_options())
+        check_negative_options(self.negative_lambda, self.logprob_floor)
+        divergence = DivergenceOptions(js_beta=self.js_beta, temperature=self.distill_temperature)
+        check_divergence_options(divergence, DIVERGENCES, self.nll_coef)
         self._refuse_what_cannot_hold()
+        self._refuse_objectives_that_do_not_go_together()
 
     def pear_options(self) -> PEAROptions:
         return PEAROptions(
             self.level, self.block_size, self.gamma, tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
         )
 
+    def weighting_options(self) -> WeightingOptions:
+        return WeightingOptions(self.iw_tau, self.iw_max, self.psft_clip, self.asft_kl, tuple(self.idft_clip))
+
+    def loss_options(self) -> dict[str, Any]:
+        """What the loss of these options is called with; its kind shows by a key (see `pear.fused_head`)."""
+        options: dict[str, Any] = self.pear_options()._asdict() if self.weighting == "pear" else {}
+        if self.distill != "none":
+            return options | {
+                "divergence": self.distill,
+                "js_beta": self.js_beta,
+                "distill_temperature": self.distill_temperature,
+                "nll_coef": self.nll_coef,
+            }
+        if self.negatives:
+            return options | {"negative_lambda": self.negative_lambda, "logprob_floor": self.logprob_floor}
+        if self.weighting == "pear":
+            return options
+        return {"weighting": self.weighting, **self.weighting_options()._asdict()}
+
+    def more_columns(self, teacher_in_memory: bool = False) -> tuple[str, ...]:
+        """What the data must hold besides `pear.scored.COLUMNS`."""
+        columns = ("ref_logprobs",) if self.weighting in REFERENCED else ()
+        columns += ("sequence_label",) if self.negatives else ()
+        return columns + (TOP_K if self.distill != "none" and not teacher_in_memory else ())
+
+    def _refuse_objectives_that_do_not_go_together(self) -> None:
+        if self.negatives and self.weighting != "pear":
+            raise DataError(
+                f"negatives goes with weighting 'pear' alone, got {self.weighting!r}: how far to push a wrong answer "
+                "away is weighted by PEAR"
+            )
+        if self.negatives and self.distill != "none":
+            raise DataError(f"negatives does not go with distill = {self.distill!r}: a teacher has no wrong answers")
+        if self.distill != "none" and self.weighting not in ("pear", "none"):
+            raise DataError(
+                f"distill = {self.distill!r} goes with weighting 'pear' or 'none', got {self.weighting!r}, which "
+                "weights an NLL and not a divergence"
+            )
+
     def _refuse_what_cannot_hold(self) -> None:
         refused = {
             "trust_remote_code": (self.trust_remote_code, "code that comes with a model is never run"),
-            "loss_type": (self.loss_type != "nll", "the loss is PEAR's, over the NLL"),
+            "loss_type": (self.loss_type != "nll", "the loss is chosen by `weighting`, `negatives` and `distill`"),
             "label_smoothing_factor": (self.label_smoothing_factor > 0, "it needs the logits, which are never made"),
             "assistant_only_loss": (self.assistant_only_loss, "what counts is the scored file's `completion_mask`"),
             "completion_only_loss": (
                 self.completion_only_loss is False,
-                "there are behaviour log-probs for the completion alone",
+                "there are log-probs for the completion alone",
             ),
             "packing_strategy": (
                 self.packing and self.packing_strategy != "bfd",
@@ -101,6 +202,10 @@ class DataArguments:
     eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, as written by `pear score`."})
     model: str | None = field(
         default=None, metadata={"help": "The student: smollm2, a transformers folder or a hub name."}
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "distill: a model held in memory beside the student; without it, the data's top-k."},
     )
     merge_adapter: bool = field(
         default=True,

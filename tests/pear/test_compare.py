@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import pear.compare
+import pear.curves
 from pear.cli import app
-from pear.compare import bootstrap_interval, compare, comparison_table, draw_curves, draw_passes, paired_difference
+from pear.compare import compare, comparison_table
+from pear.curves import draw_curves, draw_passes, series
 from pear.eval import pass_at_k
+from pear.intervals import bootstrap_interval, paired_counts, paired_difference
 from pear.io import DataError, WriteError, write_json
 from pear.pictures import plt, png, write_whole
 from pear.runs import evaluation_path, read_run, write_run
@@ -367,6 +369,54 @@ def test_table_holds_the_numbers(make):
     assert second[1]["pass@1"] == "+0.0 [+0.0, +0.0]"
 
 
+def sft_log(**more):
+    """Two steps; each of `more` is logged as `pear/name`, a number a step."""
+    return [
+        {"step": t + 1, "pear/nll": 1.5 - t / 4, **{f"pear/{name}": values[t] for name, values in more.items()}}
+        for t in range(2)
+    ]
+
+
+OBJECTIVE_RUNS = {
+    "a": ({"weighting": "none", "distill": "none", "negatives": False}, {}, "none (plain SFT)"),
+    "b": ({"weighting": "dft"}, {"weight_mean": [0.4, 0.5], "effective_sample_size": [0.7, 0.25]}, "dft"),
+    "c": ({"weighting": "pear", "negatives": True}, {"wrong_nll": [2.0, 3.5]}, "pear, negatives"),
+    "d": ({"weighting": "none", "distill": "js"}, {"divergence": [0.3, 0.125]}, "distill js"),
+    "e": (
+        {"weighting": "pear", "distill": "forward"},
+        {"divergence": [0.3, 0.0625]},
+        "distill forward, weighted by pear",
+    ),
+}
+
+
+def test_runs_of_different_objectives_have_one_table(make, monkeypatch):
+    """The plain NLL first, which all have; what a run has no number of stays empty; curves where there are any."""
+    runs = [
+        read_run(make(name, kind="sft", log=sft_log(**logged), settings=settings))
+        for name, (settings, logged, _) in OBJECTIVE_RUNS.items()
+    ]
+    table = parse(comparison_table(runs))[0]
+    assert [row["objective"] for row in table] == [words for *_, words in OBJECTIVE_RUNS.values()]
+    assert [title for title in table[0] if title.startswith("last")] == [
+        "last NLL", "last NLL of wrong answers", "last divergence", "last weight", "last effective sample size",
+    ]  # fmt: skip
+    for title, cells in {
+        "last NLL": ["1.25"] * 5,
+        "last NLL of wrong answers": ["–", "–", "3.5", "–", "–"],
+        "last divergence": ["–", "–", "–", "0.125", "0.0625"],
+        "last weight": ["–", "0.5", "–", "–", "–"],
+        "last effective sample size": ["–", "0.25", "–", "–", "–"],
+    }.items():
+        assert [row[title] for row in table] == cells
+    panels = {axis.get_title(): axis for axis in drawn(monkeypatch, draw_curves, runs, "x.png").axes}
+    assert list(panels)[1:] == ["wrong answers", "divergence from the teacher", "weights", "effective sample size"]
+    for title, runs_drawn in zip(panels, (5, 1, 2, 1, 1), strict=True):
+        assert len([line for line in panels[title].lines if len(line.get_xdata())]) == runs_drawn
+    assert list(panels["effective sample size"].lines[1].get_ydata()) == [0.7, 0.25]
+    assert "objective" not in comparison_table([read_run(make("f")), read_run(make("g", kind="sft"))])
+
+
 def test_last_is_the_last_that_was_logged_and_finite(make):
     log = [*rl_log(3), {"step": 4, "reward": math.nan}, {"step": 4, "train_runtime": 1.0}]
     first = parse(comparison_table([read_run(make("a", log=log)), read_run(make("b", log=[]))]))[0]
@@ -404,8 +454,8 @@ def test_other_problems_have_no_difference_and_the_report_says_so(make, tmp_path
 
 def test_prompts_twice_in_another_order_are_not_paired():
     a, b = evaluation([1, 2, 3], prompts=["x", "x", "y"]), evaluation([1, 2, 3], prompts=["x", "y", "x"])
-    assert pear.compare.paired_counts(a, b) is None
-    assert pear.compare.paired_counts(a, a) == ([1, 2, 3], [1, 2, 3])
+    assert paired_counts(a, b) is None
+    assert paired_counts(a, a) == ([1, 2, 3], [1, 2, 3])
 
 
 def test_names_cannot_break_the_table(make, tmp_path):
@@ -457,7 +507,7 @@ def test_evaluations_made_otherwise_are_told(make, tmp_path):
 def drawn(monkeypatch, call, *arguments):
     """The figure that `call` would have saved."""
     figures = []
-    monkeypatch.setattr(pear.compare, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pear.curves, "save_figure", lambda figure, path: figures.append(figure))
     assert call(*arguments) is bool(figures)
     for figure in figures:
         plt.close(figure)
@@ -492,8 +542,8 @@ def test_run_without_a_reference_has_no_kl_to_it(make):
     runs = [read_run(make(name, log=log)) for name, log in zip("ab", logs, strict=True)]
     assert [row["last KL to the reference"] for row in parse(comparison_table(runs))[0]] == ["–", "0.5"]
     assert "last KL to the reference" not in comparison_table([runs[0], runs[0]])
-    assert pear.compare.series(runs[0], "pear/kl_ref") == ([], [])
-    assert pear.compare.series(runs[1], "pear/kl_ref") == ([1, 2], [0, 0.5])
+    assert series(runs[0], "pear/kl_ref") == ([], [])
+    assert series(runs[1], "pear/kl_ref") == ([1, 2], [0, 0.5])
 
 
 def test_long_curves_are_smoothed_without_a_bias_at_the_ends(make, monkeypatch):

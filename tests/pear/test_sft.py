@@ -16,6 +16,7 @@ import torch
 import yaml
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
+from training import OPTIONS, assert_close, batch_of, gradients, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -24,10 +25,8 @@ from pear.models import load_model, load_tokenizer
 from pear.save import save_final
 from pear.score import score
 from pear.scored import load_scored
-from pear.sft import PEARCollator, PEARSFTTrainer, main
-from pear.sft_config import PEARSFTConfig
-
-OPTIONS = dict(level="token", block_size=4, gamma=0.97, log_ratio_clip=[-0.08, 0.3], log_weight_clip=[-10.0, 5.0])
+from pear.sft import PEARSFTTrainer, main
+from pear.sft_data import PEARCollator
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +51,6 @@ def scored(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(scored, tokenizer) -> Dataset:
     return load_scored(scored, tokenizer)
-
-
-def make_config(output_dir, **kwargs) -> PEARSFTConfig:
-    defaults = dict(
-        max_length=64, per_device_train_batch_size=4, logging_steps=1, save_strategy="no", report_to="none",
-        learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, gradient_checkpointing=False,
-        dataloader_pin_memory=False, disable_tqdm=True, max_steps=1, seed=7, **OPTIONS,
-    )  # fmt: skip
-    return PEARSFTConfig(str(output_dir), **defaults | kwargs)
 
 
 @pytest.fixture
@@ -104,21 +94,6 @@ def reference(model, rows, level, block_size, gamma, log_ratio_clip, log_weight_
             plain = plain - p.item()
         tokens += n
     return weighted, plain, tokens
-
-
-def batch_of(trainer, rows):
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(a: dict, b: dict, tolerance: float) -> None:
-    assert a.keys() == b.keys() and a
-    for name in a:
-        error = (a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +451,7 @@ def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
         ({"log_ratio_clip": [0.3, -0.08]}, "log_ratio_clip must be"),
         ({"log_weight_clip": [1.0]}, "log_weight_clip must be"),
         ({"level": "word"}, "level must be one of"),
-        ({"weighting": "dft"}, "weighting must be 'pear' or 'none', got 'dft'"),
+        ({"weighting": "word"}, "weighting must be one of pear, none, dft, .*, got 'word'"),
         ({"loss_type": "dft"}, "loss_type = 'dft' does not go with `pear sft`"),
         ({"trust_remote_code": True}, "trust_remote_code = True does not go"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy = 'wrapped' does not go.*whole response"),

@@ -1,0 +1,157 @@
+"""What `pear sft` logs of its loss: means over tokens of all micro-batches and processes, and warnings in words."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pear.sft_config import REFERENCED, PEARSFTConfig
+from pear_kernels.negatives import WRONG_STATS
+from pear_kernels.objectives import STATS
+
+COUNTS = ("seen", "tokens", "wrong_tokens")
+LARGEST = ("weight_max",)
+ESS = "effective_sample_size"
+
+MOST = 0.5  # a share of tokens above which a warning is due
+FEW = 0.05  # an effective sample size below which one is
+NEAR_ZERO = 1e-3  # a weight below it is as good as none
+WRONG_TO_RIGHT = 4  # tokens of wrong answers for one of a right answer
+# A behaviour policy this close to the student is the student. In half precision, rounding alone moves log-probs more.
+COPY_MAX_RATIO = {"full": 1e-3, "half": 0.25}
+COPY_DIVERGENCE = {"full": 1e-6, "half": 1e-3}  # likewise of a teacher
+OTHER_REFERENCE = 0.2  # nats a token from a reference that is the student itself; neither rounding nor dropout does it
+
+
+def names_logged(args: PEARSFTConfig) -> tuple[str, ...]:
+    """The statistics that say something about the loss of these options."""
+    names: tuple[str, ...] = ("nll", "log_ratio_mean")
+    if args.weighting == "pear":
+        names = STATS + (WRONG_STATS if args.negatives else ())
+    elif args.weighting != "none":
+        names += ("ref_log_ratio_mean",) if args.weighting in REFERENCED else ()
+        names += ("weight_mean", "weight_max", "weight_zero")
+        names += ("weight_floor", "weight_ceiling") if args.weighting == "iw-sft" else ()
+        names += (ESS,)
+    return names + (("divergence",) if args.distill != "none" else ()) + (() if "tokens" in names else ("tokens",))
+
+
+class Statistics:
+    """Means of micro-batches, kept as tensors on their device until they are read."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """0-d tensors: `seen` and `tokens`, and means over the latter (`wrong_*`: over `wrong_tokens`)."""
+        self._names = tuple(values)
+        self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over all tokens, of every process, since the last call; nothing if there were none. The one that waits."""
+        if not self._rows:
+            return {}
+        columns = dict(zip(self._names, torch.stack(self._rows).cpu().double().unbind(1), strict=True))  # (rows,) each
+        self._rows.clear()
+        if ESS in columns:
+            # share = (sum w)^2 / (n sum w^2), so the mean of w^2 is mean^2 / share; as means, like the others
+            tiny = torch.finfo(torch.float64).tiny
+            columns[ESS] = columns["weight_mean"].square() / columns[ESS].clamp(min=tiny)
+        sums = torch.stack([_total(name, columns) for name in columns])
+        if accelerator.num_processes > 1:
+            everywhere = accelerator.gather(sums[None].to(accelerator.device))  # (processes, names)
+            largest = torch.tensor([name in LARGEST for name in columns], device=everywhere.device)
+            sums = torch.where(largest, everywhere.amax(0), everywhere.sum(0))
+        totals = dict(zip(columns, sums.tolist(), strict=True))
+        found = {
+            name: total if name in COUNTS + LARGEST else total / max(totals[_counted_by(name)], 1)
+            for name, total in totals.items()
+        }
+        if ESS in found:
+            found[ESS] = found["weight_mean"] ** 2 / found[ESS] if found[ESS] else 0.0
+        return found
+
+
+def _counted_by(name: str) -> str:
+    return "wrong_tokens" if name in WRONG_STATS else "tokens"
+
+
+def _total(name: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(): of what is counted, the sum; of means, their sums over tokens; of a maximum, the largest."""
+    if name in COUNTS:
+        return columns[name].sum()
+    if name in LARGEST:
+        return columns[name].max()
+    return (columns[name] * columns[_counted_by(name)]).sum()
+
+
+def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
+    """What is wrong with a run that logs `stats` (without their prefix), by a name for each kind of trouble."""
+    found: dict[str, Any] = {}
+    if args.weighting == "pear" and stats["weight_floor"] > MOST:
+        found["floor"] = (
+            f"PEAR: {stats['weight_floor']:.0%} of the response tokens have their weight at the floor, "
+            f"exp({args.log_weight_clip[0]:g}), so most of the batch no longer trains. The behaviour policy "
+            f"is more confident than the student (mean log-ratio {stats['log_ratio_mean']:.3f}). Try a lower "
+            "end of log_ratio_clip nearer to 0, shorter responses, or data from a closer policy."
+        )
+    if args.weighting == "iw-sft" and stats["weight_ceiling"] + stats["weight_floor"] > MOST:
+        found["iw-sft"] = (
+            f"iw-sft: {stats['weight_ceiling']:.0%} of the response tokens have their weight at iw_max = "
+            f"{args.iw_max:g}, and {stats['weight_floor']:.0%} have one near 0 (below {NEAR_ZERO:g}): the weights no "
+            f"longer tell responses apart. Try a smaller iw_tau, now {args.iw_tau:g}, or score `ref_logprobs` again, "
+            "with the student as it is now."
+        )
+    if args.weighting == "psft" and stats["weight_zero"] > MOST:
+        found["psft"] = (
+            f"psft: {stats['weight_zero']:.0%} of the response tokens have become more than {args.psft_clip:.0%} "
+            "likelier than under `ref_logprobs`, so most of the batch no longer trains. Score `ref_logprobs` again, "
+            "with the student as it is now, or raise psft_clip."
+        )
+    if args.weighting in ("dft", "idft") and 0 < stats[ESS] < FEW:
+        found["few"] = (
+            f"{args.weighting}: effective_sample_size is {stats[ESS]:.1%}: the gradient rests on that share of the "
+            "response tokens, those that the student is sure of already. Data this far from the student needs plain "
+            "SFT (weighting none) first, or idft with an idft_clip nearer to 0."
+        )
+    if args.negatives and stats["wrong_below_floor"] > MOST:
+        found["wrong_floor"] = (
+            f"negatives: {stats['wrong_below_floor']:.0%} of the wrong answers' tokens are less likely than "
+            f"logprob_floor = {args.logprob_floor:g} already (their mean NLL is {stats['wrong_nll']:.2f}), so there is "
+            "little left to push away. Train on new wrong answers, drawn from the student as it is now, or without."
+        )
+    if args.negatives and stats["wrong_tokens"] > WRONG_TO_RIGHT * stats["tokens"]:
+        found["wrong_many"] = (
+            f"negatives: {stats['wrong_tokens']:.0f} tokens of wrong answers against {stats['tokens']:.0f} of right "
+            f"ones, more than {WRONG_TO_RIGHT} to 1: the student is mostly told what not to say. Add right answers, "
+            "leave wrong ones out, or lower negative_lambda."
+        )
+    return found
+
+
+def first_step_in_words(args: PEARSFTConfig, largest: dict[str, float], half: bool) -> dict[str, str]:
+    """What the first optimiser step, before any update, says of whose log-probs there are; `half`: in half precision.
+
+    `largest` are over micro-batches: `log_ratio`, the largest of a token; `divergence` and `ref_log_ratio`, mean sizes.
+    """
+    precision, found = "half" if half else "full", {}
+    if largest.get("log_ratio", torch.inf) < COPY_MAX_RATIO[precision]:
+        found["copy"] = (
+            f"PEAR: before the first update every log-ratio is near 0 (largest {largest['log_ratio']:.1e}): the "
+            "behaviour policy is a copy of the student, and only gamma is left in the weights. Score the data with the "
+            "model that wrote it."
+        )
+    if largest.get("divergence", torch.inf) < COPY_DIVERGENCE[precision]:
+        found["copy_teacher"] = (
+            f"distill: before the first update the divergence is near 0 ({largest['divergence']:.1e} nats a token): "
+            "the teacher is a copy of the student, which has nothing to learn from it. Name another teacher, or score "
+            "the top-k log-probs with the teacher and not with the student."
+        )
+    if largest.get("ref_log_ratio", 0.0) > OTHER_REFERENCE:
+        found["reference"] = (
+            f"{args.weighting}: before the first update the student's log-probs differ from `ref_logprobs` by "
+            f"{largest['ref_log_ratio']:.2f} nats a token: those are not of this student. Unless that is meant, write "
+            "them by `pear score --column ref_logprobs` with the model that training starts from."
+        )
+    return found

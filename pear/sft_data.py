@@ -1,0 +1,156 @@
+"""From rows of `load_scored` to batches: labels, length, packing, and the loss's columns laid out like `labels`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+from pear.fused_head import IGNORE, first_tokens_ignored
+from pear.io import TOP_K_COLUMNS, DataError
+from pear.scored import COLUMNS
+from pear.sft_config import PEARSFTConfig
+
+logger = get_logger("pear.sft")
+
+# A number a token: its dtype, and what stands at padding.
+PER_TOKEN = {
+    "behavior_logprobs": (torch.float32, 0.0),
+    "ref_logprobs": (torch.float32, 0.0),
+    "sequence_label": (torch.bool, True),
+}
+IN_BATCHES = (*PER_TOKEN, *TOP_K_COLUMNS)
+
+
+@dataclass
+class PEARCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with the loss's columns laid out like `labels` and the first token of each sequence ignored."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        for name, (dtype, padding) in PER_TOKEN.items():
+            if name in examples[0]:
+                batch[name] = self._laid_out([torch.tensor(row[name], dtype=dtype) for row in examples], padding)
+        if TOP_K_COLUMNS[0] in examples[0]:
+            k = max(len(values) for row in examples for values in row[TOP_K_COLUMNS[0]])
+            for name, dtype in zip(TOP_K_COLUMNS, (torch.int64, torch.float32), strict=True):
+                nothing = [0] * k  # at prompts
+                rows = [torch.tensor([values or nothing for values in row[name]], dtype=dtype) for row in examples]
+                batch[name] = self._laid_out(rows, 0)
+        batch["labels"] = first_tokens_ignored(batch["labels"], batch.get("cu_seq_lens_q"))
+        return batch
+
+    def _laid_out(self, rows: list[torch.Tensor], padding: float) -> torch.Tensor:
+        """Rows (L,) or (L, K) -> (B, T) or (B, T, K); without padding, one row after the other, B = 1."""
+        rows = [torch.cat(rows)] if self.padding_free else rows
+        return pad(rows, padding_value=padding, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+
+def prepare(
+    dataset: Dataset,
+    name: str,
+    args: PEARSFTConfig,
+    max_length: int | None,
+    columns: Sequence[str],
+    packing: bool,
+) -> Dataset:
+    """TRL's steps for tokenised rows: labels, length, packing, shuffling; with the loss's `columns` beside `labels`.
+
+    Raises:
+        DataError: a column is missing, wrong answers or a temperature that the options do not speak of, rows too long.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"{name} dataset: expected load_scored's Dataset, got {type(dataset).__name__}")
+    if "labels" in dataset.column_names and "behavior_logprobs" in dataset.column_names:
+        return dataset  # prepared before
+    columns = [*COLUMNS, *columns]
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise DataError(
+            f"{name} dataset: no column {', '.join(missing)}; load it with pear.scored.load_scored(..., "
+            "columns=args.more_columns()) from a file that `pear score` wrote. Columns found: "
+            f"{', '.join(dataset.column_names)}"
+        )
+    _check_labels(dataset, name, args.negatives)
+    with args.main_process_first(local=False):
+        dataset = dataset.select_columns(columns)
+        if "top_k_temperature" in columns:
+            _check_temperature(dataset, name, args.distill_temperature)
+            dataset = dataset.remove_columns("top_k_temperature")
+        dataset = dataset.with_format("numpy")
+        kwargs = {"num_proc": args.dataset_num_proc}
+        if max_length is not None:
+            dataset = _within(dataset, name, max_length, args.strict_length)
+        dataset = dataset.map(
+            _labels, remove_columns="completion_mask", desc=f"Labels of {name} dataset", **kwargs
+        ).with_format(None)
+        if packing:
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            kept = [column for column in ("input_ids", "labels", *IN_BATCHES) if column in dataset.column_names]
+            dataset = pack_dataset(
+                dataset.select_columns(kept), max_length, "bfd", kwargs | {"desc": f"Packing {name}"}
+            )
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+    return dataset
+
+
+def largest_top_k_id(dataset: Dataset) -> int:
+    """The largest id among the top-k ids of a prepared dataset; -1 without such a column."""
+    if "top_k_ids" not in dataset.column_names:
+        return -1
+    largest = -1
+    for table in dataset.select_columns("top_k_ids").with_format("arrow").iter(batch_size=1000):
+        ids = table.column(0).combine_chunks().flatten().flatten()
+        largest = max(largest, pyarrow.compute.max(ids).as_py())
+    return largest
+
+
+def _check_labels(dataset: Dataset, name: str, negatives: bool) -> None:
+    if "sequence_label" not in dataset.column_names:
+        return
+    wrong = sum(not label[0] for label in dataset["sequence_label"])
+    if wrong and not negatives:
+        raise DataError(
+            f"{name} dataset: {wrong} of {len(dataset)} rows are wrong answers, and negatives is off, so they would be "
+            "trained on like right ones. Set negatives to train away from them, or leave them out."
+        )
+    if negatives and not wrong and name == "train":
+        logger.warning(
+            'negatives is on, but no row of the training data has "label": false: this is plain PEAR. Mark wrong '
+            "answers in the data, or leave negatives off."
+        )
+
+
+def _check_temperature(dataset: Dataset, name: str, temperature: float) -> None:
+    if others := {found for found in dataset["top_k_temperature"] if found != temperature}:
+        raise DataError(
+            f"{name} dataset: top-k log-probs at top_k_temperature = {', '.join(f'{t:g}' for t in sorted(others))}, "
+            f"but distill_temperature = {temperature:g}: the two must be the same"
+        )
+
+
+def _within(dataset: Dataset, name: str, max_length: int, strict: bool) -> Dataset:
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    fits = [i for i, length in enumerate(lengths) if length <= max_length]
+    if len(fits) == len(lengths):
+        return dataset
+    message = (
+        f"{name} dataset: {len(lengths) - len(fits)} of {len(lengths)} rows are longer than max_length = "
+        f"{max_length} tokens"
+    )
+    if strict or not fits:
+        raise DataError(message)
+    logger.warning(f"{message}; they are left out")
+    return dataset.select(fits)
+
+
+def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
