@@ -11,8 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.head import TeacherRows
 from pear_kernels.packing import Pack
 from pear_kernels.triton import launch, tiles
+from pear_kernels.triton.dense import DenseHead
 from pear_kernels.triton.head import Head
 from pear_kernels.triton.product import exp_product
 from pear_kernels.triton.weights import PEARWeights
@@ -20,6 +23,7 @@ from pear_kernels.weights import PEAROptions
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, VOCABULARY = 8192, 151936
+TOP_K = 32
 ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE = 1001, 50257, 1000
 ALL = {"bias": True, "temperature": 0.7, "softcap": 30.0, "entropy": True}
 ONE_BY_ONE = [{"bias": True}, {"temperature": 0.7}, {"softcap": 30.0}, {"entropy": True}]
@@ -104,12 +108,29 @@ def head(
         of_weight = [grad_weight, None] if bias else [grad_weight]  # a frozen weight's bias may be trained
         for grad in of_weight:
             made.subtract_targets_(grad, grad_bias, hidden, index, target, found.row_scale.float())
-        if entropy:
-            made.reserve(rows, True, dense=True)
-            factor, row_scale = made.entropy_gradient(x, target, found.row_scale, found.row_scale)
-            made.write_grad_hidden_(hidden, index, factor, row_scale.float(), target, None)
+    if entropy:
+        dense(dtype, weight, of_bias, hidden, target, index, temperature, softcap)
     if not second_look:
         launch.recorder[begin:] = [found for found in launch.recorder[begin:] if not looks_again(found)]
+
+
+def dense(dtype, weight, bias, hidden, target, index, temperature: float, softcap: float | None) -> None:
+    """All that the engine asks of a head whose gradients are no row scale times E, with either teacher and without."""
+    made, teacher = (DenseHead(weight, bias, temperature, softcap, dtype) for _ in range(2))
+    x, rows = made.widen(hidden), len(hidden)
+    ids, top = meta(rows, TOP_K, dtype=torch.int64), meta(rows, TOP_K, dtype=torch.float64)
+    factor = meta(rows, dtype=torch.float64)
+    for which in (made, teacher):
+        which.reserve(rows, True)
+    scores = made.scores(x, target, entropy=True)
+    dz, row_scale = made.gradient(scores, factor, factor)
+    made.write_grad_hidden_(hidden, index, dz, row_scale.float(), target, None)
+    # the dtype of dz is one store in the code; every kind once is enough
+    for kind, soft in itertools.product(DIVERGENCES if dtype == BF16 else ["js"], (1.0, 2.0)):
+        options = DivergenceOptions(kind, 0.5, soft)
+        in_memory = TeacherRows(options, teacher.log_softmax(x, soft))
+        for rows_of in (in_memory, TeacherRows(options, None, ids, top)):
+            made.gradient(made.scores(x, target, teacher=rows_of), factor, None, factor)
 
 
 def looks_again(found: launch.Launch) -> bool:

@@ -119,10 +119,12 @@ class DenseHead(head.Head):
     def _numbers(self, teacher: TeacherRows | None) -> tuple[float, ...]:
         """What score_rows and gradient_rows take behind V."""
         options = DivergenceOptions() if teacher is None else teacher.options
-        logs = math.log1p(-options.js_beta), math.log(options.js_beta)
-        return self.softcap, self.inverse_temperature, 1.0 / options.temperature, *logs
+        of_p = 1.0 - options.js_beta
+        shares = of_p, math.log(of_p), math.log(options.js_beta)
+        return self.softcap, self.inverse_temperature, 1.0 / options.temperature, *shares
 
     def _constants(self, teacher: TeacherRows | None) -> dict[str, object]:
         options = DivergenceOptions() if teacher is None else teacher.options
-        kind = DIVERGENCES.index(options.kind)
+        # one code for all kinds where the kernels do not compute the divergence
+        kind = 0 if teacher is None or teacher.log_q is None else DIVERGENCES.index(options.kind)
         return {**self.activation, "SOFT": options.temperature != 1.0, "KIND": kind}

@@ -85,7 +85,7 @@ def mixture(log_p, log_q, log_of_p, log_of_q):
 
 
 @triton.jit
-def slope_of(log_p, log_q, kl_of_p, log_of_p, log_of_q, KIND: tl.constexpr):
+def slope_of(log_p, log_q, kl_of_p, of_p, log_of_p, log_of_q, KIND: tl.constexpr):
     """dD/dz."""
     p = tl.exp(log_p)
     if KIND == 0:
@@ -94,7 +94,7 @@ def slope_of(log_p, log_q, kl_of_p, log_of_p, log_of_q, KIND: tl.constexpr):
     elif KIND == 1:
         slope = p * (log_p - log_q - kl_of_p)
     else:
-        slope = tl.exp(log_of_p) * p * (log_p - mixture(log_p, log_q, log_of_p, log_of_q) - kl_of_p)
+        slope = of_p * p * (log_p - mixture(log_p, log_q, log_of_p, log_of_q) - kl_of_p)
     return slope
 
 
@@ -130,7 +130,7 @@ def log_softmax_rows(
         tl.store(logits + row * stride + column, log_p, mask=column < V)
 
 
-@triton.jit(do_not_specialize_on_alignment=["target"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["target"])
 def score_rows(
     logits,  # (R, V) float32, x W^T
     stride,  # from row to row
@@ -146,8 +146,9 @@ def score_rows(
     softcap,
     inverse_temperature,
     inverse_soft,  # 1 / the divergence's temperature
-    log_of_p,  # of "js", log(1 - js_beta) and log(js_beta)
-    log_of_q,
+    of_p,  # of "js", the student's share of m: 1 - js_beta
+    log_of_p,  # its logarithm
+    log_of_q,  # log(js_beta)
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     SOFT: tl.constexpr,  # the divergence's temperature is not 1
@@ -188,7 +189,7 @@ def score_rows(
         tl.store(entropy + row, log_z - (exp_log + e_y * of_target) / (others + e_y))
     if log_q is not None:
         shift, of_y = log_z_soft.to(tl.float32), soft_p_y.to(tl.float32)
-        of_p, of_q = of_target * 0, of_target * 0
+        kl_of_p, kl_of_q = of_target * 0, of_target * 0
         for v in range(0, V, BLOCK_V):
             column = v + tl.arange(0, BLOCK_V)
             inside = column < V
@@ -197,21 +198,22 @@ def score_rows(
             log_p = tl.where(column == y, of_y, tl.where(log_p < _MIN_LOG, _MIN_LOG, log_p))
             q = tl.load(log_q + row * q_stride + column, mask=inside, other=_MIN_LOG)
             if KIND == 0:
-                of_q += tl.sum(tl.where(inside, kl_term(q, log_p), 0.0), 0).to(tl.float64)
+                kl_of_q += tl.sum(tl.where(inside, kl_term(q, log_p), 0.0), 0).to(tl.float64)
             elif KIND == 1:
-                of_p += tl.sum(tl.where(inside, kl_term(log_p, q), 0.0), 0).to(tl.float64)
+                kl_of_p += tl.sum(tl.where(inside, kl_term(log_p, q), 0.0), 0).to(tl.float64)
             else:
                 m = mixture(log_p, q, log_of_p, log_of_q)
-                of_q += tl.sum(tl.where(inside, kl_term(q, m), 0.0), 0).to(tl.float64)
-                of_p += tl.sum(tl.where(inside, kl_term(log_p, m), 0.0), 0).to(tl.float64)
-        divergence = of_p + of_q  # one of them is 0
+                kl_of_q += tl.sum(tl.where(inside, kl_term(q, m), 0.0), 0).to(tl.float64)
+                kl_of_p += tl.sum(tl.where(inside, kl_term(log_p, m), 0.0), 0).to(tl.float64)
         if KIND == 2:
-            divergence = tl.exp(log_of_p.to(tl.float64)) * of_p + tl.exp(log_of_q.to(tl.float64)) * of_q
+            divergence = kl_of_p * of_p + kl_of_q * (1 - of_p)
+        else:
+            divergence = kl_of_p + kl_of_q  # one of them is 0
         tl.store(out + 7 * R + row, divergence)
-        tl.store(out + 8 * R + row, of_p)
+        tl.store(out + 8 * R + row, kl_of_p)
 
 
-@triton.jit(do_not_specialize_on_alignment=["target"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["target"])
 def gradient_rows(
     logits,  # (R, V) float32, x W^T
     dz,  # (R, V) out, in the same bytes: a row, in its own dtype, lies in the front part of the row's logits
@@ -229,6 +231,7 @@ def gradient_rows(
     softcap,
     inverse_temperature,
     inverse_soft,
+    of_p,
     log_of_p,
     log_of_q,
     SOFTCAP: tl.constexpr,
@@ -280,6 +283,6 @@ def gradient_rows(
                 log_p = (z - top) * inverse_soft - shift_soft
                 log_p = tl.where(column == y, soft_of_y, tl.where(log_p < _MIN_LOG, _MIN_LOG, log_p))
                 q = tl.load(log_q + row * q_stride + column, mask=inside, other=_MIN_LOG)
-                gradient += g * inverse_soft * slope_of(log_p, q, kl_of_p, log_of_p, log_of_q, KIND)
+                gradient += g * inverse_soft * slope_of(log_p, q, kl_of_p, of_p, log_of_p, log_of_q, KIND)
         tl.debug_barrier()  # dz overwrites logits that other threads of this program may still have to read
         tl.store(dz + row * dz_stride + column, (gradient * of_z).to(dz.dtype.element_ty), mask=inside)
