@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
-from two_processes import STEPS, batch, options, rl_trainer
+from two_processes import OBJECTIVES, STEPS, batch, objective_trainer, options, rl_trainer
 
 from pear.fused_head import add_fused_head
+from pear.io import read_jsonl
 from pear.score import score
 from pear.scored import load_scored
 from pear.sft import PEARSFTTrainer
@@ -32,6 +33,11 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     behavior = make_model(tokenizer, seed=1)
     score(behavior, folder / "data.jsonl", folder / "scored.jsonl", tokenizer=tokenizer, progress=False)
+    reference = make_model(tokenizer, seed=2)
+    beside = folder / "objectives.jsonl"
+    score(reference, folder / "scored.jsonl", beside, tokenizer=tokenizer, progress=False, column="ref_logprobs")
+    rows = [row | {"label": n % 3 > 0} for n, (_, row) in enumerate(read_jsonl(beside))]
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,6 +90,20 @@ def test_two_processes_train_like_one(tokenizer, folder, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     for name, weight in torch.load(folder / "weights.pt").items():
         torch.testing.assert_close(weight, one.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_train_any_objective_like_one(folder, name):
+    one = objective_trainer(folder, name, world=1)
+    one.train()
+    two = json.loads((folder / f"{name}.json").read_text())
+    own = {"iw-sft": "pear/weight_max", "negatives": "pear/wrong_nll", "distill": "pear/divergence"}[name]
+    for a, b in zip(one.state.log_history[:STEPS], two[:STEPS], strict=True):
+        assert a[own] > 0
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7), key
+    for key, weight in torch.load(folder / f"{name}.pt").items():
+        torch.testing.assert_close(weight, one.model.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_learn_like_one(folder, tmp_path):

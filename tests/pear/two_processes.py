@@ -10,6 +10,11 @@ import torch.distributed as dist
 from tiny import make_model, make_tokenizer
 
 BATCH, LENGTH, STEPS = 8, 12, 2
+OBJECTIVES = {  # of `pear sft`, that log what is not averaged like the rest: a maximum, and means of wrong answers
+    "iw-sft": {"weighting": "iw-sft", "iw_tau": 3.0},
+    "negatives": {"negatives": True, "logprob_floor": -6.0},
+    "distill": {"distill": "js"},
+}
 
 
 def options(world: int) -> dict:
@@ -67,6 +72,31 @@ def trainer(folder: Path) -> None:
     if run.accelerator.is_main_process:
         torch.save(run.model.state_dict(), folder / "weights.pt")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
+
+
+def objective_trainer(folder: Path, name: str, world: int):
+    from pear.scored import load_scored
+    from pear.sft import PEARSFTTrainer
+    from pear.sft_config import PEARSFTConfig
+
+    tokenizer = make_tokenizer()
+    config = PEARSFTConfig(str(folder / f"{name}-{world}"), **options(world), **OBJECTIVES[name])
+    teacher = make_model(tokenizer, kind="qwen2", seed=2) if name == "distill" else None
+    data = load_scored(folder / "objectives.jsonl", tokenizer, columns=("sequence_label", "ref_logprobs"))
+    if name != "negatives":
+        data = data.remove_columns("sequence_label")
+    return PEARSFTTrainer(
+        make_model(tokenizer), config, teacher=teacher, train_dataset=data, processing_class=tokenizer
+    )
+
+
+def objectives(folder: Path) -> None:
+    for name in OBJECTIVES:
+        run = objective_trainer(folder, name, world=2)
+        run.train()
+        if run.accelerator.is_main_process:
+            torch.save(run.model.state_dict(), folder / f"{name}.pt")
+            (folder / f"{name}.json").write_text(json.dumps(run.state.log_history))
 
 
 def rl_trainer(folder: Path, world: int):
@@ -131,5 +161,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     sharded(Path(sys.argv[1]))
     trainer(Path(sys.argv[1]))
+    objectives(Path(sys.argv[1]))
     reinforced(Path(sys.argv[1]))
     dist.destroy_process_group()
