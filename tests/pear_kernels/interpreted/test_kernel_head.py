@@ -9,6 +9,7 @@ from problems import relative_error
 
 from pear_kernels.triton import head as triton_head
 from pear_kernels.triton import tiles
+from pear_kernels.triton.dense import DenseHead
 
 R, V, D = 21, 75, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,14 +26,14 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def make_head(name="plain", dtype=torch.float32, rows=R, dense=False):
+def make_head(name="plain", dtype=torch.float32, rows=R, kind=Head):
     """A head, what its options mean in float64 (raw logits -> logits), and hidden states."""
     options = dict(HEADS[name])
     bias = randn(V, seed=2, dtype=dtype) if options.pop("bias", False) else None
     temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
     weight, x = randn(V, D, seed=1, dtype=dtype) / 2, randn(R, D, dtype=dtype)
-    head = Head(weight, bias, temperature, softcap, dtype)
-    head.reserve(rows, True, dense)
+    head = kind(weight, bias, temperature, softcap, dtype)
+    head.reserve(rows, True)
 
     def activate(raw):
         z = raw if softcap is None else softcap * torch.tanh(raw / softcap)
@@ -92,11 +93,14 @@ def test_the_workspace_is_written_where_the_rows_are_and_nowhere_else(dtype, pro
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropy_gradient_is_that_of_the_raw_logits(name, dtype):
-    head, x, raw, activate = make_head(name, dtype, dense=True)
+    head, x, raw, activate = make_head(name, dtype, kind=DenseHead)
     of_nll, of_entropy = randn(R, seed=3).double(), randn(R, seed=4).double()
     of_nll[:3], of_entropy[2:5] = 0.0, 0.0
-    dz, row_scale = head.entropy_gradient(x, TARGETS, of_nll, of_entropy)
-    exact, _, _ = gradient_of_raw(raw, activate, TARGETS, of_nll, of_entropy)
+    scores = head.scores(x, TARGETS, entropy=True)
+    dz, row_scale = head.gradient(scores, of_nll, of_entropy)
+    exact, logprobs, entropy = gradient_of_raw(raw, activate, TARGETS, of_nll, of_entropy)
+    assert relative_error(scores.logprobs, logprobs) < TOLERANCE
+    assert relative_error(scores.entropy, entropy) < TOLERANCE
     ours = row_scale[:, None].double() * dz.double()
     assert dz.dtype == dtype and not ours[2].any() and not exact[2].any()
     for r in [0, 1, *range(3, R)]:
