@@ -170,7 +170,7 @@ def naive_weighted_loss(
         index = counts.nonzero()[:, 0]
         two = len(inspect.signature(weights).parameters) == 2
         w = torch.zeros_like(lp)
-        w[index] = weights(lp[index], index) if two else weights(lp[index])
+        w[index] = (weights(lp[index], index) if two else weights(lp[index])).to(lp.dtype)
     elif name == "none":
         w = torch.ones_like(lp)
     elif name == "dft":

@@ -1,0 +1,159 @@
+"""The ops of weighted losses, negatives and distillation: as torch.library wants them, captured, and in any layout."""
+
+import pytest
+import torch
+from problems import gradients, make_distill_problem, make_problem, make_weighted_problem, relative_error, workspace
+from test_layouts import BACKENDS, HERE, expanded, misaligned, rows_apart, strided, transposed
+from torch.utils.checkpoint import checkpoint
+
+from pear_kernels import linear_topk_logprobs, ops, packing
+
+LABELS = dict(sequence_label=torch.tensor([True, False, True, False, True]))
+PROBLEMS = {
+    **{f"weighted, {name}": (make_weighted_problem, {"weighting": name}) for name in ("tensor", "iw-sft", "idft")},
+    **{f"negatives, {level}": (make_problem, {"level": level, **LABELS}) for level in ("token", "sequence")},
+    "distill, forward": (make_distill_problem, {"divergence": "forward"}),
+    "distill, reverse, without weights": (make_distill_problem, {"divergence": "reverse", "weighted": False}),
+    "distill, js, top-k": (make_distill_problem, {"divergence": "js", "top_k": 5, "level": "block", "nll_coef": 0.1}),
+}
+CASES = pytest.mark.parametrize("make, options", PROBLEMS.values(), ids=PROBLEMS.keys())
+ALL_OPS = ("linear_weighted_loss", "linear_pear_loss", "linear_distill_loss", "linear_topk_logprobs")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """(op, args, kwargs) of every op that a public function calls."""
+    calls = []
+
+    def recording(op):
+        def recorded(*args, **kwargs):
+            calls.append((op, args, kwargs))
+            return op(*args, **kwargs)
+
+        return recorded
+
+    for name in ALL_OPS:
+        monkeypatch.setattr(ops, name, recording(getattr(ops, name)))
+    return calls
+
+
+@CASES
+def test_torch_library_opcheck(make, options, called):
+    make(dtype=torch.float32, bias=True, **options).ours()
+    (op, args, kwargs), *_ = called
+    torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_torch_library_opcheck_of_topk(called):
+    problem = make_problem(dtype=torch.float32, bias=True)
+    linear_topk_logprobs(problem.hidden, problem.weight, problem.target, 3, bias=problem.options["bias"])
+    (op, args, kwargs), *_ = called
+    torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@CASES
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize("rows", [9, None])
+def test_a_captured_pass_reads_no_value(make, options, reduction, rows, called, monkeypatch):
+    """The whole of each op on tensors of device "meta", which have no values: reading one raises, as in a capture."""
+    scale = torch.ones(5)
+    problem = make(dtype=torch.float32, bias=True, temperature=0.7, softcap=3.0, sequence_scale=scale, **options)
+    problem.ours(reduction=reduction, denominator=torch.ones(()), workspace_bytes=rows and workspace(rows, 37, 4))
+    (op, args, kwargs), *_ = called
+    monkeypatch.setattr(packing, "capturing", lambda: True)
+
+    def on_meta(value):
+        return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
+
+    for divisor in (True, False):
+        given = [on_meta(value) for value in args]
+        named = {name: on_meta(value) for name, value in kwargs.items()}
+        if not divisor:  # the one 0-d tensor
+            given = [None if isinstance(v, torch.Tensor) and v.dim() == 0 else v for v in given]
+            named = {n: None if isinstance(v, torch.Tensor) and v.dim() == 0 else v for n, v in named.items()}
+        with torch.device("meta"):
+            loss, *_, dx, dw, db = op._init_fn(*given, **named)
+        assert loss.is_meta and dx.shape == problem.hidden.shape and dw.shape == problem.weight.shape
+        assert db.shape == problem.options["bias"].shape
+
+
+@CASES
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(make, options, use_reentrant):
+    problem = make(dtype=torch.float32, **options)
+
+    def loss(hidden, weight):
+        extra = {**problem.options, "cu_seqlens": problem.cu_seqlens}
+        return problem.loss(hidden * 1.5, weight, problem.target, problem.behavior_logprobs, **extra).loss * 2
+
+    leaves, again = problem.leaves(), problem.leaves()
+    value = loss(*leaves)
+    value.backward()
+    recomputed = checkpoint(loss, *again, use_reentrant=use_reentrant)
+    recomputed.backward()
+    assert torch.equal(value, recomputed)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, again, strict=True))
+
+
+@CASES
+def test_a_kept_graph_may_be_walked_twice(make, options):
+    out, leaves = make(dtype=torch.float32, **options).ours()
+    first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(5 * out.loss, leaves)
+    torch.testing.assert_close(second, tuple(5 * grad for grad in first), rtol=1e-5, atol=1e-6)
+
+
+# ---- layouts
+
+
+def laid_out(value, layout):
+    """A tensor, or the tensors of a teacher, in that layout on the device of these tests."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(laid_out(part, layout) for part in value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    return layout(value.to(HERE)) if value.dim() > 0 else value.to(HERE)
+
+
+@CASES
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("layout", [transposed, strided, rows_apart, misaligned])
+def test_any_layout(make, options, which, layout):
+    problem = make((7, 1, 0, 12, 5), D=16, dtype=torch.float32, bias=True, **options)
+    (loss, logprobs, weights), exact_leaves = problem.naive()
+    expected = gradients(loss, exact_leaves)
+    problem.options["backend"] = which
+    for name in ("hidden", "weight", "target", "behavior_logprobs"):
+        setattr(problem, name, laid_out(getattr(problem, name), layout))
+    problem.cu_seqlens = laid_out(problem.cu_seqlens, layout)
+    given = {name: laid_out(value, layout) for name, value in problem.options.items()}
+    leaves = [x.detach().requires_grad_() for x in (problem.hidden, problem.weight, given.pop("bias"))]
+    out = problem.loss(
+        *leaves[:2], problem.target, problem.behavior_logprobs, bias=leaves[2], cu_seqlens=problem.cu_seqlens,
+        workspace_bytes=9 * 37 * 8, **given,
+    )  # fmt: skip
+    assert abs(out.loss.item() - loss.item()) < 2e-5 * max(1.0, abs(loss.item()))
+    torch.testing.assert_close(out.logprobs.cpu().double(), logprobs, rtol=2e-5, atol=2e-5)
+    for ours, exact in zip(gradients(out.loss, leaves), expected, strict=True):
+        assert relative_error(ours.cpu(), exact) < 5e-5
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_one_teachers_row_for_all_tokens(which):
+    """Expanded tensors, of stride 0."""
+    for top_k in (None, 5):
+        problem = make_distill_problem((7, 5), D=16, dtype=torch.float32, top_k=top_k, ignored=0.0)
+        teacher = problem.options["teacher"]
+        if top_k is None:
+            one = teacher._replace(hidden=expanded(teacher.hidden))
+        else:
+            one = type(teacher)(expanded(teacher.ids), expanded(teacher.logprobs))
+        problem.options["teacher"] = one
+        (loss, _, _), exact_leaves = problem.naive()
+        problem.options["teacher"] = laid_out(one, lambda x: x)
+        for name in ("hidden", "weight", "target", "behavior_logprobs", "cu_seqlens"):
+            setattr(problem, name, getattr(problem, name).to(HERE))
+        out, leaves = problem.ours(backend=which)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=2e-5)
+        for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+            assert relative_error(ours.cpu(), exact) < 2e-5

@@ -1,0 +1,688 @@
+"""linear_weighted_loss against the naive float64 loss on full logits, and what must not change it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import (
+    WeightedProblem,
+    assert_matches_naive,
+    count_products,
+    gradients,
+    make_problem,
+    make_weighted_problem,
+    relative_error,
+    workspace,
+)  # fmt: skip
+from test_accuracy import hard_problem
+
+from pear_kernels import (
+    LinearWeightedLoss,
+    LossOutput,
+    linear_logprobs,
+    linear_weighted_loss,
+    packing,
+    pear_weights,
+)  # fmt: skip
+from pear_kernels.weightings import WEIGHTED_STATS
+
+NAMES = ["none", "dft", "iw-sft", "psft", "asft", "idft"]
+WEIGHTINGS = ["tensor", *NAMES]
+NEED_REF = ["iw-sft", "psft", "asft"]
+
+
+def function_problem(function, *arguments, **options) -> WeightedProblem:
+    """Weights that a function makes."""
+    problem = make_weighted_problem(*arguments, **options)
+    problem.options["weights"] = function
+    return problem
+
+
+def of_logprobs(logprobs):
+    return torch.sin(3 * logprobs)
+
+
+def of_logprobs_and_places(logprobs, index):
+    return torch.cos(logprobs) * (index % 5 - 2)
+
+
+FUNCTIONS = [of_logprobs, of_logprobs_and_places]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 25, None])
+def test_chunk_sweep(weighting, rows):
+    problem = make_weighted_problem(weighting=weighting)
+    assert_matches_naive(problem, workspace_bytes=rows and workspace(rows, 37))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 25, None])
+def test_functions_of_a_chunk(function, rows):
+    assert_matches_naive(function_problem(function), workspace_bytes=rows and workspace(rows, 37))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"bias": True}, {"temperature": 0.7}, {"softcap": 2.5}, {"bias": True, "temperature": 1.6, "softcap": 4.0}],
+)
+def test_heads_and_reductions(weighting, reduction, head):
+    scale = torch.tensor([0.5, 2.0, 7.0, -1.0, 0.0], dtype=torch.float64)
+    problem = make_weighted_problem(
+        weighting=weighting, reduction=reduction, sequence_scale=scale, workspace_bytes=workspace(4, 37), **head
+    )
+    assert_matches_naive(problem)
+    assert_matches_naive(problem, denominator=11.0)
+    assert_matches_naive(problem, sequence_scale=None)
+
+
+@pytest.mark.parametrize(
+    "weighting, options",
+    [
+        ("iw-sft", {"iw_tau": 0.3}),
+        ("iw-sft", {"iw_tau": -2.0}),
+        ("iw-sft", {"iw_max": 1.0}),
+        ("psft", {"psft_clip": 0.0}),
+        ("psft", {"psft_clip": 0.1}),
+        ("psft", {"psft_clip": 9.0}),
+        ("asft", {"asft_kl": 0.0}),
+        ("asft", {"asft_kl": 3.0}),
+        ("idft", {"idft_clip": (0.5, 0.5)}),
+        ("idft", {"idft_clip": (0.0, 30.0)}),
+    ],
+)
+def test_options(weighting, options):
+    problem = make_weighted_problem(weighting=weighting, **options)
+    for rows in (3, 40):
+        assert_matches_naive(problem, workspace_bytes=workspace(rows, 37))
+    default, _ = make_weighted_problem(weighting=weighting).ours()
+    assert not torch.equal(problem.ours()[0].weights, default.weights)  # it does something
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_sequences_that_end_on_a_chunk_edge_and_span_several(weighting):
+    problem = make_weighted_problem((4, 4, 16, 8, 5), weighting=weighting, ignored=0.0)
+    assert_matches_naive(problem, workspace_bytes=workspace(4, 37))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias", "weight bias", "hidden weight bias"])
+@pytest.mark.parametrize("rows", [1, 20, 60])
+def test_whatever_is_trained(weighting, trained, rows):
+    problem = make_weighted_problem((0, 40, 1, 49, 10, 0), weighting=weighting, bias=True, D=4)
+    names = ("hidden", "weight", "bias")
+    leaves = [x.requires_grad_(name in trained.split()) for name, x in zip(names, problem.leaves(), strict=True)]
+    out = linear_weighted_loss(
+        *leaves[:2], problem.target, cu_seqlens=problem.cu_seqlens, workspace_bytes=workspace(rows, 37),
+        **{**problem.options, "bias": leaves[2]},
+    )  # fmt: skip
+    (loss, _, _), exact_leaves = problem.naive()
+    exact = dict(zip(names, gradients(loss, exact_leaves), strict=True))
+    ours = dict(zip(trained.split(), gradients(out.loss, [x for x in leaves if x.requires_grad]), strict=True))
+    for name, gradient in ours.items():
+        assert relative_error(gradient, exact[name]) < 1e-12, name
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) > 0),
+    weighting=st.sampled_from(WEIGHTINGS),
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 70),
+    ignored=st.sampled_from([0.0, 0.4, 0.9]),
+    drift=st.sampled_from([-0.5, 0.0, 0.5]),
+    reduction=st.sampled_from(["mean", "sum", "sequence_mean"]),
+    temperature=st.sampled_from([1.0, 0.6]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=80, deadline=None)
+def test_random_packs(lengths, rows, vocabulary, **options):
+    problem = make_weighted_problem(lengths, V=vocabulary, **options)
+    if (problem.target >= 0).any():
+        assert_matches_naive(problem, tolerance=1e-10, workspace_bytes=workspace(rows, vocabulary))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("V", [37, 301])
+def test_float32(weighting, V):
+    problem = make_weighted_problem((40, 3, 200, 90), V=V, D=32, dtype=torch.float32, weighting=weighting, bias=True)
+    out, _ = problem.ours(workspace_bytes=workspace(70, V, 4))
+    assert out.loss.dtype == out.logprobs.dtype == out.weights.dtype == torch.float32
+    # exp(mean) and p ** a multiply an error of the log-probs, which are as large as 60 here
+    assert_matches_naive(problem, tolerance=2e-5, workspace_bytes=workspace(70, V, 4))
+
+
+@pytest.mark.parametrize("weighting", ["tensor", "psft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_may_be_of_the_other_dtype(weighting, dtype):
+    problem = make_weighted_problem(weighting=weighting, dtype=dtype)
+    name = "weights" if weighting == "tensor" else "ref_logprobs"
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[dtype]
+    problem.options[name] = problem.options[name].to(other)
+    assert_matches_naive(problem, tolerance=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+# ---- what each weighting is
+
+
+def as_leaves(problem):
+    """Leaves and their log-probs (N,) by PyTorch alone; 0 at ignored tokens."""
+    leaves = problem.leaves()
+    logits = F.linear(*leaves)
+    return leaves, -F.cross_entropy(logits, problem.target, reduction="none")
+
+
+def assert_same(loss, leaves, exact, exact_leaves, tolerance=1e-12):
+    torch.testing.assert_close(loss, exact, rtol=tolerance, atol=0)
+    for ours, theirs in zip(gradients(loss, leaves), gradients(exact, exact_leaves), strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("how", [{"weighting": "none"}, {"weights": "none"}, {"weights": torch.ones_like}])
+def test_none_is_cross_entropy(how):
+    problem = make_problem((9, 14), bias=True)
+    leaves, theirs = problem.leaves(), problem.leaves()
+    out = linear_weighted_loss(*leaves[:2], problem.target, bias=leaves[2], **how)
+    assert_same(out.loss, leaves, F.cross_entropy(F.linear(*theirs), problem.target), theirs)
+    assert torch.equal(out.weights, (problem.target >= 0).double())
+
+
+def test_dft_is_trls():
+    problem = make_weighted_problem((9, 14), weighting="dft")
+    out, leaves = problem.ours()
+    theirs, logprobs = as_leaves(problem)
+    # SFTTrainer: per_token_loss = -outputs.log_probs * outputs.log_probs.exp().detach(), over the tokens that count
+    exact = (-logprobs * logprobs.exp().detach()).sum() / (problem.target >= 0).sum()
+    assert_same(out.loss, leaves, exact, theirs)
+
+
+def test_iw_sft_weighs_a_sequence():
+    problem = make_weighted_problem((9, 14, 3), weighting="iw-sft", iw_tau=2.0, ignored=0.0, drift=0.1)
+    out, _ = problem.ours()
+    _, logprobs = as_leaves(problem)
+    for begin, end in ((0, 9), (9, 23), (23, 26)):
+        mean = (logprobs - problem.options["ref_logprobs"])[begin:end].mean()
+        expected = torch.exp(2 * mean).clamp(max=16).detach()
+        torch.testing.assert_close(out.weights[begin:end], expected.expand(end - begin), rtol=1e-12, atol=0)
+
+
+def test_iw_sft_is_capped():
+    problem = make_weighted_problem((9, 14), weighting="iw-sft", drift=5.0)
+    assert (problem.ours()[0].weights[problem.target >= 0] == 16).all()
+    assert_matches_naive(problem)
+
+
+def test_a_far_reference_overflows_nothing():
+    problem = make_weighted_problem((9, 14), ignored=0.0, weighting="iw-sft")
+    problem.options["ref_logprobs"][:9] = -2000.0  # e^2000 is more than a float64 holds
+    for weighting, expected in (("iw-sft", 16), ("psft", 0)):
+        out, leaves = problem.ours(weighting=weighting)
+        assert (out.weights[:9] == expected).all() and out.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients(out.loss, leaves))
+
+
+def test_psft_is_ppos_clip_with_an_advantage_of_one():
+    problem = make_weighted_problem((30, 41), weighting="psft", reduction="sum")
+    out, leaves = problem.ours()
+    theirs, logprobs = as_leaves(problem)
+    counts = problem.target >= 0
+    ratio = (logprobs - problem.options["ref_logprobs"])[counts].exp()
+    surrogate = torch.minimum(ratio, ratio.clamp(max=1.28)).sum()  # of which ours has the gradient, not the value
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(-surrogate, theirs), strict=True):
+        assert relative_error(ours, exact) < 1e-12
+    assert 0 < (out.weights[counts] == 0).sum() < counts.sum()
+
+
+def test_asft_adds_the_kl_of_two_outcomes():
+    problem = make_weighted_problem((9, 14), weighting="asft", asft_kl=0.7, reduction="sum")
+    out, leaves = problem.ours()
+    theirs, logprobs = as_leaves(problem)
+    counts = problem.target >= 0
+    p, q = logprobs[counts].exp(), problem.options["ref_logprobs"][counts].exp()
+    bernoulli = torch.distributions.Bernoulli
+    kl = torch.distributions.kl_divergence(bernoulli(probs=q), bernoulli(probs=p))
+    assert_same(out.loss, leaves, (-p.detach() * logprobs[counts] + 0.7 * kl).sum(), theirs, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("at", [0.0, 5e-5, -800.0])
+def test_asft_where_the_reference_is_certain(at):
+    # q = 1, just above 1 by rounding, or 0: the outcome of probability 0 has no term
+    problem = make_weighted_problem((9, 14), weighting="asft")
+    problem.options["ref_logprobs"][problem.target >= 0] = at
+    assert_matches_naive(problem, tolerance=2 * at if at > 0 else 1e-12)
+
+
+def test_idft_by_torchs_entropy():
+    problem = make_weighted_problem((9, 14), weighting="idft")
+    out, _ = problem.ours()
+    leaves, logprobs = as_leaves(problem)
+    entropy = torch.distributions.Categorical(logits=F.linear(*leaves)).entropy()
+    exponent = torch.exp(-(logprobs + entropy)).clamp(0.1, 2)
+    expected = torch.exp(exponent * logprobs).where(problem.target >= 0, 0.0)
+    torch.testing.assert_close(out.weights, expected.detach(), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("level", ["token", "block", "sequence"])
+def test_pear_by_weights_made_before(level):
+    """A caller's own two steps: log-probs, weights from them, and a loss with these."""
+    problem = make_problem((7, 1, 0, 12, 5), level=level, block_size=3, bias=True, temperature=0.8)
+    fused, leaves = problem.ours()
+    theirs = problem.leaves()
+    head = dict(bias=theirs[2], temperature=0.8)
+    logprobs = linear_logprobs(*theirs[:2], problem.target, **head).detach()
+    pack = dict(cu_seqlens=problem.cu_seqlens)
+    counts = problem.target >= 0
+    weights = pear_weights(logprobs, problem.behavior_logprobs, counts, level=level, block_size=3, **pack)
+    out = linear_weighted_loss(*theirs[:2], problem.target, weights, **head, **pack)
+    assert_same(out.loss, theirs, fused.loss, leaves)
+    torch.testing.assert_close(out.weights, fused.weights, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_no_gradient_flows_through_the_weights(weighting):
+    # sum_t weights_t * scale_t * -log p_t, the weights fixed, has the loss's gradient
+    problem = make_weighted_problem(weighting=weighting, reduction="sum")
+    name = "weights" if weighting == "tensor" else "ref_logprobs"
+    problem.options[name].requires_grad_()
+    out, leaves = problem.ours(workspace_bytes=workspace(5, 37))
+    assert not out.weights.requires_grad and not out.logprobs.requires_grad
+    theirs, logprobs = as_leaves(problem)
+    pairs = zip(gradients(out.loss, leaves), gradients(-(out.weights * logprobs).sum(), theirs), strict=True)
+    for ours, exact in pairs:
+        assert relative_error(ours, exact) < 1e-12
+    out, _ = problem.ours()
+    assert torch.autograd.grad(out.loss, problem.options[name], allow_unused=True) == (None,)
+
+
+# ---- functions
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_function_is_given(padded):
+    problem = make_problem((8, 8, 8), ignored=0.3)
+    shape = (3, 8) if padded else (24,)
+    target = problem.target.view(shape)
+    counted = (target.reshape(-1) >= 0).nonzero()[:, 0]
+    seen = {}
+
+    def function(logprobs, index):
+        assert not logprobs.requires_grad and logprobs.dtype == torch.float64 and index.dtype == torch.int64
+        assert logprobs.shape == index.shape == (len(index),) and len(index) <= 5
+        seen.update(zip(index.tolist(), logprobs.tolist(), strict=True))
+        return index.double()
+
+    leaves = problem.leaves()
+    hidden = leaves[0].view(*shape, -1)
+    bounds = {} if padded else {"cu_seqlens": problem.cu_seqlens}
+    out = linear_weighted_loss(hidden, leaves[1], target, function, workspace_bytes=workspace(5, 37), **bounds)
+    assert sorted(seen) == counted.tolist()
+    assert [seen[i] for i in counted.tolist()] == pytest.approx(out.logprobs.reshape(-1)[counted].tolist(), rel=1e-12)
+    assert torch.equal(out.weights.reshape(-1)[counted], counted.double()) and out.weights.shape == shape
+    assert (out.weights.reshape(-1)[problem.target < 0] == 0).all()
+
+
+def test_a_function_sees_half_precision_log_probs_in_float64():
+    problem = make_problem(dtype=torch.bfloat16)
+
+    def function(logprobs):
+        assert logprobs.dtype == torch.float64
+        return logprobs.exp()
+
+    leaves = problem.leaves()
+    ours = linear_weighted_loss(*leaves, problem.target, function)
+    dft = linear_weighted_loss(*leaves, problem.target, weighting="dft")
+    torch.testing.assert_close(ours.loss, dft.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(ours.loss, leaves), gradients(dft.loss, leaves), rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_function_may_answer_in_either_dtype(dtype):
+    problem = function_problem(lambda logprobs: of_logprobs(logprobs).to(dtype))
+    assert_matches_naive(problem, workspace_bytes=workspace(5, 37))
+
+
+# ---- layouts and edges
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_padded_equals_packed(weighting):
+    lengths = (7, 2, 9)
+    pack = make_weighted_problem(lengths, weighting=weighting, ignored=0.0)
+    packed, leaves = pack.ours()
+    expected = gradients(packed.loss, leaves)
+    T = 13
+    for side in ("left", "right"):
+        where = torch.zeros(3, T, dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            where[row, slice(T - length, T) if side == "left" else slice(length)] = True
+
+        def padded(values, filler, where=where):
+            return values.new_full((3, T, *values.shape[1:]), filler).index_put_((where,), values)
+
+        columns = {n: padded(v, math.nan) if isinstance(v, torch.Tensor) else v for n, v in pack.options.items()}
+        leaves = [padded(pack.hidden, 1e3).requires_grad_(), pack.weight.clone().requires_grad_()]
+        out = linear_weighted_loss(*leaves, padded(pack.target, -100), **columns)
+        assert out.logprobs.shape == out.weights.shape == (3, T)
+        torch.testing.assert_close(out.loss, packed.loss.detach(), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(out.weights[where], packed.weights, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(out.stats, packed.stats, rtol=1e-12, atol=1e-15)
+        grad_hidden, grad_weight = gradients(out.loss, leaves)
+        torch.testing.assert_close(grad_hidden[where], expected[0], rtol=1e-10, atol=1e-15)
+        assert not grad_hidden[~where].any() and not out.weights[~where].any()
+        torch.testing.assert_close(grad_weight, expected[1], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_all_ignored(weighting):
+    problem = make_weighted_problem(weighting=weighting, ignored=1.0, bias=True)
+    problem.hidden.fill_(math.nan)
+    out, leaves = problem.ours()
+    assert out.loss.item() == 0.0
+    assert all(not grad.any() for grad in gradients(out.loss, leaves))
+    assert out.stats["tokens"].item() == 0.0
+    assert all(value.isfinite() for value in out.stats.values())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_where_all_are_ignored(function):
+    out, leaves = function_problem(function, ignored=1.0).ours()
+    assert out.loss.item() == 0.0 and all(not grad.any() for grad in gradients(out.loss, leaves))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_no_tokens_at_all(weighting):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    columns = {"weights": torch.zeros(0)} if weighting == "tensor" else {"weighting": weighting}
+    if weighting in NEED_REF:
+        columns["ref_logprobs"] = torch.zeros(0)
+    out = linear_weighted_loss(hidden, weight, torch.zeros(0, dtype=torch.long), **columns)
+    grads = gradients(out.loss, [hidden, weight])
+    assert out.loss.item() == 0.0 and grads[0].shape == (0, 4) and not grads[1].any()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_one_token(weighting):
+    assert_matches_naive(make_weighted_problem((1,), weighting=weighting, ignored=0.0))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_bitwise_repeatable(weighting):
+    problem = make_weighted_problem((60, 90), V=501, D=32, dtype=torch.float32, weighting=weighting)
+    runs = []
+    for _ in range(3):
+        out, leaves = problem.ours(workspace_bytes=workspace(40, 501, 4))
+        runs.append([out.loss.detach(), out.logprobs, out.weights, *gradients(out.loss, leaves)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("weighting", NAMES)
+def test_nan_stays_in_its_sequence(weighting):
+    problem = make_weighted_problem((20, 30, 20), ignored=0.0, weighting=weighting)
+    clean, _ = problem.ours(workspace_bytes=workspace(16, 37))
+    problem.hidden[35] = math.nan
+    out, _ = problem.ours(workspace_bytes=workspace(16, 37))
+    assert out.loss.isnan()
+    others = torch.ones(70, dtype=torch.bool)
+    others[20:50] = False
+    torch.testing.assert_close(out.weights[others], clean.weights[others], rtol=1e-13, atol=0)
+
+
+# ---- precision: p near 1, and p near 0
+
+
+def exact_logodds(hidden, weight, target):
+    """log(p / (1 - p)) of the targets, 1 - p by its own sum."""
+    logits = hidden @ weight.T
+    others = torch.logsumexp(logits.scatter(1, target[:, None], -torch.inf), 1)
+    return logits.gather(1, target[:, None])[:, 0] - others
+
+
+def exact_loss(name, leaves, target, ref, bounds, **options):
+    """float64, to its last digits where p is near 1, where `log_softmax` has lost half of them."""
+    logodds = exact_logodds(*leaves, target)
+    logprobs, log_not = -F.softplus(-logodds), -F.softplus(logodds)
+    lp, extra = logprobs.detach(), 0.0
+    if name == "none":
+        w = torch.ones_like(lp)
+    elif name == "dft":
+        w = lp.exp()
+    elif name == "iw-sft":
+        w = torch.cat([(lp - ref)[a:b].mean().exp().expand(b - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+    elif name == "psft":
+        w = (lp - ref).exp().where((lp - ref).exp() <= 1.28, 0.0)
+    elif name == "asft":
+        log_not_q = torch.log(-torch.expm1(ref))
+        w = lp.exp()
+        extra = 0.1 * (ref.exp() * (ref - logprobs) + log_not_q.exp() * (log_not_q - log_not))
+    else:
+        log_p = torch.log_softmax(leaves[0] @ leaves[1].T, 1).detach().scatter(1, target[:, None], lp[:, None])
+        w = torch.exp(torch.exp((log_p.exp() * log_p).sum(1) - lp).clamp(0.1, 2) * lp)
+    return (w * -logprobs + extra).mean(), logprobs
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind, level", [("peaked", 1e-4), ("peaked", 1e-9), ("unlikely", -30.0), ("unlikely", -60.0)])
+def test_float32_where_it_is_hard(name, kind, level):
+    hidden, weight, target, _ = hard_problem(kind, level)
+    rng = torch.Generator().manual_seed(2)
+    logprobs = -F.softplus(-exact_logodds(hidden.double(), weight.double(), target))
+    # a reference near the student: as far from 1 by a factor, or as unlikely by one
+    nudge = (0.2 * torch.randn(len(target), generator=rng)).double()
+    ref = (logprobs * nudge.exp() if kind == "peaked" else logprobs + nudge).float()
+    bounds = [0, 64, 128, 192]
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = linear_weighted_loss(
+        *leaves, target, weighting=name, ref_logprobs=ref, cu_seqlens=torch.tensor(bounds),
+        workspace_bytes=workspace(80, len(weight), 4),
+    )  # fmt: skip
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    loss, logprobs = exact_loss(name, exact_leaves, target, ref.double(), bounds)
+    assert logprobs.mean().item() == pytest.approx(-level if kind == "peaked" else level, rel=0.05)
+    # an error of the log-prob is one of the weight, too; and weights of 1e-16 of a usual one need no digits
+    tolerance, nothing = (1e-5, 0.0) if kind == "peaked" else (3e-5, 1e-16)
+    assert relative_error(out.logprobs, logprobs) < 5e-6
+    assert abs(out.loss.item() - loss.item()) < tolerance * loss.item() + nothing
+    unweighted = torch.autograd.grad(-logprobs.mean(), exact_leaves, retain_graph=True)
+    for ours, exact, usual in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), unweighted, strict=True):
+        assert (ours - exact).norm() < tolerance * exact.norm() + nothing * usual.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_half_precision(weighting, dtype):
+    problem = make_weighted_problem((40, 30), weighting=weighting, dtype=dtype, D=32, reduction="sum")
+    problem.weight.mul_(0.3)
+    out, leaves = problem.ours(workspace_bytes=workspace(16, 37, 4))
+    (loss, logprobs, weights), exact_leaves = problem.naive()
+    assert out.loss.dtype == out.weights.dtype == torch.float32
+    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
+    torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=1e-7)
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert ours.dtype == dtype and relative_error(ours, exact) < torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_autocast_rounds_operands_and_keeps_float32_gradients(weighting):
+    problem = make_weighted_problem((9, 17, 5), dtype=torch.float32, weighting=weighting, bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, leaves = problem.ours()
+    grads = gradients(out.loss, leaves)
+    assert out.loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
+    rounded = [leaf.detach().bfloat16() for leaf in leaves]
+    problem.hidden, problem.weight, problem.options["bias"] = rounded
+    (loss, _, _), exact_leaves = problem.naive()
+    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
+    for ours, exact in zip(grads, gradients(loss, exact_leaves), strict=True):
+        assert relative_error(ours, exact) < 2e-5
+
+
+# ---- what it costs: rows that go through each product
+
+
+@pytest.fixture
+def products(monkeypatch):
+    return count_products(monkeypatch)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("trained", ["both", "hidden", "weight", "neither"])
+def test_products_of_valid_tokens_only(products, weighting, trained):
+    # "iw-sft" weighs a sequence by all of it: none here is longer than a chunk
+    problem = make_weighted_problem((19, 20, 11, 17), weighting=weighting)
+    n = int((problem.target >= 0).sum())
+    hidden = problem.hidden.requires_grad_(trained in ("both", "hidden"))
+    weight = problem.weight.requires_grad_(trained in ("both", "weight"))
+    linear_weighted_loss(
+        hidden, weight, problem.target, cu_seqlens=problem.cu_seqlens, workspace_bytes=workspace(20, 37),
+        **problem.options,
+    )  # fmt: skip
+    assert n < 67
+    assert products == {"logits": n, "hidden": n * hidden.requires_grad, "weight": n * weight.requires_grad}
+
+
+@pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "iw-sft"])
+def test_sequences_longer_than_a_chunk_are_three_products(products, weighting):
+    problem = make_weighted_problem((50, 60), weighting=weighting, ignored=0.0)
+    problem.ours(workspace_bytes=workspace(20, 37))
+    assert products == {"logits": 110, "hidden": 110, "weight": 110}
+
+
+def test_one_long_sequence_of_iw_sft_is_three_products(products):
+    problem = make_weighted_problem((10, 60, 5), weighting="iw-sft", ignored=0.0)
+    out, leaves = problem.ours(workspace_bytes=workspace(20, 37))
+    assert products == {"logits": 75, "hidden": 75, "weight": 75}
+    (loss, _, _), exact_leaves = problem.naive()
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert relative_error(ours, exact) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [20, 60])
+def test_several_long_sequences_of_iw_sft(rows):
+    for D in (4, 64):  # with and without room for a second buffer
+        problem = make_weighted_problem((100, 90, 3, 80), weighting="iw-sft", D=D, bias=True, reduction="sequence_mean")
+        assert_matches_naive(problem, tolerance=1e-11, workspace_bytes=workspace(rows, 37))
+
+
+# ---- accumulation, statistics, faces
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_denominator_makes_accumulation_equal_one_batch(weighting):
+    problem = make_weighted_problem((20, 30, 10), weighting=weighting)
+    whole, leaves = problem.ours()
+    expected = gradients(whole.loss, leaves)
+    n = int((problem.target >= 0).sum())
+    leaves, total = problem.leaves(), 0.0
+    for begin, end, bounds in [(0, 20, [0, 20]), (20, 60, [0, 30, 40])]:
+        options = {k: v[begin:end] if isinstance(v, torch.Tensor) else v for k, v in problem.options.items()}
+        out = linear_weighted_loss(
+            leaves[0][begin:end], leaves[1], problem.target[begin:end], cu_seqlens=torch.tensor(bounds),
+            denominator=torch.tensor(n), **options,
+        )  # fmt: skip
+        out.loss.backward()
+        total += out.loss.item()
+    assert total == pytest.approx(whole.loss.item(), rel=1e-12)
+    for leaf, exact in zip(leaves, expected, strict=True):
+        assert relative_error(leaf.grad, exact) < 1e-12
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_statistics_are_what_their_names_say(weighting):
+    problem = make_weighted_problem((30, 1, 0, 70), weighting=weighting, ignored=0.2, drift=0.1)
+    if weighting == "tensor":
+        problem.options["weights"][:20] = 0.0
+    out, _ = problem.ours(workspace_bytes=workspace(20, 37))
+    assert tuple(out.stats) == WEIGHTED_STATS
+    valid = problem.target >= 0
+    _, logprobs = as_leaves(problem)
+    p, w = logprobs.detach()[valid].numpy(), out.weights[valid].numpy()
+    ref = problem.options.get("ref_logprobs")
+    expected = {
+        "nll": -p.mean(),
+        "ref_log_ratio_mean": 0.0 if ref is None else (p - ref[valid].numpy()).mean(),
+        "weight_mean": w.mean(),
+        "weight_max": w.max(),
+        "weight_zero": (w == 0).mean(),
+        "effective_sample_size": w.sum() ** 2 / (w.size * (w**2).sum()),
+        "tokens": w.size,
+    }
+    assert expected["weight_zero"] > 0 or weighting not in ("tensor", "psft")
+    for name, value in expected.items():
+        assert not out.stats[name].requires_grad and out.stats[name].dim() == 0
+        assert out.stats[name].item() == pytest.approx(value, rel=1e-11), name
+
+
+@pytest.mark.parametrize("weighting", NAMES)
+def test_module_is_the_function(weighting):
+    options = dict(iw_tau=0.5, iw_max=2.0, psft_clip=0.1, asft_kl=0.3, idft_clip=(0.2, 1.5), temperature=0.7)
+    options |= dict(reduction="sequence_mean", weighting=weighting)
+    problem = make_weighted_problem(weighting=weighting)
+    out, leaves = problem.ours(**options)
+    module = LinearWeightedLoss(**options)
+    theirs = problem.leaves()
+    columns = dict(ref_logprobs=problem.options["ref_logprobs"], cu_seqlens=problem.cu_seqlens)
+    again = module(*theirs, problem.target, **columns)
+    assert isinstance(again, LossOutput) and not list(module.parameters()) and f"'{weighting}'" in repr(module)
+    assert torch.equal(out.loss, again.loss)
+    for a, b in zip(gradients(out.loss, leaves), gradients(again.loss, theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_module_with_weights_of_each_call():
+    problem = make_weighted_problem()
+    out, _ = problem.ours(reduction="sum")
+    module = LinearWeightedLoss(reduction="sum")
+    again = module(*problem.leaves(), problem.target, problem.options["weights"], cu_seqlens=problem.cu_seqlens)
+    assert torch.equal(out.loss, again.loss)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_compile_keeps_one_graph(weighting):
+    torch._dynamo.reset()
+    problem = make_weighted_problem(dtype=torch.float32, weighting=weighting)
+
+    def loss(hidden, weight):
+        out = linear_weighted_loss(
+            hidden * 1.5, weight, problem.target, cu_seqlens=problem.cu_seqlens, denominator=17.0, **problem.options
+        )
+        return out.loss * 2 + 0 * out.stats["nll"] + 0 * out.weights.sum()
+
+    leaves, compiled_leaves = problem.leaves(), problem.leaves()
+    value = loss(*leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_leaves)
+    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_double_backward_is_refused(weighting):
+    out, leaves = make_weighted_problem(weighting=weighting).ours()
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph=True"):
+        torch.autograd.grad(out.loss, leaves, create_graph=True)
+
+
+# ---- static packs, as CUDA graphs need
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("trained", ["xw", "x", ""])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_static_packs_give_the_same_answers(weighting, trained, rows, monkeypatch):
+    problem = make_weighted_problem(weighting=weighting)
+    problem.hidden[problem.target < 0] = math.nan
+    found = []
+    for static in (False, True):
+        monkeypatch.setattr(packing, "capturing", lambda static=static: static)
+        leaves = [x.requires_grad_(n in trained) for n, x in zip("xw", problem.leaves(), strict=True)]
+        out = linear_weighted_loss(
+            *leaves, problem.target, cu_seqlens=problem.cu_seqlens, workspace_bytes=workspace(rows, 37),
+            **problem.options,
+        )  # fmt: skip
+        grads = gradients(2 * out.loss, [x for x in leaves if x.requires_grad]) if trained else []
+        found.append([out.loss.detach(), out.logprobs, out.weights, *out.stats.values(), *grads])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-14)
