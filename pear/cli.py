@@ -31,7 +31,11 @@ def score(
     device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from what an earlier, killed call has scored.")] = True,
     column: Annotated[
-        str, typer.Option(help="Where the log-probs go: behavior_logprobs, or ref_logprobs beside what a row has.")
+        str,
+        typer.Option(
+            help="Where the log-probs go: behavior_logprobs, or ref_logprobs beside what a row has; none: nowhere, for "
+            "the --top-k of a teacher that did not write the responses."
+        ),
     ] = "behavior_logprobs",
     top_k: Annotated[
         int | None, typer.Option(help="Write the K most likely tokens at each response token too, for distillation.")

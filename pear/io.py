@@ -165,7 +165,9 @@ def check_scored_row(row: dict[str, Any], where: str, needs: tuple[str, ...] = (
     `input_ids` are integers >= 0, `completion_mask` is 0 or 1 with at least one 1 and a 0 in front (the first token has
     nothing before it, so no probability). `behavior_logprobs` and `ref_logprobs` are finite and at most `MAX_LOGPROB`
     where the mask is 1. There `top_k_ids` and `top_k_logprobs` hold K tokens, no token twice, and their log-probs,
-    descending; K is the same at all of them. What lists hold at other positions does not matter. `label` is a boolean.
+    descending; K is the same at all of them. What lists hold at other positions does not matter. Beside them may stand
+    `top_k_temperature`, a positive number, `top_k_model`, a string, and `top_k_vocabulary`, an int above K. `label` is
+    a boolean.
 
     Raises:
         DataError: says which field, at which position, what was found and what to do.
@@ -221,7 +223,7 @@ def _origin(key: str) -> str:
     if key == "ref_logprobs":
         return "`pear score --column ref_logprobs` writes it."
     if key in TOP_K_COLUMNS:
-        return "`pear score --top-k` writes `top_k_ids` and `top_k_logprobs`."
+        return "`pear score --column none --top-k K` writes `top_k_ids` and `top_k_logprobs`."
     return "is this the output of `pear score`?"
 
 
@@ -239,7 +241,7 @@ def _check_logprobs(logprobs: list, mask: list, key: str, where: str) -> None:
 
 def _check_top_k(row: dict[str, Any], where: str) -> None:
     """Both columns at every completion token. The first check of a token is quick; the second finds what is wrong."""
-    again = "Score the row again with `pear score --top-k`."
+    again = "Score the row again with `pear score --column none --top-k K`."
     k = None
     for t, bit in enumerate(row["completion_mask"]):
         if not bit:
@@ -280,3 +282,11 @@ def _check_top_k(row: dict[str, Any], where: str) -> None:
     temperature = row.get("top_k_temperature", 1.0)
     if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise DataError(f"{where}: `top_k_temperature` must be a positive number, got {temperature!r}. {again}")
+    if not isinstance(name := row.get("top_k_model", ""), str):
+        raise DataError(f"{where}: `top_k_model` must be a string, a model's name, got {name!r:.100}. {again}")
+    vocabulary = row.get("top_k_vocabulary", k + 1)
+    if type(vocabulary) is not int or vocabulary <= k:
+        raise DataError(
+            f"{where}: `top_k_vocabulary` must be a whole number of tokens, at least K + 1 = {k + 1}, got "
+            f"{vocabulary!r:.100}. {again}"
+        )

@@ -34,6 +34,7 @@ from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 
 DTYPES = ("auto", "float32", "bfloat16")
+COLUMNS = (*LOGPROB_COLUMNS, "none")  # where log-probs may go
 MODEL_OF = {"behavior_logprobs": "model", "ref_logprobs": "ref_model"}  # the key that names whose log-probs they are
 
 
@@ -85,7 +86,10 @@ def score(
 
     With `top_k`, there are also `top_k_ids` and `top_k_logprobs`, for each completion token the K tokens that the model
     holds most likely in its place, and their log-probs, descending (an empty list at other positions), and
-    `top_k_temperature`.
+    `top_k_temperature`, `top_k_model` (a name) and `top_k_vocabulary` (the size of that model's head).
+
+    With `column="none"` the top-k are all that is written: a teacher that did not write the responses leaves every
+    log-prob that a row has, and `model` and `ref_model`.
 
     Finished batches go to a side file, `<out>.<hash>.partial`; after a kill, the same call (same data, model and
     settings) goes on from there. `out` appears whole at the end, and the side file goes.
@@ -98,7 +102,7 @@ def score(
         resume: False starts anew, whatever an earlier call left.
         dtype: "float32", "bfloat16", or "auto": float32 on a CPU, the checkpoint's dtype elsewhere. For names only.
         device: where to run; None takes the accelerator if there is one.
-        column: where the log-probs go, "behavior_logprobs" or "ref_logprobs".
+        column: where the log-probs go, "behavior_logprobs" or "ref_logprobs"; "none", with `top_k`: nowhere.
         top_k: K, at least 1 and less than the vocabulary; None for none of it.
         top_k_temperature: divides the logits that `top_k_logprobs` are taken of, and not those of `column`: that of the
             distillation they are for.
@@ -119,9 +123,14 @@ def score(
         raise DataError(f"batch_tokens must be at least 1, got {batch_tokens}")
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length must be at least 2 (one token to predict another from), got {max_length}")
-    if column not in LOGPROB_COLUMNS:
-        raise DataError(f"column must be one of {', '.join(LOGPROB_COLUMNS)}, got {column!r}")
+    if column not in COLUMNS:
+        raise DataError(f"column must be one of {', '.join(COLUMNS)}, got {column!r}")
     wanted = _check_top_k(top_k, top_k_temperature)
+    if column == "none" and wanted is None:
+        raise DataError(
+            "column = 'none' without top_k: there would be nothing to write. Give top_k, or the column that the "
+            f"log-probs go to: {' or '.join(LOGPROB_COLUMNS)}"
+        )
     console = Console(stderr=True, quiet=not progress)
     model, name, tokenizer = _load(model, tokenizer, dtype, device)
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -180,7 +189,7 @@ def score(
                 partial.write(file, todo, scored)
                 advance(len(todo))
         try:
-            _write_out(out, data, data_hash, rows, partial, column, wanted, fingerprint, name)
+            _write_out(out, data, data_hash, rows, partial, column, wanted, fingerprint, name, vocabulary)
         except OSError as error:
             kept = f"The scores are kept in {partial.path}; the same command goes on from there."
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
@@ -288,8 +297,8 @@ def _check_what_stays(
     """Token columns that a row keeps must be whole and about the very tokens that are scored now."""
     stays = {key: value for key, value in row.items() if key not in replaced}
     token_columns = (*LOGPROB_COLUMNS, *TOP_K_COLUMNS)
-    if "ref_logprobs" in replaced:
-        token_columns += ("input_ids", "completion_mask")  # a reference's log-probs go beside them
+    if "behavior_logprobs" not in replaced:
+        token_columns += ("input_ids", "completion_mask")  # what is written goes beside them
     if any(key in stays for key in token_columns):
         check_scored_row(stays, where, needs=())
         check_same_tokens(stays, tokenized, tokenizer, where, whose="this model")
@@ -517,6 +526,7 @@ def _write_out(
     top_k: _TopK | None,
     fingerprint: str,
     name: str,
+    vocabulary: int,
 ) -> None:
     """Read `data` once more and write its rows with their scores; texts were not kept in memory meanwhile."""
     by_line = {row.line: i for i, row in enumerate(rows)}
@@ -532,11 +542,11 @@ def _write_out(
             scored = row | {
                 "input_ids": ids.tolist(),
                 "completion_mask": [0] * start + [1] * (len(ids) - start),
-                column: [0.0] * start + _floats(partial.logprobs[i]),
-                "tokenizer": fingerprint,
-                MODEL_OF[column]: name,
             }
-            if column == "ref_logprobs" and "input_ids" in row:  # the behaviour policy's own words for the same tokens
+            if column != "none":
+                scored |= {column: [0.0] * start + _floats(partial.logprobs[i]), MODEL_OF[column]: name}
+            scored["tokenizer"] = fingerprint
+            if column != "behavior_logprobs" and "input_ids" in row:  # the behaviour policy's words for the same tokens
                 scored |= {key: row[key] for key in ("input_ids", "completion_mask", "tokenizer") if key in row}
             if top_k is not None:
                 top_ids, top_logprobs = partial.read_top_k(side, i)
@@ -544,6 +554,8 @@ def _write_out(
                     "top_k_ids": [[]] * start + top_ids.tolist(),
                     "top_k_logprobs": [[]] * start + _floats(top_logprobs),
                     "top_k_temperature": top_k.temperature,
+                    "top_k_model": name,
+                    "top_k_vocabulary": vocabulary,
                 }
             file.write(json.dumps(scored, ensure_ascii=False) + "\n")
         if digest.hexdigest() != data_hash:

@@ -26,13 +26,13 @@ FEATURES = {  # of L tokens; the lists of K are empty at prompts
     "top_k_ids": ListOf(ListOf(Value("int32"))),
     "top_k_logprobs": ListOf(ListOf(Value("float32"))),
     "top_k_temperature": Value("float64"),
+    "top_k_vocabulary": Value("int64"),  # null where the row does not tell
 }
 # How a column comes into a file, {file} and {temperature} to be filled in.
 WRITTEN_BY = {
     "ref_logprobs": "`pear score --column ref_logprobs --model <initial student> --data {file} --out {file}` writes it",
-    "top_k_ids": "`pear score --top-k K --top-k-temperature {temperature:g} --model <teacher> --data {file} --out "
-    "{file}` writes it (add --column ref_logprobs if another model wrote the responses, whose behavior_logprobs then "
-    "stay as they are); or pass --teacher, which is held in memory",
+    "top_k_ids": "`pear score --column none --top-k K --top-k-temperature {temperature:g} --model <teacher> --data "
+    "{file} --out {file}` writes it, and every log-prob stays as it is; or pass --teacher, which is held in memory",
 }
 
 
@@ -109,6 +109,8 @@ def _read(name: str, row: dict[str, Any]) -> Any:
         return np.full(len(mask), row.get("label", True))
     if name == "top_k_temperature":
         return float(row.get(name, 1.0))
+    if name == "top_k_vocabulary":
+        return row.get(name)
     if name in TOP_K_COLUMNS:
         dtype = np.int32 if name == "top_k_ids" else np.float32
         return [np.array(values if bit else [], dtype=dtype) for values, bit in zip(row[name], mask, strict=True)]
@@ -139,8 +141,8 @@ def _check_top_k(
     if (found := row.get("top_k_temperature", 1.0)) != temperature:
         raise DataError(
             f"{where}: the top-k log-probs are at top_k_temperature = {found:g}, but distill_temperature = "
-            f"{temperature:g}: pass --distill_temperature {found:g}, or score again with `pear score --top-k K "
-            f"--top-k-temperature {temperature:g}`"
+            f"{temperature:g}: pass --distill_temperature {found:g}, or score again with `pear score "
+            f"--column none --top-k K --top-k-temperature {temperature:g}`"
         )
     k = len(row["top_k_ids"][row["completion_mask"].index(1)])
     if earlier and k != (first := max(map(len, earlier[0]))):

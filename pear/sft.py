@@ -27,7 +27,7 @@ from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import load_scored
 from pear.sft_config import DataArguments, PEARSFTConfig
-from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare
+from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare, top_k_vocabularies
 from pear.teacher import HeldTeacher, load_teacher
 from pear_kernels import LossOutput
 
@@ -80,6 +80,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._columns = args.more_columns(teacher_in_memory=teacher is not None)
         self._vocabulary: int | None = None
         self._largest_id = -1  # of the data's top-k
+        self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
         if args.padding_free and not args.packing:
@@ -123,13 +124,22 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     # ---- data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
-        dataset = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
-        self._largest_id = max(self._largest_id, largest_top_k_id(dataset))
+        prepared = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
+        self._largest_id = max(self._largest_id, largest_top_k_id(prepared))
+        if "top_k_vocabulary" in self._columns:
+            self._top_k_vocabularies |= top_k_vocabularies(dataset)
         self._check_top_k_ids()
-        return dataset
+        return prepared
 
     def _check_top_k_ids(self) -> None:
-        if self._vocabulary is not None and self._largest_id >= self._vocabulary:
+        if self._vocabulary is None:  # before there is a model
+            return
+        if others := sorted(self._top_k_vocabularies - {self._vocabulary}):
+            raise DataError(
+                f"teacher and student must have one vocabulary: the data's top_k_vocabulary is {others[0]}, the "
+                f"student's head has {self._vocabulary} tokens. Give a teacher with a head of that size."
+            )
+        if self._largest_id >= self._vocabulary:
             raise DataError(
                 f"teacher and student must have one vocabulary: the data's top_k_ids go up to {self._largest_id}, the "
                 f"student's head has {self._vocabulary} tokens. Give a teacher of the student's vocabulary."

@@ -21,7 +21,7 @@ from pear_kernels.weights import DEFAULTS, PEAROptions
 CHOICES = {"weighting": ("pear", *WEIGHTINGS), "distill": ("none", *DIVERGENCES)}
 # Weightings by the student as it was before training: column `ref_logprobs`.
 REFERENCED = tuple(name for name, weighting in WEIGHTINGS.items() if weighting.needs_ref)
-TOP_K = ("top_k_ids", "top_k_logprobs", "top_k_temperature")
+TOP_K = ("top_k_ids", "top_k_logprobs", "top_k_temperature", "top_k_vocabulary")
 
 
 @dataclass

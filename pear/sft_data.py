@@ -82,7 +82,7 @@ def prepare(
         dataset = dataset.select_columns(columns)
         if "top_k_temperature" in columns:
             _check_temperature(dataset, name, args.distill_temperature)
-            dataset = dataset.remove_columns("top_k_temperature")
+            dataset = dataset.remove_columns(["top_k_temperature", "top_k_vocabulary"])
         dataset = dataset.with_format("numpy")
         kwargs = {"num_proc": args.dataset_num_proc}
         if max_length is not None:
@@ -111,6 +111,13 @@ def largest_top_k_id(dataset: Dataset) -> int:
         ids = table.column(0).combine_chunks().flatten().flatten()
         largest = max(largest, pyarrow.compute.max(ids).as_py())
     return largest
+
+
+def top_k_vocabularies(dataset: Dataset) -> set[int]:
+    """The sizes of the heads that the top-k of a dataset of `load_scored` are of, as far as the rows tell."""
+    if "top_k_vocabulary" not in dataset.column_names:
+        return set()
+    return set(dataset.unique("top_k_vocabulary")) - {None}
 
 
 def _check_labels(dataset: Dataset, name: str, negatives: bool) -> None:

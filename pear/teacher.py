@@ -27,7 +27,7 @@ class HeldTeacher:
         if is_deepspeed_zero3_enabled():
             raise DataError(
                 "a teacher in memory does not go with DeepSpeed ZeRO-3, which shards whatever is loaded; write its "
-                "top-k log-probs into the data instead, by `pear score --top-k K`, and pass no teacher"
+                "top-k log-probs into the data instead, by `pear score --column none --top-k K`, and pass no teacher"
             )
         if model is student:
             raise DataError("teacher: this is the student itself; load the model a second time to distil from it")
@@ -36,8 +36,7 @@ class HeldTeacher:
         if own != others:
             raise DataError(
                 f"teacher and student must have one vocabulary: the teacher's head has {own} tokens, the student's "
-                f"{others}. Give a teacher with a head of that size, or, if the tokenizers are the same, write its "
-                "top-k log-probs into the data by `pear score --top-k K`."
+                f"{others}. Give a teacher with a head of that size."
             )
         self.options = logit_options(model.config.get_text_config())
         self.model = model.requires_grad_(False).eval().to(device)

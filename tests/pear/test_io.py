@@ -163,6 +163,7 @@ def full_row(**change) -> dict:
     """With every column that a row may have."""
     top = {"top_k_ids": [[], [6, 2], [0, 7]], "top_k_logprobs": [[], [-0.5, -1.5], [-0.25, -1.625]]}
     more = {"ref_logprobs": [0.0, -2.5, -0.75], "label": False, **top, "top_k_temperature": 2.0}
+    more |= {"top_k_model": "teacher", "top_k_vocabulary": 8}
     return good_row() | more | change
 
 
@@ -173,8 +174,11 @@ def test_good_row_with_every_column_passes():
     # What stands at the prompt is nothing; K may be 1, equal log-probs descend, and rounding may exceed 1 a little.
     check_scored_row(full_row(top_k_ids=[[1, 1, -5], [6], [7]], top_k_logprobs=[[9.0], [5e-5], [-1]]), "f:1")
     check_scored_row(full_row(top_k_logprobs=[[], [math.log(0.50004)] * 2, [-1, -1]]), "f:1")
-    row = full_row()
+    row = full_row(top_k_vocabulary=3)  # K + 1
     del row["behavior_logprobs"]
+    check_scored_row(row, "f:1", needs=())
+    for key in ("top_k_temperature", "top_k_model", "top_k_vocabulary"):  # need not be there
+        del row[key]
     check_scored_row(row, "f:1", needs=())
 
 
@@ -210,20 +214,27 @@ def test_good_row_with_every_column_passes():
         ({"top_k_temperature": 0}, "`top_k_temperature` must be a positive number, got 0"),
         ({"top_k_temperature": "2"}, "`top_k_temperature` must be a positive number, got '2'"),
         ({"top_k_temperature": math.nan}, "`top_k_temperature` must be a positive number, got nan"),
+        ({"top_k_model": 7}, "`top_k_model` must be a string, a model's name, got 7"),
+        ({"top_k_model": None}, "`top_k_model` must be a string, a model's name, got None"),
+        ({"top_k_vocabulary": 2}, r"`top_k_vocabulary` must be a whole .*, at least K \+ 1 = 3, got 2"),
+        ({"top_k_vocabulary": 8.0}, "`top_k_vocabulary` must be a whole number of tokens, .* got 8.0"),
+        ({"top_k_vocabulary": "8"}, "`top_k_vocabulary` must be a whole number of tokens, .* got '8'"),
+        ({"top_k_vocabulary": True}, "`top_k_vocabulary` must be a whole number of tokens, .* got True"),
+        ({"top_k_vocabulary": None}, "`top_k_vocabulary` must be a whole number of tokens, .* got None"),
     ],
 )
 def test_bad_optional_column_is_named_with_position_value_and_remedy(change, message):
     with pytest.raises(DataError, match=f"^f:7: .*{message}") as error:
         check_scored_row(full_row(**change), "f:7")
     if message.startswith("`top_k") and "one length" not in message:
-        assert "Score the row again with `pear score --top-k`" in str(error.value)
+        assert "Score the row again with `pear score --column none --top-k K`" in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["top_k_ids", "top_k_logprobs"])
 def test_one_column_of_top_k_without_the_other_is_an_error(key):
     row = full_row()
     del row[key]
-    with pytest.raises(DataError, match=f"f:7: no `{key}`; `pear score --top-k` writes"):
+    with pytest.raises(DataError, match=f"f:7: no `{key}`; `pear score --column none --top-k K` writes"):
         check_scored_row(row, "f:7")
 
 

@@ -427,12 +427,13 @@ def test_wrong_answers_are_never_trained_on_silently(tokenizer, rows, make_train
 def test_top_k_that_is_missing_or_at_another_temperature(tokenizer, rows, tmp_path):
     columns = make_config(tmp_path, distill="forward").more_columns()
     path = write(tmp_path / "s.jsonl", drop(rows, "top_k_ids", "top_k_logprobs"))
-    command = f"pear score --top-k K --top-k-temperature 2 --model <teacher> --data {path} --out {path}"
-    message = rf"s.jsonl:1: no `top_k_ids`: `{command}` writes it \(add --column ref_logprobs .*\); or pass --teacher"
+    command = f"pear score --column none --top-k K --top-k-temperature 2 --model <teacher> --data {path} --out {path}"
+    message = rf"s.jsonl:1: no `top_k_ids`: `{command}` writes it, and every log-prob stays .*; or pass --teacher"
     with pytest.raises(DataError, match=message):
         load_scored(path, tokenizer, columns=columns, temperature=2.0)
     path = write(tmp_path / "s.jsonl", rows)
     message = "s.jsonl:1: .*at top_k_temperature = 1, but distill_temperature = 2: pass --distill_temperature 1"
+    message += ", or score again with `pear score --column none --top-k K --top-k-temperature 2`"
     with pytest.raises(DataError, match=message):
         load_scored(path, tokenizer, columns=columns, temperature=2.0)
     data = load_scored(path, tokenizer, columns=columns)
@@ -455,6 +456,17 @@ def test_top_k_of_another_vocabulary(tokenizer, rows, tmp_path, make_trainer):
     changed[4]["top_k_ids"][-1][2] = 5000
     with pytest.raises(DataError, match=f"top_k_ids go up to 5000, the student's head has {len(tokenizer)} tokens"):
         make_trainer("forward-top_k", data=write(tmp_path / "v.jsonl", changed))
+    size = len(tokenizer)
+    changed = [row | {"top_k_vocabulary": size} for row in rows]
+    del changed[0]["top_k_vocabulary"]  # a row that does not tell
+    make_trainer("forward-top_k", data=write(tmp_path / "h.jsonl", changed))
+    changed[5]["top_k_vocabulary"] = size + 13  # its ids are all below the student's
+    with pytest.raises(DataError, match=f"top_k_vocabulary is {size + 13}, the student's head has {size} tokens"):
+        make_trainer("forward-top_k", data=write(tmp_path / "h.jsonl", changed))
+    data = load_scored(tmp_path / "h.jsonl", tokenizer, columns=columns)
+    PEARSFTTrainer(  # asks for no top-k
+        make_model(tokenizer), make_config(tmp_path / "run"), train_dataset=data, processing_class=tokenizer
+    )
     changed = copy.deepcopy(rows)
     for key in ("top_k_ids", "top_k_logprobs"):
         changed[2][key] = [values[:3] for values in changed[2][key]]
@@ -469,7 +481,7 @@ def test_dataset_without_the_columns_is_refused(tokenizer, rows, tmp_path):
     for options, missing in (
         (OBJECTIVES["asft"], "ref_logprobs"),
         (OBJECTIVES["negatives-token"], "sequence_label"),
-        (OBJECTIVES["forward-top_k"], "top_k_ids, top_k_logprobs, top_k_temperature"),
+        (OBJECTIVES["forward-top_k"], "top_k_ids, top_k_logprobs, top_k_temperature, top_k_vocabulary"),
     ):
         with pytest.raises(DataError, match=f"train dataset: no column {missing}; .*columns=args.more_columns"):
             PEARSFTTrainer(
@@ -663,10 +675,12 @@ def test_top_k_from_score_to_sft(folders, jsonl, text_rows, tmp_path):
 
     from pear.cli import app
 
-    data, scored, k = jsonl(text_rows), tmp_path / "scored.jsonl", 60
-    command = ["score", "--model", folders[1], "--data", data, "--out", scored, "--top-k", k, "--top-k-temperature", 2]
-    result = CliRunner().invoke(app, [str(part) for part in command])
-    assert result.exit_code == 0, result.output
+    scored, k = tmp_path / "scored.jsonl", 60
+    top = ["--column", "none", "--top-k", k, "--top-k-temperature", 2]
+    for model, data, more in ((folders[0], jsonl(text_rows), []), (folders[1], scored, top)):
+        command = ["score", "--model", model, "--data", data, "--out", scored, *more]
+        result = CliRunner().invoke(app, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
     assert {len(ids) for _, row in read_jsonl(scored) for ids in row["top_k_ids"]} == {0, k}
     losses = []
     for name, more in (("file", []), ("memory", ["--teacher", str(folders[1])])):

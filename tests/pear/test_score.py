@@ -267,6 +267,8 @@ def test_top_k_is_that_of_the_models_logits(
             for value in row["top_k_logprobs"][t]:  # the shortest decimals of a float32, and no more
                 assert value == float(str(np.float32(value)))
         assert row.pop("top_k_temperature") == temperature
+        assert row.pop("top_k_model") == type(model).__name__
+        assert row.pop("top_k_vocabulary") == model.lm_head.out_features
         assert {key: value for key, value in row.items() if key not in TOP_K_COLUMNS} == plain
 
 
@@ -333,6 +335,10 @@ def read(path) -> list[dict]:
     return [row for _, row in read_jsonl(path)]
 
 
+def without_top_k(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith("top_k_")}
+
+
 def test_reference_goes_beside_what_the_behaviour_policy_left(two_models, tokenizer, jsonl, tmp_path, text_rows):
     behavior, reference = two_models
     rows = [row | {"label": n % 2 == 0, "id": n} for n, row in enumerate(text_rows)]
@@ -358,13 +364,57 @@ def test_reference_goes_beside_what_the_behaviour_policy_left(two_models, tokeni
     for before, row in zip(read(tmp_path / "three"), read(tmp_path / "four"), strict=True):
         ids, _ = top_k_from_logits(reference, row["input_ids"], 2, 1.0)
         assert row["top_k_ids"][-1] == ids[-1] != before["top_k_ids"][-1]
-        assert {k: v for k, v in row.items() if k not in TOP_K_COLUMNS} == {
-            k: v for k, v in before.items() if k not in TOP_K_COLUMNS
-        }
+        assert row["top_k_model"] == "reference" and before["top_k_model"] == "wrote-it"
+        assert without_top_k(row) == without_top_k(before)
+
+
+@pytest.mark.parametrize("column", ["behavior_logprobs", "ref_logprobs", "none"])
+def test_top_k_tell_the_size_of_the_head_and_not_of_the_tokenizer(model, tokenizer, jsonl, tmp_path, text_rows, column):
+    model.resize_token_embeddings(len(tokenizer) + 13)
+    score(model, jsonl(text_rows[:2]), tmp_path / "o", tokenizer=tokenizer, progress=False, column=column, top_k=3)
+    for row in read(tmp_path / "o"):
+        check_scored_row(row, "o", needs=TOP_K_COLUMNS)
+        assert row["top_k_vocabulary"] == len(tokenizer) + 13 and row["top_k_model"] == type(model).__name__
+
+
+def test_teacher_that_did_not_write_the_data_leaves_all_but_the_top_k(
+    two_models, tokenizer, jsonl, tmp_path, text_rows, chat_rows
+):
+    behavior, reference = two_models
+    teacher = make_model(tokenizer, "qwen2", seed=2)
+    teacher.config.name_or_path = "teacher"
+    options = dict(tokenizer=tokenizer, batch_tokens=60, progress=False)
+    path = tmp_path / "scored"
+    score(behavior, jsonl(text_rows + chat_rows), path, **options, top_k=3)  # its own top-k go
+    score(reference, path, path, **options, column="ref_logprobs")
+    before = read(path)
+    summary = score(teacher, path, path, **options, column="none", top_k=5, top_k_temperature=2.0)
+    assert summary["column"] == "none" and summary["scored"] == len(before)
+    for old, row in zip(before, read(path), strict=True):
+        check_scored_row(row, "scored", needs=("behavior_logprobs", "ref_logprobs", *TOP_K_COLUMNS))
+        assert without_top_k(row) == without_top_k(old)
+        assert (row["model"], row["ref_model"], row["top_k_model"]) == ("wrote-it", "reference", "teacher")
+        assert row["top_k_temperature"] == 2.0 and row["top_k_vocabulary"] == len(tokenizer)
+        ids, logprobs = top_k_from_logits(teacher, row["input_ids"], 5, 2.0)
+        for t, bit in enumerate(row["completion_mask"]):
+            assert row["top_k_ids"][t] == (ids[t] if bit else [])
+            assert row["top_k_logprobs"][t] == pytest.approx(logprobs[t] if bit else [], abs=1e-5)
+
+    # Rows that nobody scored get the tokens that the top-k are about, and no log-prob; the others come beside them.
+    score(teacher, jsonl(text_rows), tmp_path / "first", **options, column="none", top_k=5)
+    for old, row in zip(text_rows, read(tmp_path / "first"), strict=True):
+        check_scored_row(row, "first", needs=TOP_K_COLUMNS)
+        assert set(row) - set(old) == {
+            "input_ids", "completion_mask", "tokenizer", *TOP_K_COLUMNS, "top_k_temperature", "top_k_model",
+            "top_k_vocabulary",
+        }  # fmt: skip
+    score(behavior, tmp_path / "first", tmp_path / "second", **options)
+    for old, row in zip(read(tmp_path / "first"), read(tmp_path / "second"), strict=True):
+        assert row.items() >= old.items() and set(row) - set(old) == {"behavior_logprobs", "model"}
 
 
 def test_reference_of_another_tokenizer_that_makes_the_same_tokens(two_models, tokenizer, jsonl, tmp_path, text_rows):
-    """The row stays the behaviour policy's, fingerprint and all."""
+    """The row stays the behaviour policy's, fingerprint and all; beside a teacher's top-k too."""
     behavior, reference = two_models
     score(behavior, jsonl(text_rows), tmp_path / "one", tokenizer=tokenizer, progress=False)
     other = make_tokenizer()
@@ -373,16 +423,20 @@ def test_reference_of_another_tokenizer_that_makes_the_same_tokens(two_models, t
     score(reference, tmp_path / "one", tmp_path / "two", tokenizer=other, progress=False, column="ref_logprobs")
     for before, row in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
         assert row.items() >= before.items() and set(row) - set(before) == {"ref_logprobs", "ref_model"}
+    score(reference, tmp_path / "one", tmp_path / "two", tokenizer=other, progress=False, column="none", top_k=2)
+    for before, row in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
+        assert without_top_k(row) == before and "top_k_ids" in row
 
 
-def test_scored_file_may_be_written_over_itself(two_models, tokenizer, jsonl, tmp_path, text_rows, monkeypatch):
+@pytest.mark.parametrize("column", ["ref_logprobs", "none"])
+def test_scored_file_may_be_written_over_itself(two_models, tokenizer, jsonl, tmp_path, text_rows, monkeypatch, column):
     """A kill leaves it as it was; the next call goes on, and gives the bytes that another path gets."""
     behavior, reference = two_models
     options = dict(tokenizer=tokenizer, batch_tokens=60, progress=False)
     path = tmp_path / "scored.jsonl"
     score(behavior, jsonl(text_rows), path, **options)
     before = path.read_bytes()
-    options |= dict(column="ref_logprobs", top_k=3)
+    options |= dict(column=column, top_k=3)
     score(reference, path, tmp_path / "elsewhere.jsonl", **options)
     with monkeypatch.context() as patch:
         Counter(patch, stop_after=2)
@@ -421,6 +475,8 @@ def test_other_tokens_than_those_of_columns_that_stay_are_refused(
     counter = Counter(monkeypatch)
     with pytest.raises(DataError, match=rf"b{message}"):
         score(reference, tmp_path / "b", tmp_path / "o", tokenizer=other, **options, column="ref_logprobs")
+    with pytest.raises(DataError, match=rf"b{message}"):
+        score(reference, tmp_path / "b", tmp_path / "o", tokenizer=other, **options, column="none", top_k=2)
     assert not counter.rows and not list(tmp_path.glob("o*"))
     # Nothing stays where the behaviour policy is scored anew: its tokens replace the old ones, as ever.
     score(behavior, tmp_path / "b", tmp_path / "o", tokenizer=other, **options)
@@ -464,6 +520,28 @@ def test_damaged_columns_that_stay_are_found_before_scoring(
             column="ref_logprobs",
         )  # fmt: skip
     assert not counter.rows and not list(tmp_path.glob("o*"))
+
+
+def test_teacher_finds_damaged_log_probs_and_replaces_damaged_top_k(two_models, tokenizer, jsonl, tmp_path, text_rows):
+    behavior, teacher = two_models
+    options = dict(tokenizer=tokenizer, progress=False)
+    score(behavior, jsonl(text_rows), tmp_path / "b", **options, top_k=2)
+    rows = read(tmp_path / "b")
+    options |= dict(column="none", top_k=3)
+    rows[2]["top_k_ids"].pop()
+    rows[2] |= {"top_k_model": None, "top_k_vocabulary": 1}
+    score(teacher, jsonl(rows, "changed"), tmp_path / "o", **options)
+    score(teacher, tmp_path / "b", tmp_path / "whole", **options)
+    assert read(tmp_path / "o") == read(tmp_path / "whole")
+    logprobs = rows[2].pop("behavior_logprobs")
+    for change, message in (
+        ({"behavior_logprobs": [*logprobs[:-1], math.nan]}, r"`behavior_logprobs\[\d+\]` is nan"),
+        ({"input_ids": [7, *rows[2]["input_ids"][1:]]}, "at position 0 the file has token 7"),  # no log-prob beside it
+    ):
+        data = jsonl([*rows[:2], rows[2] | change], "changed")
+        with pytest.raises(DataError, match=f"changed:3: .*{message}"):
+            score(teacher, data, tmp_path / "p", **options)
+    assert not list(tmp_path.glob("p*"))
 
 
 @pytest.mark.parametrize("label, shown", [(1, "1"), (0, "0"), ("true", '"true"'), (None, "null"), ([], r"\[\]")])
@@ -732,7 +810,9 @@ def test_two_calls_at_once_are_refused(model, tokenizer, jsonl, tmp_path, text_r
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
         ({"tokenizer": None}, "tokenizer: a loaded model needs its tokenizer"),
-        ({"column": "logprobs"}, "column must be one of behavior_logprobs, ref_logprobs, got 'logprobs'"),
+        ({"column": "logprobs"}, "column must be one of behavior_logprobs, ref_logprobs, none, got 'logprobs'"),
+        ({"column": None}, "column must be one of .*, got None"),
+        ({"column": "none"}, "column = 'none' without top_k: there would be nothing to write. Give top_k, or"),
         ({"top_k": 0}, "top_k must be a whole number of tokens, at least 1, got 0"),
         ({"top_k": -3}, "top_k must be .*, got -3"),
         ({"top_k": 2.0}, "top_k must be .*, got 2.0"),
@@ -772,7 +852,18 @@ def test_command_line(save_model, jsonl, tmp_path, text_rows):
     assert "response tokens, each with the 3 most likely at temperature 2, mean log-prob" in run.output
     for _, row in read_jsonl(out):
         assert row["ref_logprobs"] == row["behavior_logprobs"] and len(row["top_k_ids"][-1]) == 3
-        assert row["top_k_temperature"] == 2
+        assert row["top_k_temperature"] == 2 and row["top_k_model"] == row["ref_model"] == str(folder)
+    before, teacher = read(out), str(save_model(seed=1))
+    line = ["score", "--model", teacher, "--data", str(out), "--out", str(out), "--column", "none"]
+    run = CliRunner().invoke(app, line)
+    assert run.exit_code == 1 and "error: column = 'none' without top_k: there would be nothing" in run.output
+    assert read(out) == before
+    run = CliRunner().invoke(app, [*line, "--top-k", "4"])
+    assert run.exit_code == 0, run.output
+    assert "each with the 4 most likely at temperature 1, mean log-prob" in run.output
+    for old, row in zip(before, read(out), strict=True):
+        assert without_top_k(row) == without_top_k(old) and row["model"] == str(folder)
+        assert row["top_k_model"] == teacher and len(row["top_k_ids"][-1]) == 4
     run = CliRunner().invoke(
         app, ["score", "--model", str(folder), "--data", str(out), "--out", str(out), "--column", "logprobs"]
     )
