@@ -48,7 +48,9 @@ def mixture(log_p: Tensor, log_q: Tensor, js_beta: float) -> Tensor:
     return torch.logaddexp(log_p + b[0], log_q + b[1])
 
 
-def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions, normalised: bool = True):
+def divergence(
+    log_p: Tensor, log_q: Tensor, options: DivergenceOptions, normalised: bool = True
+) -> tuple[Tensor, Tensor]:
     """(D, KL of p): two (R,) from two (R, outcomes); the second is what `slope` takes of them."""
     kind, js_beta, _ = options
     if kind == "forward":
@@ -62,15 +64,17 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions, normali
     return js_beta * kl(log_q, log_m, normalised) + (1 - js_beta) * of_p, of_p
 
 
-def slope(log_p: Tensor, log_q: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0):
+def slope(
+    log_p: Tensor, log_q: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0
+) -> Tensor:
     """(R, outcomes) dD/dz; `total` (R, 1) is the sum of q where rounding has left it off 1."""
     kind, js_beta, _ = options
-    p = log_p.exp()
     if kind == "forward":
-        x = log_q - log_p
-        # where p and q are nearly 1, or nearly alike, their difference is in their log-probs
-        near = x.abs() < 0.5
-        return torch.where(near, -p * torch.expm1(x.where(near, 0.0)), p - log_q.exp()) + p * (total - 1)
+        # p - q, whose digits are in the log-probs where p and q are nearly alike
+        x = log_p - log_q
+        difference = torch.expm1(x.abs().neg_()).neg_().mul_(torch.maximum(log_p, log_q).exp_()).copysign_(x)
+        return difference if isinstance(total, float) else difference + log_p.exp() * (total - 1)
+    p = log_p.exp()
     if kind == "reverse":
         return p * (log_p - log_q - kl_of_p[..., None])
     return (1 - js_beta) * p * (log_p - mixture(log_p, log_q, js_beta) - kl_of_p[..., None])
