@@ -1,4 +1,4 @@
-"""`python -m bench`: every question, on a CPU, then the report. About fifteen minutes on two cores.
+"""`python -m bench`: every question, on a CPU, then the report. About half an hour on two cores.
 
 On a machine with a GPU it is `python -m bench.gpu`.
 """

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    question: str  # whose file it is: "sweeps", "overheads", "policy", "accuracy", "largest", "memory", "policy-memory"
+    question: str  # whose file it is: "sweeps", "overheads", "policy", ..., or its memory: "policy-memory"
     case: str
     peer: str
     turn: int = 1  # of the rounds around the peers of a case

@@ -16,7 +16,7 @@ import torch
 
 from bench import machine, measure
 from bench.cells import Cell
-from bench.peers import PEERS
+from bench.peers import PEERS, Peer
 from bench.runner import BROKEN_DEVICE
 from bench.shapes import SHAPES, Inputs, rotating
 from bench.store import Store
@@ -150,6 +150,12 @@ class HeldInputs(dict[str, list[Inputs]]):
         self[case] = rotating(SHAPES[case])
         return self[case]
 
+    def of(self, case: str, peer: Peer) -> list[Inputs]:
+        """With a teacher from the first peer on that wants one."""
+        if peer.taught and self[case][0].teacher is None:
+            self[case] = [x.taught(seed) for seed, x in enumerate(self[case])]
+        return self[case]
+
 
 @pytest.fixture(scope="session")
 def inputs() -> HeldInputs:
@@ -169,7 +175,7 @@ def measured(benchmark, record, inputs, warm):
     def of(cell: Cell) -> None:
         with record(cell) as row:
             peer, shape = PEERS[cell.peer], SHAPES[cell.case]
-            sets = inputs[cell.case]
+            sets = inputs.of(cell.case, peer)
             call = measure.rotate(peer, sets)
             try:
                 if (cell.case, cell.peer) not in warm:

@@ -3,7 +3,8 @@
 from statistics import median, quantiles
 from typing import NamedTuple
 
-BYTES = ("memory", "policy-memory", "sweeps", "overheads", "policy")  # the questions that measure memory
+# the questions that measure memory
+BYTES = ("memory", "policy-memory", "objectives-memory", "sweeps", "overheads", "policy", "objectives")
 
 
 class Quantiles(NamedTuple):

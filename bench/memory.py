@@ -35,9 +35,12 @@ def resident(field: str) -> int:
 def measure(case: str, peer: str) -> int:
     """Extra peak bytes of one call, in this process."""
     shape = SHAPES[case]
-    run = PEERS[peer].run
-    run(make_inputs(SHAPES["tiny"]._replace(dtype=shape.dtype)))
+    run, taught = PEERS[peer].run, PEERS[peer].taught
+    x = make_inputs(SHAPES["tiny"]._replace(dtype=shape.dtype))
+    run(x.taught() if taught else x)
     x = make_inputs(shape)
+    if taught:
+        x = x.taught()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse what the set-up has freed, and look smaller
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import Inputs, Shape
+from bench import objectives
+from bench.shapes import Inputs, Shape, lengths_of
 from pear_kernels import linear_logprobs, linear_pear_loss, linear_policy_loss, ops, pear_weights
-from pear_kernels.backend import head_class
+from pear_kernels.backend import dense_head_class, head_class
 from pear_kernels.engine import Walk
 from pear_kernels.objectives import FixedCoefficients
 from pear_kernels.packing import pack_tokens
@@ -49,7 +50,7 @@ def weighted(nll: Nll) -> Run:
 
 def full_logits_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Full logits, log_softmax, gather: what one writes without a library."""
-    return -torch.log_softmax(F.linear(hidden, weight).float(), dim=-1).gather(1, target[:, None]).squeeze(1)
+    return -objectives.of_target(objectives.full_log_softmax(hidden, weight), target)
 
 
 def naive_nll(x: Inputs) -> Tensor:
@@ -71,17 +72,20 @@ def compiled_nll(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 # ---- the least there is to do
 
 
-def bare(x: Inputs, gradients: str = "both") -> Tensor:
+def bare(x: Inputs, gradients: str = "both", taught: bool = False) -> Tensor:
     """The products in our chunks and nothing else: logits, dX ("hidden"), dW ("both") in float32. No loss comes of it.
 
-    Half-precision operands, where there is a CUDA device, with float32 accumulated into float32 by cuBLAS itself.
+    And, where it is `taught`, a teacher's logits, beside ours in a chunk. Half-precision operands, where there is a
+    CUDA device, with float32 accumulated into float32 by cuBLAS itself.
     """
     wanted = Wanted(gradients != "", gradients == "both", False)
     head = our_head(x)
     workspace = default_workspace(x.weight, head.dtype.itemsize)
     # the rows of a pass with gradients, also where none is wanted: this product does have to put its logits somewhere
-    plan = schedule(len(x.hidden), wanted, row_bytes=head.row_bytes(True), workspace_bytes=workspace)
+    row_bytes = dense_row_bytes(x) if taught else head.row_bytes(True)
+    plan = schedule(len(x.hidden), wanted, row_bytes=row_bytes, workspace_bytes=workspace)
     buffer = x.hidden.new_empty(plan.rows, x.weight.shape[0], requires_grad=False)
+    of_teacher = torch.empty_like(buffer) if taught else None
     with torch.no_grad():
         dx = torch.empty_like(x.hidden) if wanted.hidden else None
         dw = torch.empty_like(x.weight, dtype=head.dtype) if wanted.weight else None
@@ -90,6 +94,8 @@ def bare(x: Inputs, gradients: str = "both") -> Tensor:
         for i, (begin, end) in enumerate(chunk for step in plan.steps for chunk in step.chunks):
             hidden, logits = x.hidden[begin:end], buffer[: end - begin]
             torch.mm(hidden, x.weight.t(), out=logits)
+            if taught:
+                torch.mm(x.teacher.hidden[begin:end], x.teacher.weight.t(), out=of_teacher[: end - begin])
             if wanted.hidden:
                 torch.mm(logits, x.weight, out=dx[begin:end])
             if wanted.weight and i == 0:
@@ -99,12 +105,22 @@ def bare(x: Inputs, gradients: str = "both") -> Tensor:
     return x.hidden.new_zeros(())
 
 
+def bare_taught(x: Inputs) -> Tensor:
+    return bare(x, taught=True)
+
+
 # ---- ours
 
 
 def our_head(x: Inputs):
     """The head that `linear_pear_loss` takes for these inputs."""
     return head_class(None, x.hidden.device, x.hidden.dtype)(x.weight, None, 1.0, None, x.hidden.dtype)
+
+
+def dense_row_bytes(x: Inputs) -> int:
+    """Workspace of a row of `linear_distill_loss`, whose teacher is in memory."""
+    dense = dense_head_class(None, x.hidden.device, x.hidden.dtype)
+    return sum(dense(w, None, 1.0, None, x.hidden.dtype).row_bytes(True) for w in (x.weight, x.teacher.weight))
 
 
 def ours(x: Inputs, level: str = "token") -> Tensor:
@@ -235,13 +251,6 @@ def advantages_of(x: Inputs) -> Tensor:
     return torch.linspace(-1.5, 1.5, len(x.cu_seqlens) - 1, device=x.hidden.device)
 
 
-def lengths_of(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(S,) tokens of each sequence, and (N,) the sequence of each token."""
-    lengths = x.cu_seqlens.diff().long()
-    of = torch.arange(len(lengths), device=lengths.device)
-    return lengths, of.repeat_interleave(lengths, output_size=len(x.hidden))
-
-
 def grpo(logprobs: Tensor, x: Inputs) -> Tensor:
     """As TRL's GRPOTrainer writes it, by autograd: ratio, clip, the mean over sequences of token means."""
     lengths, sequence = lengths_of(x)
@@ -309,6 +318,8 @@ class Peer(NamedTuple):
     needs_gpu: bool = False
     half_only: bool = False  # has no float32
     policy: dict[str, object] | None = None  # of a policy loss: the options of `linear_policy_loss` it stands for
+    objective: str | None = None  # of neither kind: which of `objectives.BESIDE`
+    taught: bool = False  # wants inputs with a teacher
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run here, or None."""
@@ -328,7 +339,7 @@ class Peer(NamedTuple):
 
     def gradient_bytes(self, shape: Shape) -> int:
         """Of what it leaves behind in the inputs' dtype. The bare products have a float32 dW and no other."""
-        rounded = self.run is not bare or shape.dtype == torch.float32
+        rounded = self.run not in (bare, bare_taught) or shape.dtype == torch.float32
         return shape.gradient_bytes(self.gradients if rounded else "hidden")
 
     def version(self) -> str | None:
@@ -353,9 +364,20 @@ def gpu_only(label: str, run: Run, package: str, *, nll: Nll | None = None, leve
     return Peer(label, run, level or ("token" if nll else None), package, nll, needs_gpu=True, **more)
 
 
+def has(objective: str, label: str, loss: objectives.Loss, package: str = "torch") -> Peer:
+    """A peer with a loss of `bench/objectives.py`."""
+    taught = objective in (*objectives.WITH_LOGITS, "top-k")
+    return Peer(label, lambda x: backward(loss(x)), None, package, objective=objective, taught=taught)
+
+
+def weighted_by(objective: str, label: str, weights: str | Callable | None) -> Peer:
+    return has(objective, f"ours, {label}", objectives.weighted(weights), OURS)
+
+
 PEERS = {
     # the references of the ratios
     "bare": Peer("three bare products, our chunks", bare),
+    "bare-teacher": Peer("three bare products and the teacher's logits", bare_taught, taught=True),
     "bare-frozen": Peer("two bare products (logits, dX)", lambda x: bare(x, "hidden"), gradients="hidden"),
     "bare-score": Peer("one bare product (logits)", lambda x: bare(x, ""), gradients=""),
     "naive": Peer("naive, PEAR token", weighted(full_logits_nll), "token", nll=full_logits_nll),
@@ -400,6 +422,35 @@ PEERS = {
     "policy-grpo-entropy": Peer("ours, GRPO, entropy bonus", ours_policy(**BONUS), None, OURS, policy=BONUS),
     "trl-grpo": Peer("TRL ChunkedLogProbFunction, GRPO", trl_grpo, None, "trl", policy=GRPO),
     "liger-grpo": Peer("Liger fused linear GRPO, padded", liger_grpo, None, LIGER, policy=GRPO),
+    # other weights
+    "weighted-none": weighted_by("none", "no weights", "none"),
+    "weighted-given": weighted_by("weights", "given weights", None),
+    "naive-dft": has("dft", "naive, DFT", objectives.naive_dft),
+    "weighted-dft": weighted_by("dft", "DFT", "dft"),
+    "weighted-function": weighted_by("dft", "DFT by a function", lambda logprobs: logprobs.exp()),
+    "trl-dft": has("dft", "TRL ChunkedLogProbFunction, DFT", objectives.trl_dft, "trl"),
+    "weighted-iw-sft": weighted_by("iw-sft", "iw-SFT", "iw-sft"),
+    "weighted-psft": weighted_by("psft", "PSFT", "psft"),
+    "weighted-asft": weighted_by("asft", "ASFT", "asft"),
+    "naive-idft": has("idft", "naive, IDFT", objectives.naive_idft),
+    "weighted-idft": weighted_by("idft", "IDFT", "idft"),
+    "naive-negatives": has("negatives", "naive, PEAR token, some wrong", objectives.naive_negatives),
+    "pear-negatives": has("negatives", "ours, PEAR token, some wrong", objectives.negatives, OURS),
+    # distillation
+    "naive-forward": has("forward", "naive, forward KL", objectives.naive_forward),
+    "distill-forward": has("forward", "ours, forward KL", objectives.distilled("forward"), OURS),
+    "naive-reverse": has("reverse", "naive, reverse KL", objectives.naive_reverse),
+    "distill-reverse": has("reverse", "ours, reverse KL", objectives.distilled("reverse"), OURS),
+    "naive-js": has("js", "naive, Jensen-Shannon", objectives.naive_js),
+    "distill-js": has("js", "ours, Jensen-Shannon", objectives.distilled("js"), OURS),
+    "liger-js": has("js", "Liger fused linear JSD", objectives.liger_js, LIGER),
+    "trl-gkd": has("js", "TRL GKD's loss of full logits", objectives.trl_gkd, "trl"),
+    "naive-top-k": has("top-k", "naive, forward KL, top 32", objectives.naive_top_k),
+    "distill-top-k": has("top-k", "ours, forward KL, top 32", objectives.distilled_top_k, OURS),
 }
 # What answers the same question as a pass of ours with both gradients, and with PEAR's loss or a plain mean
-FULL_PASS = [name for name, peer in PEERS.items() if peer.gradients == "both" and peer.policy is None]
+FULL_PASS = [
+    name
+    for name, peer in PEERS.items()
+    if peer.gradients == "both" and peer.policy is None and peer.objective is None and not peer.taught
+]

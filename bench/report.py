@@ -7,8 +7,9 @@ from pathlib import Path
 from bench import machine, targets
 from bench.cells import Cell
 from bench.figures import Figures
+from bench.objectives import BESIDE, WITH_LOGITS
 from bench.peers import PEERS
-from bench.shapes import SHAPES, sequences
+from bench.shapes import SHAPES, TOP_K, sequences
 from bench.store import Store, write_rows, write_text_whole
 
 OVER = {  # what each is an overhead over
@@ -21,6 +22,12 @@ OVER = {  # what each is an overhead over
 }
 ERRORS = ("logprobs", "loss", "dX", "dW")
 POLICY_TO = ("bare", "unweighted", "naive-grpo")
+OBJECTIVES_TO = {  # peers that all are held against, or to each its own
+    "bare": dict.fromkeys(["bare", "bare-teacher", "unweighted"], "bare")
+    | {peer: "bare-teacher" if name in WITH_LOGITS else "bare" for name in BESIDE for peer in BESIDE[name]},
+    "unweighted": "unweighted",
+    "naive": {peer: peers[0] for peers in BESIDE.values() for peer in peers},
+}
 
 
 def number(value: float | None, style: str = ".2f") -> str:
@@ -38,12 +45,24 @@ def times(
     question: str,
     case: str,
     beside: dict[str, list[str]] | None = None,
-    to: tuple[str, ...] = ("bare", "naive"),
+    to: tuple[str, ...] | dict[str, str | dict[str, str]] = ("bare", "naive"),
+    memory_to: tuple[str, ...] = ("bare",),
 ) -> list[str]:
-    """Every peer of a case: quantiles, memory, and its ratios to the peers `to` or, each to its own, to `beside`."""
+    """Every peer of a case: quantiles, memory, and its ratios to the peers `to` or, each to its own, to `beside`.
+
+    A peer of `to` stands for a column, in which a dict may name another for each row.
+    """
     on_cpu = SHAPES[case].device == "cpu"
-    head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB", "of bare"], []
-    bare = figures.bytes(case, "bare")
+    head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB", *(f"of {name}" for name in memory_to)], []
+
+    def other(column: str, peer: str) -> str | None:
+        named = to[column] if isinstance(to, dict) else column
+        return named.get(peer) if isinstance(named, dict) else named
+
+    def memory_ratio(column: str, peer: str) -> float | None:
+        mine, others = figures.bytes(case, peer), figures.bytes(case, other(column, peer))
+        return mine and others and mine / others
+
     if beside:
         head += ["beside"]
     else:
@@ -55,13 +74,14 @@ def times(
             continue
         extra = figures.bytes(case, peer)
         row = [PEERS[peer].label, f"{1e3 * found.middle:.2f}", f"{1e3 * found.low:.2f} to {1e3 * found.high:.2f}"]
-        row += [str(found.samples), number(extra and extra / 2**20, ".0f"), number(extra and bare and extra / bare)]
+        row += [str(found.samples), number(extra and extra / 2**20, ".0f")]
+        row += [number(memory_ratio(name, peer)) for name in memory_to]
         if beside:
             ratios = {name: figures.ratio(question, case, peer, name) for name in beside.get(peer, [])}
             row.append("; ".join(f"{ratio:.3f} of {PEERS[name].label}" for name, ratio in ratios.items() if ratio))
         else:
             for what in ["seconds", "cpu_seconds"][: 1 + on_cpu]:
-                row += [number(figures.ratio(question, case, peer, name, what), ".3f") for name in to]
+                row += [number(figures.ratio(question, case, peer, other(name, peer), what), ".3f") for name in to]
         rows.append(row)
     missing = [f"- {PEERS[peer].label}: {why}" for peer, why in figures.not_run(question, case).items()]
     return table(head, rows) + ([""] + missing if missing else [])
@@ -113,7 +133,7 @@ def largest(figures: Figures) -> list[str]:
 
 def policy(figures: Figures) -> list[str]:
     lines = ["", "## Policy losses", "", "Forward and backward of RL's loss on the pack of an SFT step. Ours and TRL's"]
-    lines += ["give the entropy too; an entropy bonus has a fourth product."]
+    lines += ["give the entropy too; an entropy bonus has the three products of the others."]
     for case in figures.cases("policy"):
         shape = SHAPES[case]
         lengths = sequences(shape, 0).diff()
@@ -124,6 +144,26 @@ def policy(figures: Figures) -> list[str]:
             f"Liger's takes rows of one length: with padding {padded} tokens, {padded / shape.tokens:.2f} times",
         ]
         lines += ["the pack's, all of which go through its products."]
+    return lines
+
+
+def objectives(figures: Figures) -> list[str]:
+    lines = ["", "## Other weights, wrong sequences, distillation", ""]
+    lines += ["Forward and backward on the pack of an SFT step. Ratios are to the bare products (with the teacher's"]
+    lines += ["logits, where it is in memory), to our unweighted pass, and to the naive version of the same objective,"]
+    lines += [
+        "which has full logits in float32 and autograd. (Of given weights, iw-SFT, PSFT and ASFT: to naive DFT, the"
+    ]
+    lines += ["same with another factor.) The reference policy is the behaviour policy."]
+    for case in figures.cases("objectives"):
+        shape = SHAPES[case]
+        lengths = sequences(shape, 0).diff()
+        wrong = lengths[3::4]
+        lines += ["", f"### {shape}", ""]
+        lines += times(figures, "objectives", case, to=OBJECTIVES_TO, memory_to=("bare", "naive"))
+        lines += ["", f"The teacher's D is {shape.hidden // 2}; the offline one has its {TOP_K} most likely tokens."]
+        lines += [f"Wrong are {len(wrong)} of {len(lengths)} sequences, {int(wrong.sum())} of {shape.tokens} tokens."]
+        lines += ["Liger's JSD is eager on a CPU and without its hard loss; TRL's GKD is given full logits."]
     return lines
 
 
@@ -156,6 +196,8 @@ def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str], o
         lines += ["", f"### {SHAPES[case]}", "", *times(figures, "overheads", case, OVER)]
     if figures.cases("policy"):
         lines += policy(figures)
+    if figures.cases("objectives"):
+        lines += objectives(figures)
     if figures.cases("accuracy"):
         lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX, dW."]
         lines += accuracy(figures)

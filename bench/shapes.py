@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pear_kernels import Teacher, TopKTeacher
 
 
 class Shape(NamedTuple):
@@ -58,6 +61,7 @@ SHAPES = {
 }
 ROWS_AT_A_TIME = 16384  # inputs are made in slices, so that making them takes no more memory than holding them
 L2_BYTES, MOST_SETS = 64 << 20, 8
+TOP_K, TEACHER_ROWS = 32, 1024  # of a teacher; its logits are made so many rows at a time
 
 
 class Inputs(NamedTuple):
@@ -68,6 +72,8 @@ class Inputs(NamedTuple):
     target: Tensor  # (N,)
     behavior_logprobs: Tensor  # (N,) float32
     cu_seqlens: Tensor  # (S+1,) int32
+    teacher: Teacher | None = None  # made for those who distil
+    top_k: TopKTeacher | None = None  # the same teacher's most likely tokens
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -75,6 +81,22 @@ class Inputs(NamedTuple):
     def frozen(self) -> "Inputs":
         """The same with a head that wants no gradient."""
         return self._replace(weight=self.weight.detach())
+
+    @torch.no_grad()
+    def taught(self, seed: int = 0) -> "Inputs":
+        """The same with a random teacher of half the hidden size, and logits of variance 1 too."""
+        (N, D), V = self.hidden.shape, len(self.weight)
+        device, dtype = self.hidden.device, self.hidden.dtype
+        rng = torch.Generator(device).manual_seed(seed + 1000)
+        hidden = torch.randn(N, D // 2, dtype=dtype, device=device, generator=rng)
+        weight = torch.randn(V, D // 2, dtype=dtype, device=device, generator=rng).mul_((D // 2) ** -0.5)
+        logprobs = torch.empty(N, TOP_K, device=device)
+        ids = torch.empty(N, TOP_K, dtype=torch.int64, device=device)
+        for begin in range(0, N, TEACHER_ROWS):
+            rows = slice(begin, begin + TEACHER_ROWS)
+            log_q = torch.log_softmax(F.linear(hidden[rows], weight).float(), dim=-1)
+            logprobs[rows], ids[rows] = log_q.topk(TOP_K)
+        return self._replace(teacher=Teacher(hidden, weight), top_k=TopKTeacher(ids, logprobs))
 
 
 def rotating(shape: Shape) -> list[Inputs]:
@@ -112,6 +134,13 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     behavior_logprobs = (logprobs + 0.02 + 0.1 * noise).clamp(max=0.0)
 
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), target, behavior_logprobs, sequences(shape, seed))
+
+
+def lengths_of(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(S,) tokens of each sequence, and (N,) the sequence of each token."""
+    lengths = x.cu_seqlens.diff().long()
+    of = torch.arange(len(lengths), device=lengths.device)
+    return lengths, of.repeat_interleave(lengths, output_size=len(x.hidden))
 
 
 def sequences(shape: Shape, seed: int) -> Tensor:

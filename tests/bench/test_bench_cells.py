@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import measure, runner
 from bench.accuracy import Exact, make_inputs, relative
 from bench.peers import FULL_PASS, PEERS, advantages_of, bare
-from bench.report import OVER, POLICY_TO
+from bench.report import OBJECTIVES_TO, OVER, POLICY_TO
 from bench.shapes import GPU_BASE, SHAPES, Inputs, Shape
 from bench.test_largest import MULTIPLE, RESOLUTION, close_in
+from pear_kernels import Teacher
 from pear_kernels.reference import naive_policy_loss
 
 DEVICES = ("cuda", "cpu", "tiny")
@@ -34,7 +35,14 @@ def test_every_cell_is_there_once_and_its_ratios_have_a_denominator(device):
     policy = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "policy"}
     for case, _, turn in policy:
         assert device == "tiny" or {(case, other, turn) for other in POLICY_TO} <= policy
-    assert runner.all_cells(device, 5, ["policy"]) == [cell for cell in cells if cell.question.startswith("policy")]
+    objectives = {(cell.case, cell.peer, cell.turn) for cell in cells if cell.question == "objectives"}
+    assert len(objectives) > 20
+    for case, peer, turn in objectives:
+        others = [other.get(peer) if isinstance(other, dict) else other for other in OBJECTIVES_TO.values()]
+        assert {(case, other, turn) for other in others if other} <= objectives
+    for question in ("policy", "objectives"):
+        of_it = [cell for cell in cells if cell.question.startswith(question)]
+        assert runner.all_cells(device, 5, [question]) == of_it
 
 
 def test_what_the_targets_need_comes_first():
@@ -79,6 +87,10 @@ def test_bare_products_are_as_many_as_they_say(gradients, products, dtype):
     with Multiplications() as counted:
         bare(x, gradients)
     assert counted.total == products * N * D * V
+    states, head = (torch.empty(rows, D // 2, dtype=dtype, device="meta") for rows in (N, V))
+    with Multiplications() as counted:
+        bare(x._replace(teacher=Teacher(states, head)), gradients, taught=True)
+    assert counted.total == (products + 0.5) * N * D * V
 
 
 def test_own_timer_divides_a_round_by_its_calls():
