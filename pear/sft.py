@@ -198,7 +198,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                 ("weight_ceiling", output.weights >= self.args.iw_max * (1 - 1e-6)),  # as float32 has it
             ):
                 found[name] = (clipped & counted).sum() / tokens.clamp(min=1)
-        self._statistics[mode].add({"seen": seen, **{name: found[name] for name in self._names}})
+        self._statistics[mode].add({"seen": seen.to(tokens), **{name: found[name] for name in self._names}})
         if mode == "train" and self.state.global_step == 0:
             first = {"log_ratio": log_ratio.abs().max()} if self.args.weighting == "pear" else {}
             first |= {"divergence": found["divergence"]} if self.args.distill != "none" else {}

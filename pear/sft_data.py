@@ -88,7 +88,11 @@ def prepare(
         if max_length is not None:
             dataset = _within(dataset, name, max_length, args.strict_length)
         dataset = dataset.map(
-            _labels, remove_columns="completion_mask", desc=f"Labels of {name} dataset", **kwargs
+            _labels,
+            input_columns=["input_ids", "completion_mask"],  # top-k columns would take long to be looked at
+            remove_columns="completion_mask",
+            desc=f"Labels of {name} dataset",
+            **kwargs,
         ).with_format(None)
         if packing:
             if args.shuffle_dataset:
@@ -159,5 +163,5 @@ def _within(dataset: Dataset, name: str, max_length: int, strict: bool) -> Datas
     return dataset.select(fits)
 
 
-def _labels(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"labels": np.where(row["completion_mask"] == 1, row["input_ids"], IGNORE)}
+def _labels(input_ids: np.ndarray, completion_mask: np.ndarray) -> dict[str, np.ndarray]:
+    return {"labels": np.where(completion_mask == 1, input_ids, IGNORE)}

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import peft
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
@@ -120,7 +121,7 @@ def write(path, rows, options=None, **changes):
 def make_trainer(tokenizer, student, teacher, rows, tmp_path):
     """make_trainer(name of OBJECTIVES, **more options); `teacher` and `data` may be others."""
 
-    def make(name, *, teacher=teacher, data=None, **more) -> PEARSFTTrainer:
+    def make(name, *, teacher=teacher, data=None, peft_config=None, **more) -> PEARSFTTrainer:
         options = OBJECTIVES[name] | more
         in_memory = options.pop("memory", False)
         args = make_config(options.pop("output_dir", tmp_path / "run"), **options)
@@ -132,6 +133,7 @@ def make_trainer(tokenizer, student, teacher, rows, tmp_path):
             teacher=copy.deepcopy(teacher) if in_memory else None,
             train_dataset=load_scored(path, tokenizer, columns=columns, temperature=args.distill_temperature),
             processing_class=tokenizer,
+            peft_config=peft_config,
         )
         trainer.model.train()
         return trainer
@@ -318,6 +320,33 @@ def test_no_logits_are_made_and_evaluation_reports_plain_nll(student, teacher, r
     assert logged["eval_pear/nll"] == pytest.approx(mean(seen["nll"]), rel=1e-5)
     if name == "negatives-token":
         assert logged["eval_pear/wrong_nll"] == pytest.approx(mean(seen["wrong_nll"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["psft", "idft", "negatives-sequence", "js-memory", "reverse-top_k"])
+def test_bf16_autocast_stays_near_float32(make_trainer, teacher, rows, student, name):
+    trainer = make_trainer(name, bf16=True, use_cpu=True)
+    batch = batch_of(trainer, range(len(rows)))
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
+    loss.backward()
+    assert loss.dtype == torch.float32 and {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert loss.item() == pytest.approx(naive(student, rows, name, teacher)[0].item() / 50, rel=0.1, abs=0.02)
+    assert all(gradient.isfinite().all() for gradient in gradients(trainer.model).values())
+
+
+@pytest.mark.parametrize("name", ["asft", "negatives-token", "forward-memory"])
+def test_lora_trains_the_adapter_alone(make_trainer, student, teacher, rows, name):
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = make_trainer(name, peft_config=lora)
+    loss = trainer.compute_loss(trainer.model, batch_of(trainer, range(8)), num_items_in_batch=torch.tensor(50))
+    loss.backward()
+    plain = peft.get_peft_model(copy.deepcopy(student), lora)
+    plain.load_state_dict(trainer.model.state_dict())
+    total, _ = naive(plain, rows, name, teacher)
+    (total / 50).backward()
+    assert loss.item() == pytest.approx(total.item() / 50, rel=2e-5)
+    assert_close(gradients(trainer.model), gradients(plain), 1e-4)
+    assert all("lora" in key for key in gradients(trainer.model))
 
 
 def test_wrong_answers_are_pushed_away_and_right_ones_learned(make_trainer):
