@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
-from two_processes import OBJECTIVES, STEPS, batch, objective_trainer, options, rl_trainer
+from two_processes import OBJECTIVES, SHARDED, STEPS, batch, loss_options, objective_trainer, options, rl_trainer
 
 from pear.fused_head import add_fused_head
 from pear.io import read_jsonl
@@ -61,11 +61,12 @@ def folder(tokenizer, tmp_path_factory) -> Path:
 
 
 def test_sharded_model_gives_the_gradients_of_a_whole_one(folder):
-    for tied in (False, True):
-        found = torch.load(folder / f"tied-{tied}.pt")
+    for tied, distilled in SHARDED:
+        found = torch.load(folder / f"tied-{tied}-{distilled}.pt")
         model = make_model(make_tokenizer(), tied=tied).train()
         add_fused_head(model)
-        loss = model(**batch(), pear={}).loss
+        more = loss_options(distilled, model.config.vocab_size)
+        loss = model(**batch(), pear=more).loss
         loss.backward()
         assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
         gradients = {name: p.grad for name, p in model.named_parameters()}

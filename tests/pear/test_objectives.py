@@ -271,7 +271,7 @@ def check_statistics(found, seen, name):
     if options.get("weighting", "pear") != "none" and name != "asft":  # whose weights have the KL's gradient in them
         expected["weight_mean"] = weights.mean().item()
         expected["effective_sample_size"] = (weights.sum() ** 2 / len(weights) / weights.square().sum()).item()
-    if "weight_max" in options:
+    if name in WEIGHTED and name not in ("none", "asft"):
         expected |= {"weight_max": weights.max().item(), "weight_zero": (weights == 0).double().mean().item()}
     if name == "iw-sft":
         expected["weight_ceiling"] = (weights == MAX).double().mean().item()

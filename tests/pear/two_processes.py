@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tiny import make_model, make_tokenizer
 
 BATCH, LENGTH, STEPS = 8, 12, 2
+SHARDED = ((False, False), (True, False), (False, True))  # a tied head, a distilled loss
 OBJECTIVES = {  # of `pear sft`, that log what is not averaged like the rest: a maximum, and means of wrong answers
     "iw-sft": {"weighting": "iw-sft", "iw_tau": 3.0},
     "negatives": {"negatives": True, "logprob_floor": -6.0},
@@ -34,6 +35,17 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "behavior_logprobs": -3 * torch.rand(2, LENGTH, generator=generator)}
 
 
+def loss_options(distilled: bool, vocabulary: int, rows: slice = slice(None)) -> dict:
+    """Of `fused_head`: PEAR's, or a divergence from a teacher's hidden states of these rows of `batch`."""
+    if not distilled:
+        return {}
+    from pear_kernels import Teacher
+
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(2, LENGTH, 16, generator=generator)[rows]
+    return {"divergence": "js", "teacher": Teacher(hidden, torch.randn(vocabulary, 16, generator=generator))}
+
+
 def sharded(folder: Path) -> None:
     """FSDP2: each process one row of the batch; the gradients, gathered, must be those of the whole batch."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -42,21 +54,26 @@ def sharded(folder: Path) -> None:
     from pear.fused_head import add_fused_head
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for tied in (False, True):
+    for tied, distilled in SHARDED:
         model = make_model(make_tokenizer(), tied=tied).train()
         add_fused_head(model)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        row = {name: x[dist.get_rank() :][:1] for name, x in batch().items()}
+        rows = slice(dist.get_rank(), dist.get_rank() + 1)
+        row = {name: x[rows] for name, x in batch().items()}
         tokens = (batch()["labels"] != -100).sum()
-        output = model(**row, pear={"denominator": tokens / dist.get_world_size()})  # FSDP averages over processes
+        divisor = tokens / dist.get_world_size()  # FSDP averages over processes
+        more = loss_options(distilled, model.config.vocab_size, rows)
+        output = model(**row, pear={"denominator": divisor, **more})
         output.loss.backward()
         gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         loss = output.loss.detach().clone()
         dist.all_reduce(loss)
         if dist.get_rank() == 0:
-            torch.save({"loss": loss / dist.get_world_size(), "gradients": gradients}, folder / f"tied-{tied}.pt")
+            torch.save(
+                {"loss": loss / dist.get_world_size(), "gradients": gradients}, folder / f"tied-{tied}-{distilled}.pt"
+            )
 
 
 def trainer(folder: Path) -> None:
