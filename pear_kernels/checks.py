@@ -279,8 +279,8 @@ def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher) -> No
     if w.shape[0] != weight.shape[0]:
         raise ValueError(
             f"teacher.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
-            "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use another "
-            "teacher"
+            "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use "
+            "another teacher"
         )
     if x.dtype != w.dtype:
         raise TypeError(f"teacher.hidden and teacher.weight must have one dtype, got {x.dtype} and {w.dtype}")

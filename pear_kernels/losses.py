@@ -594,7 +594,10 @@ def run_weighted(hidden, weight, bias, target, *, weights=None, weighting=None, 
 @torch.compiler.disable
 def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """`run` with weights by a function of the caller's, which the op finds by its number while it runs."""
-    takes_index = len(inspect.signature(function).parameters) > 1
+    try:
+        takes_index = len(inspect.signature(function).parameters) > 1
+    except ValueError:  # a builtin such as torch.exp, which shows none
+        takes_index = False
 
     def weights(tokens: Tokens) -> Tensor:
         with torch.no_grad():

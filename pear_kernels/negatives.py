@@ -86,7 +86,7 @@ class LabelledObjective(Objective):
         n, zero_ghosts = self.pack.tokens, self.pack.zero_ghosts
         weights, own = self.weights(0, n), self.own(0, n)
         pushed_nll = torch.where(self.right, -logprobs, (-logprobs).clamp(max=-self.logprob_floor))
-        factor = torch.where(self.right, 1.0, -self.negative_lambda) * weights
+        factor = torch.where(self.right, 1.0, logprobs.new_full((), -self.negative_lambda)) * weights  # in float64
         loss = zero_ghosts(factor * self.token_scale * pushed_nll).sum()
         counts = torch.ones_like(self.right) if self.pack.counts is None else self.pack.counts
         right, wrong = counts & self.right, counts & ~self.right

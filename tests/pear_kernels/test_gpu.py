@@ -7,10 +7,21 @@ import warnings
 
 import pytest
 import torch
-from problems import Problem, gradients, make_problem, relative_error, workspace
+from problems import (
+    Problem,
+    gradients,
+    make_distill_problem,
+    make_policy_problem,
+    make_problem,
+    make_weighted_problem,
+    relative_error,
+    workspace,
+)
 
 from pear_kernels import backend, linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels.divergence import DIVERGENCES
 from pear_kernels.reference import naive_logprobs, naive_pear_loss
+from pear_kernels.weightings import WEIGHTINGS
 
 GPU = torch.device("cuda")
 pytestmark = [
@@ -43,9 +54,15 @@ def exact_float32():
 
 
 def on_gpu(problem: Problem) -> Problem:
-    options = {name: v.to(GPU) if isinstance(v, torch.Tensor) else v for name, v in problem.options.items()}
+    def moved(value):
+        if isinstance(value, tuple):  # a teacher, or two numbers
+            parts = [moved(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return value.to(GPU) if isinstance(value, torch.Tensor) else value
+
     tensors = (problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens)
-    return Problem(*(tensor.to(GPU) for tensor in tensors), options)
+    options = {name: moved(value) for name, value in problem.options.items()}
+    return type(problem)(*map(moved, tensors), options)
 
 
 def random_problem(N: int, V: int, D: int, dtype=torch.bfloat16, ignored: float = 0.0) -> Problem:
@@ -87,6 +104,42 @@ def test_matches_the_naive_loss(which, level, head, dtype, tolerance):
         assert relative_error(out.loss, loss) < tolerance
         assert relative_error(out.logprobs, logprobs) < tolerance
         assert relative_error(out.weights, weights) < 10 * tolerance
+        for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+            assert relative_error(ours, exact) < tolerance
+
+
+OBJECTIVES = {
+    **{name: lambda name=name, **more: make_weighted_problem(LENGTHS, weighting=name, **more) for name in WEIGHTINGS},
+    "weights": lambda **more: make_weighted_problem(LENGTHS, **more),
+    **{
+        f"{kind}, {top_k or 'in memory'}": lambda kind=kind, top_k=top_k, **more: make_distill_problem(
+            LENGTHS, divergence=kind, top_k=top_k, distill_temperature=1.5, nll_coef=0.3, **more
+        )
+        for kind in DIVERGENCES
+        for top_k in (None, 5)
+    },
+    "wrong": lambda **more: make_problem(
+        LENGTHS, sequence_label=torch.tensor([False, True, False, True, False]), logprob_floor=-8.0, **more
+    ),
+    **{
+        f"{name}, entropy": lambda name=name, **more: make_policy_problem(
+            LENGTHS, objective=name, entropy_coef=0.1, **more
+        )
+        for name in ("grpo", "gspo")
+    },
+}
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_every_objective_matches_its_naive_loss(which, objective, dtype, tolerance):
+    problem = on_gpu(OBJECTIVES[objective](V=301, D=64, dtype=dtype, bias=True, softcap=8.0, temperature=0.7))
+    for rows in (33, None):
+        out, leaves = problem.ours(backend=which, workspace_bytes=rows and workspace(rows, 301))
+        (loss, logprobs, *_), exact_leaves = problem.naive()
+        assert abs(out.loss.item() - loss.item()) < tolerance * max(abs(loss.item()), 0.1)
+        assert relative_error(out.logprobs, logprobs) < tolerance
         for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
             assert relative_error(ours, exact) < tolerance
 
