@@ -210,7 +210,8 @@ def _legend(runs: Sequence[Run]) -> str:
     if any(objective(run) is not None for run in runs):
         lines.append(
             "- **objective**: what the run minimised. Losses of different objectives are different quantities; the NLL "
-            "is unweighted in all of them (with negatives, of right answers), so runs are to be compared by that."
+            "is unweighted in all of them (with negatives, of right answers), so curves are to be compared by that. "
+            "Which run is better, pass@k says."
         )
     return "\n".join(lines)
 

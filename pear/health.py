@@ -1,6 +1,6 @@
 """What `pear sft` logs of its loss: means over tokens of all micro-batches and processes, and warnings in words."""
 
-from typing import Any
+from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ ESS = "effective_sample_size"
 MOST = 0.5  # a share of tokens above which a warning is due
 FEW = 0.05  # an effective sample size below which one is
 NEAR_ZERO = 1e-3  # a weight below it is as good as none
-WRONG_TO_RIGHT = 4  # tokens of wrong answers for one of a right answer
 # A behaviour policy this close to the student is the student. In half precision, rounding alone moves log-probs more.
 COPY_MAX_RATIO = {"full": 1e-3, "half": 0.25}
 COPY_DIVERGENCE = {"full": 1e-6, "half": 1e-3}  # likewise of a teacher
@@ -49,7 +48,7 @@ class Statistics:
         self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over all tokens, of every process, since the last call; nothing if there were none. The one that waits."""
+        """Over all tokens, of every process, since the last call; means of no tokens are left out. This one waits."""
         if not self._rows:
             return {}
         columns = dict(zip(self._names, torch.stack(self._rows).cpu().double().unbind(1), strict=True))  # (rows,) each
@@ -64,10 +63,10 @@ class Statistics:
             largest = torch.tensor([name in LARGEST for name in columns], device=everywhere.device)
             sums = torch.where(largest, everywhere.amax(0), everywhere.sum(0))
         totals = dict(zip(columns, sums.tolist(), strict=True))
-        found = {
-            name: total if name in COUNTS + LARGEST else total / max(totals[_counted_by(name)], 1)
-            for name, total in totals.items()
-        }
+        found = {name: total for name, total in totals.items() if name in COUNTS + LARGEST}
+        for name in totals.keys() - found.keys():
+            if (tokens := totals[_counted_by(name)]) > 0:
+                found[name] = totals[name] / tokens
         if ESS in found:
             found[ESS] = found["weight_mean"] ** 2 / found[ESS] if found[ESS] else 0.0
         return found
@@ -88,7 +87,8 @@ def _total(name: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
     """What is wrong with a run that logs `stats` (without their prefix), by a name for each kind of trouble."""
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    stats = defaultdict(float, stats)  # what no token had is not there
     if args.weighting == "pear" and stats["weight_floor"] > MOST:
         found["floor"] = (
             f"PEAR: {stats['weight_floor']:.0%} of the response tokens have their weight at the floor, "
@@ -120,12 +120,6 @@ def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
             f"negatives: {stats['wrong_below_floor']:.0%} of the wrong answers' tokens are less likely than "
             f"logprob_floor = {args.logprob_floor:g} already (their mean NLL is {stats['wrong_nll']:.2f}), so there is "
             "little left to push away. Train on new wrong answers, drawn from the student as it is now, or without."
-        )
-    if args.negatives and stats["wrong_tokens"] > WRONG_TO_RIGHT * stats["tokens"]:
-        found["wrong_many"] = (
-            f"negatives: {stats['wrong_tokens']:.0f} tokens of wrong answers against {stats['tokens']:.0f} of right "
-            f"ones, more than {WRONG_TO_RIGHT} to 1: the student is mostly told what not to say. Add right answers, "
-            "leave wrong ones out, or lower negative_lambda."
         )
     return found
 

@@ -217,7 +217,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
             self._total_train_tokens += int(found["seen"]) // self._tp_size
         for name in found.keys() & {"tokens", "wrong_tokens"}:
             found[name] = round(found[name]) // self._tp_size
-        return {f"pear/{name}": found[name] for name in self._names}
+        return {f"pear/{name}": found[name] for name in self._names if name in found}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -26,6 +26,7 @@ PER_TOKEN = {
     "ref_logprobs": (torch.float32, 0.0),
     "sequence_label": (torch.bool, True),
 }
+WRONG_TO_RIGHT = 4  # tokens of wrong answers for one of a right answer, at most without a warning
 IN_BATCHES = (*PER_TOKEN, *TOP_K_COLUMNS)
 
 
@@ -127,16 +128,28 @@ def top_k_vocabularies(dataset: Dataset) -> set[int]:
 def _check_labels(dataset: Dataset, name: str, negatives: bool) -> None:
     if "sequence_label" not in dataset.column_names:
         return
-    wrong = sum(not label[0] for label in dataset["sequence_label"])
+    right = [label[0] for label in dataset["sequence_label"]]
+    wrong = right.count(False)
     if wrong and not negatives:
         raise DataError(
             f"{name} dataset: {wrong} of {len(dataset)} rows are wrong answers, and negatives is off, so they would be "
             "trained on like right ones. Set negatives to train away from them, or leave them out."
         )
-    if negatives and not wrong and name == "train":
+    if not negatives or name != "train":
+        return
+    if not wrong:
         logger.warning(
             'negatives is on, but no row of the training data has "label": false: this is plain PEAR. Mark wrong '
             "answers in the data, or leave negatives off."
+        )
+    tokens = {True: 0, False: 0}
+    for is_right, mask in zip(right, dataset["completion_mask"], strict=True):
+        tokens[is_right] += sum(mask)
+    if tokens[False] > WRONG_TO_RIGHT * tokens[True]:
+        logger.warning(
+            f"negatives: the training data has {tokens[False]} tokens of wrong answers against {tokens[True]} of right "
+            f"ones, more than {WRONG_TO_RIGHT} to 1: the student is mostly told what not to say. Add right answers, "
+            "leave wrong ones out, or lower negative_lambda."
         )
 
 

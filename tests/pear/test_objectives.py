@@ -589,11 +589,26 @@ def test_few_tokens_that_carry_the_gradient_are_told(make_trainer, caplog, monke
     assert f"{name}: effective_sample_size is {share:.1%}: the gradient rests on that share" in caplog.text
 
 
+def test_nothing_is_logged_of_answers_that_were_not_there(make_trainer, rows, tmp_path):
+    """A step without a wrong answer has no NLL of wrong answers, which is not the same as one of 0."""
+    first = [row | {"label": i > 0} for i, row in enumerate(rows)]
+    path = write(tmp_path / "w.jsonl", first, {"negatives": True})
+    trainer = make_trainer("negatives-token", data=path, per_device_train_batch_size=1, max_steps=8)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["pear/wrong_tokens"] > 0 for entry in logs].count(True) == 1
+    for entry in logs:
+        assert ("pear/wrong_nll" in entry) == (entry["pear/wrong_tokens"] > 0)
+        assert ("pear/nll" in entry) == ("pear/weight_mean" in entry) == (entry["pear/tokens"] > 0)
+
+
 def test_wrong_answers_that_teach_nothing_are_told(make_trainer, rows, tmp_path, caplog):
     mostly = [row | {"label": i == 0} for i, row in enumerate(rows)]
     path = write(tmp_path / "w.jsonl", mostly, {"negatives": True})
     make_trainer("negatives-token", data=path, per_device_train_batch_size=8, logprob_floor=-30.0).train()
-    assert "more than 4 to 1: the student is mostly told what not to say" in caplog.text
+    right, *wrong = (sum(row["completion_mask"]) for row in rows)
+    message = f"has {sum(wrong)} tokens of wrong answers against {right} of right ones, more than 4 to 1: the student"
+    assert message in caplog.text
     assert "logprob_floor" not in caplog.text
     caplog.clear()
     make_trainer("negatives-token", logprob_floor=-0.01, per_device_train_batch_size=8).train()
