@@ -254,43 +254,43 @@ def check_sequence_label(hidden: Tensor, target: Tensor, sequence_label: Tensor 
 def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None:
     """Weights of the caller's, a number a token."""
     same_shape("weights", weights, "target's shape", target.shape)
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be floating-point, got {weights.dtype}: call weights.float()")
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weights must be float32 (or float64), got {weights.dtype}: call weights.float()")
     same_device(hidden, weights=weights)
 
 
-def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher) -> None:
+def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher, of: str = "teacher") -> None:
     """A `distill.Teacher`: hidden states and a head over the student's vocabulary."""
     x, w, bias, temperature, softcap = teacher
-    for name, tensor in (("teacher.hidden", x), ("teacher.weight", w)):
+    for name, tensor in ((f"{of}.hidden", x), (f"{of}.weight", w)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if x.dim() != hidden.dim() or x.shape[:-1] != target.shape:
         raise ValueError(
-            f"teacher.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
+            f"{of}.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
             f"{tuple(x.shape)}"
         )
     if w.dim() != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"teacher.weight must be (V, D') with its hidden states' D' = {x.shape[-1]}, got {tuple(w.shape)}"
+            f"{of}.weight must be (V, D') with its hidden states' D' = {x.shape[-1]}, got {tuple(w.shape)}"
         )
     if w.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"teacher.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
+            f"{of}.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
             "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use "
-            "another teacher"
+            "another model"
         )
     if x.dtype != w.dtype:
-        raise TypeError(f"teacher.hidden and teacher.weight must have one dtype, got {x.dtype} and {w.dtype}")
+        raise TypeError(f"{of}.hidden and {of}.weight must have one dtype, got {x.dtype} and {w.dtype}")
     if bias is not None:
-        same_shape("teacher.bias", bias, "(V,)", w.shape[:1])
+        same_shape(f"{of}.bias", bias, "(V,)", w.shape[:1])
     if not positive(temperature):
-        raise ValueError(f"teacher.temperature must be a positive number, got {temperature!r}")
+        raise ValueError(f"{of}.temperature must be a positive number, got {temperature!r}")
     if softcap is not None and not positive(softcap):
-        raise ValueError(f"teacher.softcap must be a positive number, or None, got {softcap!r}")
-    same_device(hidden, **{"teacher.hidden": x, "teacher.weight": w, "teacher.bias": bias})
+        raise ValueError(f"{of}.softcap must be a positive number, or None, got {softcap!r}")
+    same_device(hidden, **{f"{of}.hidden": x, f"{of}.weight": w, f"{of}.bias": bias})
 
 
 def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher, vocabulary: int) -> None:

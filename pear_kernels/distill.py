@@ -96,3 +96,26 @@ class DistillObjective(Objective):
         loss = pack.zero_ghosts(weights * scale * losses).sum()
         tokens = torch.as_tensor(pack.counted, device=scale.device).clamp(min=1)
         return loss, weights, torch.cat([(pack.zero_ghosts(divergence).sum() / tokens)[None], stats])
+
+
+class AnchoredObjective(Objective):
+    """L = sum_t scale_t * (L_t + kl_coef * D_t), L_t being another objective's: a pull to the teacher beside it."""
+
+    def __init__(self, weights: Objective, kl_coef: float):
+        self.weights = weights
+        self.kl_coef = kl_coef
+        self.coupled = weights.coupled
+        self.separable = self.scalable = not weights.coupled  # two coefficients a token, with no common factor
+
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
+        self.weights.observe(begin, end, logprobs, entropy)
+
+    def coefficients(self, begin: int, end: int) -> Coefficients:
+        of_divergence = self.kl_coef * self.weights.token_scale[begin:end]
+        return Coefficients(self.weights.coefficients(begin, end), None, of_divergence)
+
+    def finish(self, logprobs: Tensor, divergence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From all log-probs and divergences (n,): loss (), and the other objective's weights (n,) and statistics."""
+        loss, weights, stats = self.weights.finish(logprobs)
+        pull = self.weights.pack.zero_ghosts(divergence * self.weights.token_scale).sum()
+        return loss + self.kl_coef * pull, weights, stats

@@ -151,6 +151,7 @@ def linear_weighted_loss(
     *,
     weighting: str | None = None,
     ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
+    reference: Teacher | None = None,
     iw_tau: float = WEIGHTING_DEFAULTS.iw_tau,
     iw_max: float = WEIGHTING_DEFAULTS.iw_max,
     psft_clip: float = WEIGHTING_DEFAULTS.psft_clip,
@@ -184,38 +185,41 @@ def linear_weighted_loss(
 
     DFT: arXiv 2508.05629; iw-SFT: 2507.12856; PSFT: 2508.17784; ASFT: 2509.23753; IDFT: 2602.12222. ASFT's KL is that
     of the outcomes "y_t" and "another token", which a column of log-probs holds: a lower bound of the KL over the
-    vocabulary that its authors use, with the same gradient in the target's logit. (`linear_distill_loss` has all of
-    the latter.)
+    vocabulary that its authors use, with the same gradient in the target's logit. With the initial model in memory
+    (`reference`) it is theirs.
 
     Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients. ("iw-sft": as `linear_pear_loss` at sequence level.)
+    gradient, one without gradients. ("iw-sft": as `linear_pear_loss` at sequence level. A `reference` adds its own.)
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
             ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
-        weights: like target, floating-point, of any sign; what stands at ignored tokens does not matter. Or a function
-            `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights (n,), both
-            float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It is called
-            chunk by chunk and at last with all tokens that count, so a token's weight must come of that token alone.
-            (`torch.compile` breaks the graph there.) Or a name, as `weighting`.
+        weights: like target, float32 or float64, of any sign; what stands at ignored tokens does not matter. Or a
+            function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights (n,),
+            both float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It is
+            called chunk by chunk, so a token's weight must come of that token alone. (`torch.compile` breaks the graph
+            there.) Or a name, as `weighting`.
         weighting: a row of the table, in place of weights.
         ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
             previous policy ("psft").
+        reference: for "asft", the initial model's hidden states and head, in place of ref_logprobs.
         iw_tau, iw_max, psft_clip, asft_kl, idft_clip: the table's constants. The defaults are their papers'.
 
     Returns:
-        LossOutput. `weights` are d loss_t / d(-log pi) before the divisor: w, and for "asft" the KL's share. `stats`
-        are `weightings.WEIGHTED_STATS`.
+        LossOutput. `weights` are d loss_t / d(-log pi) before the divisor: w, and for "asft" the KL's share (but not
+        that of a `reference`, whose KL has other gradients). `stats` are `weightings.WEIGHTED_STATS`.
 
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    if isinstance(weights, str):
+    if isinstance(weights, str) and weighting is None:
         weights, weighting = None, weights
     checks.check_weighting(weights, weighting, WEIGHTINGS)
     options = WeightingOptions(iw_tau, iw_max, psft_clip, asft_kl, idft_clip)
     checks.check_weighting_options(options)
-    if weighting is not None and WEIGHTINGS[weighting].needs_ref and ref_logprobs is None:
+    if reference is not None and weighting != "asft":
+        raise ValueError(f"reference is for weighting 'asft', whose KL is to a whole distribution, got {weighting!r}")
+    if weighting is not None and WEIGHTINGS[weighting].needs_ref and ref_logprobs is None and reference is None:
         raise ValueError(
             f"weighting is {weighting!r}, but ref_logprobs is None: pass the targets' log-probs under "
             f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
@@ -225,6 +229,8 @@ def linear_weighted_loss(
     checks.check_loss_arguments(hidden, target, {"ref_logprobs": ref_logprobs}, cu_seqlens, sequence_scale, denominator)
     if weights is not None and not callable(weights):
         checks.check_given_weights(hidden, target, weights)
+    if reference is not None:
+        checks.check_teacher(hidden, weight, target, reference, "reference")
     run = functools.partial(
         run_weighted,
         hidden.reshape(-1, hidden.shape[-1]),
@@ -232,6 +238,9 @@ def linear_weighted_loss(
         bias,
         target.reshape(-1),
         ref_logprobs=flat(ref_logprobs),
+        **dict(zip(("ref_hidden", "ref_weight", "ref_bias"), flat_teacher(reference), strict=True)),
+        ref_temperature=1.0 if reference is None else reference.temperature,
+        ref_softcap=None if reference is None else reference.softcap,
         cu_seqlens=checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         sequence_scale=flat(sequence_scale),
         denominator=as_tensor(denominator, hidden.device),
@@ -323,16 +332,12 @@ def linear_distill_loss(
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     columns = {"behavior_logprobs": behavior_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
-    in_memory, offline = (None, None, None), (None, None)
+    offline = (None, None)
     if isinstance(teacher, TopKTeacher):
         checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
-        offline = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher)
-        teacher = Teacher(*in_memory)
+        offline, teacher = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher), None
     elif isinstance(teacher, Teacher):
         checks.check_teacher(hidden, weight, target, teacher)
-        states, *parameters = teacher[:3]
-        detached = [None if part is None else part.detach() for part in parameters]
-        in_memory = states.detach().reshape(-1, states.shape[-1]), *detached
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
     found = ops.linear_distill_loss(
@@ -341,13 +346,13 @@ def linear_distill_loss(
         bias,
         target.reshape(-1),
         flat(behavior_logprobs),
-        *in_memory,
+        *flat_teacher(teacher),
         *offline,
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         flat(sequence_scale),
         as_tensor(denominator, hidden.device),
-        teacher.temperature,
-        teacher.softcap,
+        1.0 if teacher is None else teacher.temperature,
+        None if teacher is None else teacher.softcap,
         divergence,
         js_beta,
         distill_temperature,
@@ -638,6 +643,14 @@ def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_b
 def flat(values: Tensor | None) -> Tensor | None:
     """What has no gradient, as (N,) or (S,)."""
     return None if values is None else values.detach().reshape(-1)
+
+
+def flat_teacher(teacher: Teacher | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Hidden states (N, D'), weight and bias of a teacher in memory, which gets no gradient."""
+    if teacher is None:
+        return None, None, None
+    hidden, weight, bias, *_ = teacher
+    return hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), flat(bias)
 
 
 def as_tensor(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:

@@ -127,12 +127,13 @@ class LinearWeightedLoss(_LinearLoss):
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
         ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
+        reference: Teacher | None = None,
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
     ) -> LossOutput:
         return linear_weighted_loss(
             hidden, weight, target, weights, bias=bias, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
-            sequence_scale=sequence_scale, denominator=denominator, **self.options,
+            reference=reference, sequence_scale=sequence_scale, denominator=denominator, **self.options,
         )  # fmt: skip
 
 

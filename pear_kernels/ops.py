@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.backend import dense_head_class, head_class, objective_class, weights_class
-from pear_kernels.distill import DistillObjective, LoadedTeacher, OfflineTeacher
+from pear_kernels.distill import AnchoredObjective, DistillObjective, LoadedTeacher, OfflineTeacher
 from pear_kernels.divergence import DivergenceOptions
 from pear_kernels.engine import DenseWalk, Objective, Walk
+from pear_kernels.head import DenseHead
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.negatives import WRONG_STATS, LabelledObjective
 from pear_kernels.objectives import STATS, FixedCoefficients, token_scale
@@ -77,6 +78,13 @@ def checked_pack(
     if denominator is not None:
         checks.check_denominator(denominator)
     return pack_tokens(valid, cu_seqlens)
+
+
+def teacher_head(student: DenseHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options) -> DenseHead:
+    """A teacher's head on the student's backend, with the teacher's own options: as exact as the student's, no more."""
+    dtype = torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
+    dtype = torch.float64 if student.dtype == torch.float64 else dtype
+    return type(student)(weight, bias, *options, dtype)
 
 
 def loss_results(walk: Walk, loss: Tensor, weights: Tensor, stats: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -204,9 +212,14 @@ def linear_weighted_loss(
     weighting: str | None,
     function: int | None,  # a key of `functions`
     ref_logprobs: Tensor | None,  # (N,)
+    ref_hidden: Tensor | None,  # (N, D'), of "asft" with the initial model in memory
+    ref_weight: Tensor | None,  # (V, D')
+    ref_bias: Tensor | None,  # (V,)
     cu_seqlens: Tensor,  # (S+1,)
     sequence_scale: Tensor | None,  # (S,)
     denominator: Tensor | None,  # ()
+    ref_temperature: float,
+    ref_softcap: float | None,
     iw_tau: float,
     iw_max: float,
     psft_clip: float,
@@ -224,7 +237,9 @@ def linear_weighted_loss(
     """(loss, logprobs (N,), weights (N,), stats (7,), dX, dW, db); the last three are empty where not wanted."""
     columns = {"ref_logprobs": ref_logprobs}
     pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
-    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    anchored = ref_hidden is not None
+    of_backend = (dense_head_class if anchored else head_class)(backend, hidden.device, compute_dtype)
+    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
     if weights is not None:
         valid = target != ignore_index
         checks.check_weights(weights, valid)
@@ -233,7 +248,7 @@ def linear_weighted_loss(
     elif function is not None:
         chosen = by(functions[function])
     else:
-        chosen = WEIGHTINGS[weighting]
+        chosen = WEIGHTINGS["dft" if anchored else weighting]
     objective = WeightedObjective(
         pack,
         chosen,
@@ -243,6 +258,13 @@ def linear_weighted_loss(
         weights_class(backend, hidden.device, compute_dtype),
     )
     with explain_out_of_memory("linear_weighted_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        if anchored:
+            of_ref = teacher_head(head, ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap)
+            teacher = LoadedTeacher(ref_hidden, of_ref, pack, DivergenceOptions("forward"))
+            anchor = AnchoredObjective(objective, asft_kl)
+            walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)
+            walk.run(anchor)
+            return loss_results(walk, *anchor.finish(walk.logprobs, walk.divergence), target.numel())
         walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=chosen.needs_entropy)
         walk.run(objective)
     return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
@@ -303,9 +325,9 @@ def linear_distill_loss(
     head = dense_head(weight, bias, temperature, softcap, compute_dtype)
     options = DivergenceOptions(divergence, js_beta, distill_temperature)
     if teacher_hidden is not None:
-        dtype = torch.float32 if teacher_hidden.dtype == torch.float64 else teacher_hidden.dtype
-        dtype = torch.float64 if head.dtype == torch.float64 else dtype  # as exact as the student, and no more
-        of_teacher = dense_head(teacher_weight, teacher_bias, teacher_temperature, teacher_softcap, dtype)
+        of_teacher = teacher_head(
+            head, teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_softcap
+        )
         teacher = LoadedTeacher(teacher_hidden, of_teacher, pack, options)
     else:
         checks.check_top_k(teacher_ids, teacher_logprobs, target != ignore_index, weight.shape[0])

@@ -151,39 +151,42 @@ class WeightedObjective(Objective):
         self.ref_logprobs = None if ref_logprobs is None else ref_logprobs.double()
         self.options = options
         self.coupled = weighting.of_sequences
-        self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=pack.index.device)
-        self.entropy = torch.zeros_like(self.logprobs) if weighting.needs_entropy else None
+        self.logprobs, self.losses, self.weights = (
+            torch.zeros(pack.tokens, dtype=torch.float64, device=pack.index.device) for _ in range(3)
+        )
         # log-ratios summed over sequences are PEAR's sequence level without its clips
         self.walk = weights(self.ref_logprobs, pack, UNCLIPPED) if self.coupled else None
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.logprobs[begin:end] = logprobs
-        if self.entropy is not None:
-            self.entropy[begin:end] = entropy
         if self.walk is not None:
             self.walk.observe(begin, end, logprobs)
+            return
+        ratio = None if self.ref_logprobs is None else logprobs - self.ref_logprobs[begin:end]
+        self.weigh(begin, end, entropy, ratio)
 
     def coefficients(self, begin: int, end: int) -> Tensor:
-        return self.pack.zero_ghosts(self.terms(begin, end)[1] * self.token_scale[begin:end], begin, end)
-
-    def log_ratio(self, begin: int, end: int) -> Tensor | None:
-        """(end - begin,) log pi - log pi_ref of a token, or the mean of its sequence."""
         if self.walk is not None:
-            self.walk.weights(begin, end)
-            return self.walk.log_weights(begin, end) / (self.pack.stop - self.pack.start)[begin:end]
-        return None if self.ref_logprobs is None else self.logprobs[begin:end] - self.ref_logprobs[begin:end]
+            self.weigh_sequences(begin, end)
+        return self.weights[begin:end] * self.token_scale[begin:end]
 
-    def terms(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """(end - begin,) loss of each token and its coefficient, before `token_scale`."""
-        entropy = None if self.entropy is None else self.entropy[begin:end]
-        index = self.pack.index[begin:end]
-        tokens = Tokens(self.logprobs[begin:end], entropy, self.log_ratio(begin, end), index)
-        return self.weighting.formula(tokens, self.options)
+    def weigh_sequences(self, begin: int, end: int) -> None:
+        """`weigh` by the means of the tokens' sequences, which are all observed."""
+        self.walk.weights(begin, end)
+        mean = self.walk.log_weights(begin, end) / (self.pack.stop - self.pack.start)[begin:end]
+        self.weigh(begin, end, None, mean)
+
+    def weigh(self, begin: int, end: int, entropy: Tensor | None, log_ratio: Tensor | None) -> None:
+        """Fills `losses` and `weights` of these tokens, before `token_scale`."""
+        tokens = Tokens(self.logprobs[begin:end], entropy, log_ratio, self.pack.index[begin:end])
+        for whole, part in zip((self.losses, self.weights), self.weighting.formula(tokens, self.options), strict=True):
+            whole[begin:end] = self.pack.zero_ghosts(part, begin, end)
 
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk: loss (), coefficients before `token_scale` (n,) and `WEIGHTED_STATS` (7,), float64."""
-        losses, weights = self.terms(0, self.pack.tokens)
-        weights = self.pack.zero_ghosts(weights)
+        if self.walk is not None:
+            self.weigh_sequences(0, self.pack.tokens)
+        losses, weights = self.losses, self.weights
         nothing = torch.zeros_like(logprobs)
         ratio = nothing if self.ref_logprobs is None else logprobs - self.ref_logprobs
         values = (-logprobs, ratio, weights, weights == 0, weights.square(), losses * self.token_scale)
