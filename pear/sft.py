@@ -260,18 +260,15 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
 
     tokenizer = load_tokenizer(name)
     in_memory = data_args.teacher is not None
-    train_dataset, eval_dataset = (
-        path
-        and load_scored(
-            path,
-            tokenizer,
-            args.max_length,
-            strict=args.strict_length,
-            columns=args.more_columns(in_memory),
-            temperature=args.distill_temperature,
-        )
-        for path in (data_args.data, data_args.eval_data)
-    )
+    how = {
+        "strict": args.strict_length,
+        "columns": args.more_columns(in_memory),
+        "temperature": args.distill_temperature,
+    }
+    train_dataset = load_scored(data_args.data, tokenizer, args.max_length, **how)
+    eval_dataset = None
+    if data_args.eval_data is not None:
+        eval_dataset = load_scored(data_args.eval_data, tokenizer, args.max_length, **how)
     teacher = None
     if in_memory:
         teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=model_args.attn_implementation)
