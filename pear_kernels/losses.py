@@ -195,10 +195,10 @@ def linear_weighted_loss(
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
             ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
         weights: like target, float32 or float64, of any sign; what stands at ignored tokens does not matter. Or a
-            function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights (n,),
-            both float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It is
-            called chunk by chunk, so a token's weight must come of that token alone. (`torch.compile` breaks the graph
-            there.) Or a name, as `weighting`.
+            function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights
+            (n,), both float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It
+            is called chunk by chunk, so a token's weight must come of that token alone. (`torch.compile` breaks the
+            graph there.) Or a name, as `weighting`.
         weighting: a row of the table, in place of weights.
         ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
             previous policy ("psft").

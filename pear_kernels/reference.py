@@ -138,6 +138,7 @@ def naive_weighted_loss(
     *,
     weighting: str | None = None,
     ref_logprobs: Tensor | None = None,  # (N,)
+    reference=None,  # of hidden (N, D'), weight (V, D'), bias, temperature, softcap: for "asft", in place of the above
     iw_tau: float = 1.0,
     iw_max: float = 16.0,
     psft_clip: float = 0.28,
@@ -182,6 +183,9 @@ def naive_weighted_loss(
     elif name == "psft":
         r = torch.exp(lp - ref)
         w = torch.where(r <= 1 + psft_clip, r, 0.0)
+    elif name == "asft" and reference is not None:  # its whole distribution, not that of two outcomes
+        w, counted = p, counts.nonzero()[:, 0]
+        extra[counted] = asft_kl * naive_kl(naive_teacher(reference, counted, lp.dtype), log_p[counted])
     elif name == "asft":
         w, log_q = p, ref.clamp(max=0)
         log_not_p = torch.logsumexp(log_p.scatter(1, y, -math.inf), 1)  # its own sum, right where p is near 1
@@ -214,6 +218,14 @@ def naive_divergence(log_p: Tensor, log_q: Tensor, divergence: str = "forward", 
     # the floor is for outcomes that neither has, whose terms are 0
     log_m = torch.log(m.clamp(min=torch.finfo(m.dtype).tiny))
     return js_beta * naive_kl(log_q, log_m) + (1 - js_beta) * naive_kl(log_p, log_m)
+
+
+@torch.no_grad()
+def naive_teacher(teacher, index: Tensor, dtype: torch.dtype, distill_temperature: float = 1.0) -> Tensor:
+    """(n, V) log q of a teacher with a head of its own, at these tokens (n,)."""
+    hidden, weight, bias = (x if x is None else x.to(dtype) for x in (teacher.hidden, teacher.weight, teacher.bias))
+    head = dict(bias=bias, temperature=teacher.temperature, softcap=teacher.softcap)
+    return torch.log_softmax(naive_logits(hidden[index], weight, **head) / distill_temperature, dim=-1)
 
 
 def naive_distill_loss(
@@ -255,14 +267,9 @@ def naive_distill_loss(
         rest_of_p = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
         log_p = torch.cat([log_p.gather(-1, ids), rest_of_p], -1)
     else:
-        theirs, its_weight = teacher.hidden[counted].to(log_p.dtype), teacher.weight.to(log_p.dtype)
-        its_bias = None if teacher.bias is None else teacher.bias.to(log_p.dtype)
-        logits = naive_logits(
-            theirs, its_weight, bias=its_bias, temperature=teacher.temperature, softcap=teacher.softcap
-        )
-        log_q = torch.log_softmax(logits / distill_temperature, dim=-1)
+        log_q = naive_teacher(teacher, counted, log_p.dtype, distill_temperature)
     divergences = torch.zeros_like(logprobs)
-    divergences[counted] = naive_divergence(log_p, log_q.detach(), divergence, js_beta)
+    divergences[counted] = naive_divergence(log_p, log_q, divergence, js_beta)
     weights = torch.zeros_like(logprobs)
     sequences = responses(target, cu_seqlens, ignore_index)
     for response in sequences:
