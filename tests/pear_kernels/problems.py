@@ -143,12 +143,17 @@ def make_policy_problem(
 
 
 def make_weighted_problem(lengths=(7, 1, 0, 12, 5), *, weighting: str = "tensor", **options) -> WeightedProblem:
-    """`make_problem` with a named weighting, or with "tensor": weights of both signs; NaN wherever no token counts."""
+    """`make_problem` with a named weighting, or with "tensor": weights of both signs; NaN wherever no token counts.
+
+    "anchored" is "asft" with a reference model in memory.
+    """
     problem = make_problem(lengths, **options)
     rng = torch.Generator().manual_seed(options.get("seed", 0) + 2)
     column = problem.behavior_logprobs.masked_fill(problem.target < 0, math.nan)
     if weighting == "tensor":
         columns = {"weights": column + torch.randn(len(column), generator=rng, dtype=column.dtype) + 3}
+    elif weighting == "anchored":
+        columns = {"weighting": "asft", "reference": make_distill_problem(lengths, **options).options["teacher"]}
     else:
         columns = {"weighting": weighting, "ref_logprobs": column}
     tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens

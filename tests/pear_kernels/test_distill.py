@@ -555,6 +555,23 @@ def test_bitwise_repeatable(divergence, top_k):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("whose", ["student", "student of top-k", "teacher"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_nan_stays_in_its_sequence(divergence, whose, level):
+    problem = make_distill_problem(
+        (20, 30, 20), ignored=0.0, divergence=divergence, level=level, top_k=5 if "top-k" in whose else None
+    )
+    clean, leaves = problem.ours(workspace_bytes=workspace(16, 37))
+    expected = gradients(clean.loss, leaves)[0]
+    (problem.options["teacher"] if whose == "teacher" else problem).hidden[35] = math.nan
+    out, leaves = problem.ours(workspace_bytes=workspace(16, 37))
+    gradient = gradients(out.loss, leaves)[0]
+    assert out.loss.isnan() and gradient[35].isnan().all()
+    for others in (slice(0, 20), slice(50, 70)):
+        torch.testing.assert_close(gradient[others], expected[others], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_that_a_bias_of_minus_infinity_takes_out(divergence):
     """Ids that neither has, as of a vocabulary that is padded to a multiple of 64, add nothing to any divergence."""
     problem = make_distill_problem((9, 14), divergence=divergence, bias=True, teacher_bias=True, ignored=0.0)

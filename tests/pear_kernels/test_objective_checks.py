@@ -120,6 +120,27 @@ def test_the_weighted_module_checks_when_it_is_made(changes, message):
     check_raises(LinearWeightedLoss, changes, message)
 
 
+BAD_REFERENCE = {
+    "reference for another weighting": (dict(weighting="dft", reference=True), "reference is for .*'asft'.*got 'dft'"),
+    "reference for weights": (dict(weighting=None, weights=torch.ones(N), reference=True), "reference is for .*'asft'"),
+    "reference of top-k": (dict(reference=False), "reference must be .*Teacher.*got TopKTeacher"),
+    "reference of logits": (dict(reference=torch.randn(N, V)), "reference must be .*Teacher.*got Tensor"),
+    "reference of another vocabulary": (dict(reference=V + 2), r"reference.weight .*11.*weight .*9"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD_REFERENCE.values(), ids=BAD_REFERENCE.keys())
+def test_a_reference(changes, message):
+    given = changes["reference"]
+    if given is True:
+        given = teacher()
+    elif given is False:
+        given = top_k()
+    elif isinstance(given, int):
+        given = teacher(weight=torch.randn(given, 5))
+    check_raises(linear_weighted_loss, head(**{"weighting": "asft", **changes, "reference": given}), message)
+
+
 # ---- negatives
 
 LABEL = torch.tensor([True, False])

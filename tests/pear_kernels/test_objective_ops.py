@@ -10,7 +10,10 @@ from pear_kernels import linear_topk_logprobs, ops, packing
 
 LABELS = dict(sequence_label=torch.tensor([True, False, True, False, True]))
 PROBLEMS = {
-    **{f"weighted, {name}": (make_weighted_problem, {"weighting": name}) for name in ("tensor", "iw-sft", "idft")},
+    **{
+        f"weighted, {name}": (make_weighted_problem, {"weighting": name})
+        for name in ("tensor", "iw-sft", "idft", "anchored")
+    },
     **{f"negatives, {level}": (make_problem, {"level": level, **LABELS}) for level in ("token", "sequence")},
     "distill, forward": (make_distill_problem, {"divergence": "forward"}),
     "distill, reverse, without weights": (make_distill_problem, {"divergence": "reverse", "weighted": False}),

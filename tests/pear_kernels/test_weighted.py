@@ -22,6 +22,7 @@ from test_accuracy import hard_problem
 from pear_kernels import (
     LinearWeightedLoss,
     LossOutput,
+    linear_distill_loss,
     linear_logprobs,
     linear_weighted_loss,
     packing,
@@ -298,6 +299,144 @@ def test_no_gradient_flows_through_the_weights(weighting):
     assert torch.autograd.grad(out.loss, problem.options[name], allow_unused=True) == (None,)
 
 
+# ---- ASFT with the initial model in memory
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12, 25, None])
+@pytest.mark.parametrize("lengths", [(7, 1, 0, 12, 5), (4, 4, 16, 8, 5), (1,)])
+def test_chunk_sweep_with_a_reference(rows, lengths):
+    problem = make_weighted_problem(lengths, weighting="anchored", ignored=0.3 if 0 in lengths else 0.0)
+    assert_matches_naive(problem, 1e-11, workspace_bytes=rows and workspace(rows, 37))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"bias": True}, {"temperature": 0.7}, {"softcap": 2.5}, {"bias": True, "temperature": 1.6, "softcap": 4.0}],
+)
+def test_heads_and_reductions_with_a_reference(reduction, head):
+    scale = torch.tensor([0.5, 2.0, 7.0, -1.0, 0.0], dtype=torch.float64)
+    problem = make_weighted_problem(weighting="anchored", reduction=reduction, asft_kl=0.4, **head)
+    reference = problem.options["reference"]
+    problem.options["reference"] = reference._replace(temperature=1.3, softcap=6.0)  # of its own head
+    for sequence_scale in (None, scale):
+        options = dict(sequence_scale=sequence_scale, workspace_bytes=workspace(4, 37))
+        assert_matches_naive(problem, 1e-11, **options)
+        assert_matches_naive(problem, 1e-11, **options, denominator=11.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_reference_is_dft_and_a_forward_kl(bias):
+    problem = make_weighted_problem(weighting="anchored", asft_kl=0.7, temperature=0.8, bias=bias)
+    reference = problem.options.pop("reference")
+    problem.options |= {"weighting": "dft"}
+    both, leaves = problem.ours(weighting="asft", reference=reference)
+    theirs = problem.leaves()
+    head = dict(temperature=0.8, cu_seqlens=problem.cu_seqlens, bias=theirs[2] if bias else None)
+    dft = linear_weighted_loss(*theirs[:2], problem.target, weighting="dft", **head)
+    kl = linear_distill_loss(*theirs[:2], reference, problem.target, **head)
+    assert_same(both.loss, leaves, dft.loss + 0.7 * kl.loss, theirs, tolerance=1e-11)
+    torch.testing.assert_close(both.weights, dft.weights, rtol=1e-12, atol=0)
+    torch.testing.assert_close(both.stats, dft.stats, rtol=1e-12, atol=0)
+
+
+def test_the_kl_of_two_outcomes_is_below_that_of_a_reference():
+    problem = make_weighted_problem(weighting="anchored", asft_kl=1.0)
+    reference = problem.options["reference"]
+    at = torch.log_softmax(F.linear(*reference[:2]), -1).gather(1, problem.target.clamp(min=0)[:, None])[:, 0]
+    whole = problem.ours()[0].loss
+    two = problem.ours(reference=None, ref_logprobs=at)[0].loss
+    assert two < whole
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias"])
+@pytest.mark.parametrize("rows", [1, 20, 60])
+def test_whatever_is_trained_with_a_reference(trained, rows):
+    problem = make_weighted_problem((0, 40, 1, 49, 10, 0), weighting="anchored", bias=True, D=4)
+    names = ("hidden", "weight", "bias")
+    leaves = [x.requires_grad_(name in trained.split()) for name, x in zip(names, problem.leaves(), strict=True)]
+    out = linear_weighted_loss(
+        *leaves[:2], problem.target, cu_seqlens=problem.cu_seqlens, workspace_bytes=workspace(rows, 37),
+        **{**problem.options, "bias": leaves[2]},
+    )  # fmt: skip
+    (loss, _, _), exact_leaves = problem.naive()
+    exact = dict(zip(names, gradients(loss, exact_leaves), strict=True))
+    ours = dict(zip(trained.split(), gradients(out.loss, [x for x in leaves if x.requires_grad]), strict=True))
+    for name, gradient in ours.items():
+        assert relative_error(gradient, exact[name]) < 1e-11, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [37, 301])
+def test_a_reference_in_lower_precision(dtype, V):
+    problem = make_weighted_problem((40, 30), weighting="anchored", dtype=dtype, V=V, D=32, reduction="sum")
+    problem.weight.mul_(0.3)
+    out, leaves = problem.ours(workspace_bytes=workspace(16, V, 4))
+    (loss, _, _), exact_leaves = problem.naive()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=2e-5)
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert ours.dtype == dtype and relative_error(ours, exact) < (2e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_padded_equals_packed_with_a_reference():
+    problem = make_weighted_problem((8, 8, 8), weighting="anchored", bias=True)
+    packed, leaves = problem.ours()
+    reference = problem.options["reference"]
+    theirs = problem.leaves()
+    rows = reference._replace(hidden=reference.hidden.view(3, 8, -1))
+    out = linear_weighted_loss(
+        theirs[0].view(3, 8, -1), theirs[1], problem.target.view(3, 8), weighting="asft", reference=rows, bias=theirs[2]
+    )
+    assert_same(out.loss, theirs, packed.loss, leaves)
+    torch.testing.assert_close(out.weights.view(-1), packed.weights, rtol=1e-12, atol=0)
+
+
+def test_all_ignored_with_a_reference():
+    problem = make_weighted_problem(weighting="anchored", ignored=1.0, bias=True)
+    problem.hidden.fill_(math.nan)
+    out, leaves = problem.ours()
+    assert out.loss.item() == 0.0 and all(not grad.any() for grad in gradients(out.loss, leaves))
+    assert all(value.isfinite() for value in out.stats.values())
+
+
+def test_no_gradient_flows_to_a_reference():
+    problem = make_weighted_problem(weighting="anchored", ignored=0.0)
+    others = [x.requires_grad_() for x in problem.options["reference"][:2]]
+    out, _ = problem.ours()
+    assert torch.autograd.grad(out.loss, others, allow_unused=True) == (None, None)
+
+
+def test_products_with_a_reference(products):
+    """The reference's logits are one more."""
+    problem = make_weighted_problem((50, 60), weighting="anchored")
+    problem.ours(workspace_bytes=workspace(20, 37))
+    n = int((problem.target >= 0).sum())
+    assert products == {"logits": 2 * n, "hidden": n, "weight": n}
+
+
+def test_module_compile_and_static_packs_with_a_reference(monkeypatch):
+    torch._dynamo.reset()
+    problem = make_weighted_problem(weighting="anchored", dtype=torch.float32)
+    module = LinearWeightedLoss(weighting="asft")
+
+    def loss(hidden, weight):
+        columns = dict(reference=problem.options["reference"], cu_seqlens=problem.cu_seqlens)
+        return module(hidden * 1.5, weight, problem.target, **columns).loss * 2
+
+    leaves = problem.leaves()
+    value = loss(*leaves)
+    expected = gradients(value, leaves)
+    leaves = problem.leaves()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(compiled, leaves), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(packing, "capturing", lambda: True)
+    leaves = problem.leaves()
+    static = loss(*leaves)
+    torch.testing.assert_close(static, value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(static, leaves), expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- functions
 
 
@@ -543,6 +682,15 @@ def test_products_of_valid_tokens_only(products, weighting, trained):
     )  # fmt: skip
     assert n < 67
     assert products == {"logits": n, "hidden": n * hidden.requires_grad, "weight": n * weight.requires_grad}
+
+
+def test_chunks_without_weight_skip_their_gradient_products(products):
+    problem = make_weighted_problem((32, 64), ignored=0.0)
+    problem.options["weights"][32:] = 0.0
+    out, leaves = problem.ours(workspace_bytes=workspace(32, 37))
+    assert products == {"logits": 96, "hidden": 32, "weight": 32}
+    assert not gradients(out.loss, leaves)[0][32:].any()
+    assert_matches_naive(problem, workspace_bytes=workspace(32, 37))
 
 
 @pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "iw-sft"])

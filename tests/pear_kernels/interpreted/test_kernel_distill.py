@@ -1,5 +1,7 @@
 """linear_distill_loss on the kernels against the naive float64 loss on full logits."""
 
+import math
+
 import pytest
 import torch
 from kernel_problems import (
@@ -130,6 +132,54 @@ def test_half_precision_stays_close(divergence, top_k, dtype):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("top_k", TOP_K)
+def test_float16_gradients_are_not_rounded_before_the_upstream_gradient(divergence, top_k):
+    problem = distill_problem((10, 9), dtype=torch.float16, divergence=divergence, top_k=top_k, nll_coef=0.2)
+    out, leaves = problem.ours(denominator=1e7)
+    (loss, _, _), exact_leaves = naive(problem, denominator=1e7)
+    scale = 2.0**18  # without it these gradients are below float16's range
+    grads, expected = gradients(out.loss * scale, leaves), gradients(loss * scale, exact_leaves)
+    for ours, exact in zip(grads, expected, strict=True):
+        assert ours.dtype == torch.float16 and relative_error(ours, exact) < 2e-3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("whose", ["student", "student of top-k", "teacher"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_nan_stays_in_its_sequence(divergence, whose, level):
+    top_k = 5 if "top-k" in whose else None
+    problem = distill_problem((6, 5, 4), V=40, ignored=0.0, divergence=divergence, top_k=top_k)
+    options = dict(level=level, workspace_bytes=chunk_bytes(problem, 4))
+    clean, leaves = problem.ours(**options)
+    expected = gradients(clean.loss, leaves)[0]
+    (problem.options["teacher"] if whose == "teacher" else problem).hidden[8] = math.nan
+    out, leaves = problem.ours(**options)
+    gradient = gradients(out.loss, leaves)[0]
+    assert out.loss.isnan() and gradient[8].isnan().all()
+    for others in (slice(0, 6), slice(11, 15)):
+        torch.testing.assert_close(gradient[others], expected[others], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "divergence, both", [*((name, True) for name in DIVERGENCES), ("reverse", False), ("js", False)]
+)
+def test_columns_that_a_bias_of_minus_infinity_takes_out(divergence, both):
+    problem = distill_problem((9, 14), divergence=divergence, bias=True, teacher_bias=True, ignored=0.0)
+    out_of_play = torch.arange(75, device=DEVICE) % 5 == 0
+    out_of_play[problem.target] = False
+    problem.options["bias"][out_of_play] = -math.inf
+    if both:
+        problem.options["teacher"].bias[out_of_play] = -math.inf
+    out, leaves = problem.ours()
+    (loss, _, _), exact_leaves = naive(problem)
+    assert relative_error(out.loss, loss) < CLOSE
+    grads, expected, kept = gradients(out.loss, leaves), gradients(loss, exact_leaves), ~out_of_play
+    assert not grads[1][out_of_play].any() and not grads[2][out_of_play].any()
+    assert relative_error(grads[0], expected[0]) < CLOSE
+    assert all(relative_error(grads[i][kept], expected[i][kept]) < CLOSE for i in (1, 2))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("top_k", TOP_K)
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
 def test_whatever_is_trained(divergence, top_k, trained):
     problem = distill_problem(divergence=divergence, top_k=top_k, bias=True)
@@ -162,15 +212,16 @@ def test_a_student_that_is_its_teacher(divergence, top_k):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind, level", [("peaked", 1e-4), ("peaked", 1e-9), ("unlikely", -20.0)])
-def test_where_the_target_is_certain_or_unlikely(divergence, kind, level):
+@pytest.mark.parametrize("top_k", [None, 10])
+def test_where_the_target_is_certain_or_unlikely(divergence, kind, level, top_k):
     plain = hard_problem(kind, level, lengths=(12, 9))
-    problem = distill_problem((12, 9), D=40, V=101, divergence=divergence, ignored=0.0, weighted=False)
+    problem = distill_problem((12, 9), D=40, V=101, divergence=divergence, ignored=0.0, weighted=False, top_k=top_k)
     problem.hidden, problem.weight, problem.target = plain.hidden, plain.weight, plain.target
     out, leaves = problem.ours()
     (loss, _, _), exact_leaves = naive(problem)
     of_targets = (leaves[0] @ leaves[1].T).gather(1, problem.target[:, None]).mean()
     # p (log p - log q - KL) of a token that has nearly all p is a difference of numbers as large as log q
-    rounding = 0.0 if divergence == "forward" else 2e-6
+    rounding = 0.0 if divergence == "forward" or top_k else 2e-6
     assert relative_error(out.loss, loss) < CLOSE
     grads, expected = gradients(out.loss, leaves), gradients(loss, exact_leaves)
     for ours, exact, size in zip(grads, expected, gradients(of_targets, leaves), strict=True):

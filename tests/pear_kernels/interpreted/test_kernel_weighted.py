@@ -83,6 +83,24 @@ def test_reductions_and_scales(weighting, reduction):
     assert_matches_naive(problem, workspace_bytes=chunk_bytes(problem, 12), denominator=3.0)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_model(head, dtype):
+    problem = weighted_problem(weighting="anchored", dtype=dtype, **HEADS[head])
+    reference = problem.options["reference"]
+    problem.options["reference"] = type(reference)(
+        *(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in reference)
+    )
+    if dtype == torch.float32:
+        assert_matches_naive(problem, 2e-5, workspace_bytes=2 * chunk_bytes(problem, 6))
+        return
+    out, leaves = problem.ours(workspace_bytes=2 * chunk_bytes(problem, 6))
+    (loss, _, _), exact_leaves = naive(problem)
+    assert relative_error(out.loss, loss) < 2e-5
+    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
+        assert ours.dtype == dtype and relative_error(ours, exact) < 8e-3
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_functions(index):
     problem = weighted_problem()
