@@ -1,4 +1,4 @@
-"""nn.Module faces of the functions in losses.py."""
+"""nn.Module faces of the functions in losses/."""
 
 from torch import Tensor, nn
 

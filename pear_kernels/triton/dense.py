@@ -17,7 +17,9 @@ from pear_kernels.triton.divergence import gradient_rows, log_softmax_rows, scor
 from pear_kernels.triton.head import ROW_BLOCK
 from pear_kernels.triton.launch import launch
 
-HEADROOM = 1 / 256  # of a row's gradient below its coefficients: room for what is small in float16, and for what is not
+# Of a row's gradient below its coefficients: for float16, whose small numbers lose digits below 6e-5, and which still
+# has room for the largest that p (log(p / q) - KL) can be, a quarter of MIN_LOG
+HEADROOM = 1 / 16
 
 
 class _Rows(NamedTuple):

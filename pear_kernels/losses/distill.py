@@ -1,0 +1,132 @@
+"""Distillation: `linear_distill_loss`."""
+
+from torch import Tensor
+
+from pear_kernels import checks, ops
+from pear_kernels.distill import Teacher, TopKTeacher
+from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
+from pear_kernels.losses.shared import (
+    LossOutput,
+    as_tensor,
+    checked_head,
+    flat,
+    flat_teacher,
+    loss_output,
+    wanted_gradients,
+)
+from pear_kernels.objectives import STATS
+from pear_kernels.weightings import WEIGHTED_STATS
+from pear_kernels.weights import DEFAULTS, PEAROptions
+
+
+def linear_distill_loss(
+    hidden: Tensor,  # (N, D) or (B, T, D)
+    weight: Tensor,  # (V, D)
+    teacher: Teacher | TopKTeacher,
+    target: Tensor,  # (N,) or (B, T)
+    behavior_logprobs: Tensor | None = None,  # (N,) or (B, T)
+    *,
+    divergence: str = "forward",
+    js_beta: float = 0.5,
+    distill_temperature: float = 1.0,
+    nll_coef: float = 0.0,
+    bias: Tensor | None = None,  # (V,)
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    level: str = DEFAULTS.level,
+    block_size: int = DEFAULTS.block_size,
+    gamma: float = DEFAULTS.gamma,
+    log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
+    log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    sequence_scale: Tensor | None = None,  # (S,)
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """Distillation of an LM head with PEAR's weights, heads included, without ever holding the (N, V) logits of either.
+
+        L = sum_t stop_gradient(G_t) * (D_t + nll_coef * -log pi(y_t | x, y_<t)) / divisor
+
+    with D_t a divergence of the student's distribution p from the teacher's q:
+
+    | divergence | D |
+    | --- | --- |
+    | "forward" | KL(q, p) = sum q log(q / p) |
+    | "reverse" | KL(p, q) = sum p log(p / q) |
+    | "js" | js_beta KL(q, m) + (1 - js_beta) KL(p, m), m = js_beta q + (1 - js_beta) p (GKD, arXiv 2306.13649) |
+
+    Three matrix products with a trained head, two with a frozen one, one without gradients, and for a teacher in memory
+    one of its own in each case, the least there can be. (At sequence level: as `linear_pear_loss`.) Of both models a
+    chunk of logits is held at a time.
+
+    Args:
+        hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
+            ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
+        teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
+            do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
+            its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
+            compares K + 1 outcomes, the last one being any other token. No gradient goes to a teacher.
+        behavior_logprobs: as in `linear_pear_loss`; None: every G is 1.
+        divergence: a row of the table.
+        js_beta: the teacher's share of m, between 0 and 1.
+        distill_temperature: divides the logits of both in D alone, on top of what either head does to its own. (There
+            is no factor of its square.)
+        nll_coef: how much of the NLL is added.
+        level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
+
+    Returns:
+        LossOutput. `weights` are G. `stats` begin with "divergence", the mean of D; the others are `objectives.STATS`
+        with behavior_logprobs, else `weightings.WEIGHTED_STATS`.
+
+    Raises:
+        ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
+    """
+    checks.check_divergence_options(DivergenceOptions(divergence, js_beta, distill_temperature), DIVERGENCES, nll_coef)
+    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+    checks.check_reduction(reduction, denominator)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    columns = {"behavior_logprobs": behavior_logprobs}
+    checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
+    offline = (None, None)
+    if isinstance(teacher, TopKTeacher):
+        checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
+        offline, teacher = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher), None
+    elif isinstance(teacher, Teacher):
+        checks.check_teacher(hidden, weight, target, teacher)
+    else:
+        raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
+    found = ops.linear_distill_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        flat(behavior_logprobs),
+        *flat_teacher(teacher),
+        *offline,
+        checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
+        flat(sequence_scale),
+        as_tensor(denominator, hidden.device),
+        1.0 if teacher is None else teacher.temperature,
+        None if teacher is None else teacher.softcap,
+        divergence,
+        js_beta,
+        distill_temperature,
+        nll_coef,
+        level,
+        block_size,
+        gamma,
+        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        reduction,
+        temperature,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        backend,
+        compute_dtype,
+        wanted_gradients(hidden, weight, bias),
+    )
+    names = WEIGHTED_STATS if behavior_logprobs is None else STATS
+    return loss_output(found, target, ("divergence", *names))

@@ -1,0 +1,65 @@
+"""What every loss does around its op: checked and flattened arguments go in, a `LossOutput` comes out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels import checks
+from pear_kernels.backend import check_backend
+from pear_kernels.distill import Teacher
+
+
+class LossOutput(NamedTuple):
+    """What a fused loss returns. Only `loss` carries gradients."""
+
+    loss: Tensor  # (), float32 (float64 for float64 inputs)
+    logprobs: Tensor  # target's shape, log pi of each target, 0 at ignored tokens
+    weights: (
+        Tensor  # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored ones
+    )
+    stats: dict[str, Tensor]  # 0-d tensors; the tables named *_STATS beside each loss's formulas say what each is
+
+
+def loss_output(found: tuple[Tensor, ...], target: Tensor, names: tuple[str, ...]) -> LossOutput:
+    """What an op returned, in target's shape, and its statistics by their names."""
+    loss, logprobs, weights, stats, *_ = found
+    stats = dict(zip(names, stats.unbind(), strict=True))
+    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
+
+
+def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend) -> torch.dtype:
+    """Checks the arguments that every function shares; returns the dtype that operands are rounded to."""
+    device_type = hidden.device.type
+    # autocast leaves float64 alone, as it does in F.linear
+    autocast = torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    checks.check_head(hidden, weight, target, bias, autocast)
+    checks.check_head_options(temperature, softcap, workspace_bytes)
+    check_backend(backend)
+    return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+
+
+def flat(values: Tensor | None) -> Tensor | None:
+    """What has no gradient, as (N,) or (S,)."""
+    return None if values is None else values.detach().reshape(-1)
+
+
+def flat_teacher(teacher: Teacher | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Hidden states (N, D'), weight and bias of a teacher in memory, which gets no gradient."""
+    if teacher is None:
+        return None, None, None
+    hidden, weight, bias, *_ = teacher
+    return hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), flat(bias)
+
+
+def as_tensor(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """A number as the 0-d tensor that another denominator is compiled with, without compiling anew."""
+    if denominator is None or isinstance(denominator, Tensor):
+        return denominator if denominator is None else denominator.detach()
+    return torch.full((), float(denominator), dtype=torch.float64, device=device)
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    """Whether each of them gets a gradient."""
+    grad = torch.is_grad_enabled()
+    return [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]

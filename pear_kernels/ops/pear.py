@@ -1,0 +1,71 @@
+"""The custom op of `linear_pear_loss`."""
+
+import torch
+from torch import Tensor
+
+from pear_kernels.backend import head_class, objective_class, weights_class
+from pear_kernels.engine import Walk
+from pear_kernels.memory import explain_out_of_memory
+from pear_kernels.negatives import WRONG_STATS, LabelledObjective
+from pear_kernels.objectives import STATS, token_scale
+from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.schedule import Wanted
+from pear_kernels.weights import PEAROptions
+
+
+@torch.library.custom_op("pear_kernels::linear_pear_loss", mutates_args=())
+def linear_pear_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    sequence_label: Tensor | None,  # (S,)
+    behavior_logprobs: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+    negative_lambda: float,
+    logprob_floor: float,
+    level: str,
+    block_size: int,
+    gamma: float,
+    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+    reduction: str,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    workspace_bytes: int | None,
+    backend: str | None,
+    compute_dtype: torch.dtype,
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted.
+
+    9 statistics, or 13 with labels.
+    """
+    columns = {"behavior_logprobs": behavior_logprobs}
+    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
+    behavior = pack.take(behavior_logprobs)
+    if sequence_label is None:
+        of_backend = objective_class(backend, hidden.device, compute_dtype)
+        objective = of_backend(behavior, pack, options, reduction, denominator, sequence_scale)
+    else:
+        objective = LabelledObjective(
+            behavior, pack, options, token_scale(pack, reduction, denominator, sequence_scale), sequence_label,
+            negative_lambda, logprob_floor, weights_class(backend, hidden.device, compute_dtype),
+        )  # fmt: skip
+    with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
+        walk.run(objective)
+    return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
+
+
+@linear_pear_loss.register_fake
+def _(hidden, weight, bias, target, sequence_label, *options):
+    stats = len(STATS) + (0 if sequence_label is None else len(WRONG_STATS))
+    return loss_outputs(hidden, weight, target, stats, *options[-2:])
+
+
+linear_pear_loss.register_autograd(loss_backward("linear_pear_loss"), setup_context=save_loss_gradients)

@@ -1,0 +1,111 @@
+"""What the custom ops share: checks of values, shapes (fakes), and gradients that are made in the forward pass."""
+
+import torch
+from torch import Tensor
+
+from pear_kernels import checks
+from pear_kernels.engine import Walk
+from pear_kernels.packing import Pack, pack_tokens, unpack
+
+
+def result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Of losses, log-probs, weights and dW: float32, or float64 for float64 inputs."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def forbid_double_backward(name: str) -> None:
+    """Gradients are recorded inside a backward pass only under create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative: its gradients are made in the forward pass. Call backward without "
+            "create_graph=True, or use pear_kernels.reference for a double backward"
+        )
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in the dtype of the tensor it belongs to.
+
+    In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy
+    of dW would be the largest tensor of the whole pass.
+    """
+    if gradient.is_cuda and gradient.dtype != dtype and type(gradient) is Tensor and not torch.compiler.is_compiling():
+        # one pass over dW in place of two. A CPU would make a float32 copy for it
+        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
+        return (gradient * upstream).to(dtype)
+    return gradient.mul_(upstream).to(dtype)
+
+
+def checked_pack(
+    target: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    vocabulary: int,
+    ignore_index: int,
+    logprobs: dict[str, Tensor | None],  # (N,) each
+    sequence_scale: Tensor | None,  # (S,)
+    denominator: Tensor | None,  # ()
+) -> Pack:
+    """The tokens that count, once the values of what every loss takes are checked."""
+    valid = target != ignore_index
+    checks.check_cu_seqlens(cu_seqlens, target.numel())
+    checks.check_target(target, valid, vocabulary, ignore_index)
+    for name, column in logprobs.items():
+        if column is not None:
+            checks.check_logprobs(name, column, valid)
+    if sequence_scale is not None:
+        checks.check_sequence_scale(sequence_scale)
+    if denominator is not None:
+        checks.check_denominator(denominator)
+    return pack_tokens(valid, cu_seqlens)
+
+
+def loss_results(walk: Walk, loss: Tensor, weights: Tensor, stats: Tensor, size: int) -> tuple[Tensor, ...]:
+    """What a loss's op returns, after `walk`: the numbers in the result's dtype, tokens in the caller's order."""
+    pack, grads = walk.pack, walk.grads
+    results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
+    return *(result.to(walk.head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
+
+
+def loss_outputs(
+    hidden: Tensor, weight: Tensor, target: Tensor, stats: int, compute_dtype: torch.dtype, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """The shapes of a loss: (), (N,) log-probs, (N,) weights, (stats,), dX, dW, db."""
+    dtype = result_dtype(compute_dtype)
+    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    grad_hidden, grad_weight, grad_bias = wanted
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
+        hidden.new_empty(stats, dtype=dtype),
+        hidden.new_empty(hidden.shape if grad_hidden else (0,), dtype=hidden_dtype),
+        hidden.new_empty(weight.shape if grad_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if grad_bias else (0,), dtype=dtype),
+    )
+
+
+def save_loss_gradients(ctx, inputs, output):
+    hidden, weight, bias, *_ = inputs
+    ctx.wanted = inputs[-1]
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+
+
+def loss_backward(name: str):
+    def backward(ctx, upstream, *_):
+        forbid_double_backward(name)
+        grads = [
+            scaled(gradient, upstream, dtype) if wanted and upstream is not None else None
+            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        ]
+        return *grads, *[None] * (ctx.inputs - 3)
+
+    return backward
+
+
+def one_sequence(target: Tensor) -> Tensor:
+    return torch.arange(2, device=target.device) * target.numel()
