@@ -10,6 +10,7 @@ The last is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, 
 functions take log-probs over the last dimension: of the whole vocabulary, or of K tokens and a bucket for the rest.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,7 @@ def kl(log_a: Tensor, log_b: Tensor, normalised: bool) -> Tensor:
 
 def mixture(log_p: Tensor, log_q: Tensor, js_beta: float) -> Tensor:
     """log m of the Jensen-Shannon divergence."""
-    b = torch.tensor([1 - js_beta, js_beta], dtype=torch.float64).log().tolist()
-    return torch.logaddexp(log_p + b[0], log_q + b[1])
+    return torch.logaddexp(log_p + math.log1p(-js_beta), log_q + math.log(js_beta))
 
 
 def divergence(
