@@ -54,7 +54,8 @@ def add_fused_head(
         model(input_ids=..., labels=labels, behavior_logprobs=b, sequence_label=l, pear={"negative_lambda": 0.1, ...})
             -> the same with wrong answers: `sequence_label` is bool (B, T), False at all tokens of a wrong one
         model(input_ids=..., labels=labels, pear={"weighting": "dft", ...})
-            -> LossOutput of `linear_weighted_loss`; with `ref_logprobs` (B, T) where the weighting needs them
+            -> LossOutput of `linear_weighted_loss`; with `ref_logprobs` (B, T) where the weighting needs them, or of
+            "asft" with "reference": Teacher(...) in `pear`, as below
         model(input_ids=..., labels=labels, pear={"divergence": "forward", "teacher": Teacher(...), ...})
             -> LossOutput of `linear_distill_loss`, towards a teacher's hidden states (B, T, D') at the same positions;
             or without "teacher" to `top_k_ids` and `top_k_logprobs` (B, T, K), whose row t is about token t; weighted
@@ -163,8 +164,9 @@ def _supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
         hidden, target = hidden[0], target[0]
         columns = {name: column[0] for name, column in columns.items()}
         options["cu_seqlens"] = cu_seqlens.to(weight.device)
-        if (teacher := options.get("teacher")) is not None:
-            options["teacher"] = teacher._replace(hidden=teacher.hidden[0])
+        for name in ("teacher", "reference"):
+            if (held := options.get(name)) is not None:
+                options[name] = held._replace(hidden=held.hidden[0])
     if TOP_K[0] in columns:
         options["teacher"] = TopKTeacher(*(columns.pop(name) for name in TOP_K))
     loss = linear_pear_loss

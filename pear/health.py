@@ -22,13 +22,13 @@ COPY_DIVERGENCE = {"full": 1e-6, "half": 1e-3}  # likewise of a teacher
 OTHER_REFERENCE = 0.2  # nats a token from a reference that is the student itself; neither rounding nor dropout does it
 
 
-def names_logged(args: PEARSFTConfig) -> tuple[str, ...]:
+def names_logged(args: PEARSFTConfig, teacher_in_memory: bool = False) -> tuple[str, ...]:
     """The statistics that say something about the loss of these options."""
     names: tuple[str, ...] = ("nll", "log_ratio_mean")
     if args.weighting == "pear":
         names = STATS + (WRONG_STATS if args.negatives else ())
     elif args.weighting != "none":
-        names += ("ref_log_ratio_mean",) if args.weighting in REFERENCED else ()
+        names += ("ref_log_ratio_mean",) if args.weighting in REFERENCED and not teacher_in_memory else ()
         names += ("weight_mean", "weight_max", "weight_zero")
         names += ("weight_floor", "weight_ceiling") if args.weighting == "iw-sft" else ()
         names += (ESS,)
@@ -127,7 +127,8 @@ def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
 def first_step_in_words(args: PEARSFTConfig, largest: dict[str, float], half: bool) -> dict[str, str]:
     """What the first optimiser step, before any update, says of whose log-probs there are; `half`: in half precision.
 
-    `largest` are over micro-batches: `log_ratio`, the largest of a token; `divergence` and `ref_log_ratio`, mean sizes.
+    `largest` are over micro-batches: `log_ratio`, the largest of a token; `divergence`, `ref_log_ratio` and
+    `teacher_log_ratio` (asft with a teacher in memory), mean sizes.
     """
     precision, found = "half" if half else "full", {}
     if largest.get("log_ratio", torch.inf) < COPY_MAX_RATIO[precision]:
@@ -147,5 +148,11 @@ def first_step_in_words(args: PEARSFTConfig, largest: dict[str, float], half: bo
             f"{args.weighting}: before the first update the student's log-probs differ from `ref_logprobs` by "
             f"{largest['ref_log_ratio']:.2f} nats a token: those are not of this student. Unless that is meant, write "
             "them by `pear score --column ref_logprobs` with the model that training starts from."
+        )
+    if largest.get("teacher_log_ratio", 0.0) > OTHER_REFERENCE:
+        found["reference"] = (
+            f"{args.weighting}: before the first update the student's log-probs differ from the teacher's by "
+            f"{largest['teacher_log_ratio']:.2f} nats a token: it is not this student. Unless that is meant, give the "
+            "model that training starts from as the teacher."
         )
     return found

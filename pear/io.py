@@ -166,8 +166,8 @@ def check_scored_row(row: dict[str, Any], where: str, needs: tuple[str, ...] = (
     nothing before it, so no probability). `behavior_logprobs` and `ref_logprobs` are finite and at most `MAX_LOGPROB`
     where the mask is 1. There `top_k_ids` and `top_k_logprobs` hold K tokens, no token twice, and their log-probs,
     descending; K is the same at all of them. What lists hold at other positions does not matter. Beside them may stand
-    `top_k_temperature`, a positive number, `top_k_model`, a string, and `top_k_vocabulary`, an int above K. `label` is
-    a boolean.
+    `top_k_temperature`, a positive number, `top_k_model` and `top_k_tokenizer`, strings, and `top_k_vocabulary`, an int
+    above K. `label` is a boolean.
 
     Raises:
         DataError: says which field, at which position, what was found and what to do.
@@ -282,8 +282,9 @@ def _check_top_k(row: dict[str, Any], where: str) -> None:
     temperature = row.get("top_k_temperature", 1.0)
     if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise DataError(f"{where}: `top_k_temperature` must be a positive number, got {temperature!r}. {again}")
-    if not isinstance(name := row.get("top_k_model", ""), str):
-        raise DataError(f"{where}: `top_k_model` must be a string, a model's name, got {name!r:.100}. {again}")
+    for key, what in (("top_k_model", "a model's name"), ("top_k_tokenizer", "a vocabulary's fingerprint")):
+        if not isinstance(found := row.get(key, ""), str):
+            raise DataError(f"{where}: `{key}` must be a string, {what}, got {found!r:.100}. {again}")
     vocabulary = row.get("top_k_vocabulary", k + 1)
     if type(vocabulary) is not int or vocabulary <= k:
         raise DataError(

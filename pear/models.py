@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.io import DataError, disk_error, write_error
 
@@ -33,6 +33,15 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name` (see `load_model`)."""
     return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+
+
+def head_size(name: str, **kwargs: Any) -> int | None:
+    """Rows of the head of model `name`, by its config alone; None if there is none to read. `kwargs` as above."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+    except (OSError, ValueError):  # an adapter's folder, say
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def resolve_model(name: str) -> str:
@@ -161,4 +170,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "special": special,
         "chat_template": tokenizer.chat_template,
     }
+    return _digest(content)
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash (32 hex digits) of the map from tokens to ids alone: whether an id means one thing to two models."""
+    return _digest(tokenizer.get_vocab())
+
+
+def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -30,7 +30,7 @@ from pear.io import (
     read_jsonl,
     write_error,
 )
-from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
+from pear.models import load_model, load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -86,7 +86,8 @@ def score(
 
     With `top_k`, there are also `top_k_ids` and `top_k_logprobs`, for each completion token the K tokens that the model
     holds most likely in its place, and their log-probs, descending (an empty list at other positions), and
-    `top_k_temperature`, `top_k_model` (a name) and `top_k_vocabulary` (the size of that model's head).
+    `top_k_temperature`, `top_k_model` (a name), `top_k_vocabulary` (the size of that model's head) and
+    `top_k_tokenizer` (a fingerprint of its vocabulary).
 
     With `column="none"` the top-k are all that is written: a teacher that did not write the responses leaves every
     log-prob that a row has, and `model` and `ref_model`.
@@ -189,7 +190,15 @@ def score(
                 partial.write(file, todo, scored)
                 advance(len(todo))
         try:
-            _write_out(out, data, data_hash, rows, partial, column, wanted, fingerprint, name, vocabulary)
+            beside_top_k = {}
+            if wanted is not None:
+                beside_top_k = {
+                    "top_k_temperature": wanted.temperature,
+                    "top_k_model": name,
+                    "top_k_vocabulary": vocabulary,
+                    "top_k_tokenizer": vocabulary_fingerprint(tokenizer),
+                }
+            _write_out(out, data, data_hash, rows, partial, column, fingerprint, name, beside_top_k)
         except OSError as error:
             kept = f"The scores are kept in {partial.path}; the same command goes on from there."
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
@@ -523,12 +532,14 @@ def _write_out(
     rows: list[_Row],
     partial: _Partial,
     column: str,
-    top_k: _TopK | None,
     fingerprint: str,
     name: str,
-    vocabulary: int,
+    beside_top_k: dict[str, Any],
 ) -> None:
-    """Read `data` once more and write its rows with their scores; texts were not kept in memory meanwhile."""
+    """Read `data` once more and write its rows with their scores; texts were not kept in memory meanwhile.
+
+    `beside_top_k` is what tells of whom and at what the top-k are; empty without them.
+    """
     by_line = {row.line: i for i, row in enumerate(rows)}
     digest = hashlib.sha256()
     with atomic_writer(out) as file, open(partial.path, "rb") as side:
@@ -548,14 +559,12 @@ def _write_out(
             scored["tokenizer"] = fingerprint
             if column != "behavior_logprobs" and "input_ids" in row:  # the behaviour policy's words for the same tokens
                 scored |= {key: row[key] for key in ("input_ids", "completion_mask", "tokenizer") if key in row}
-            if top_k is not None:
+            if beside_top_k:
                 top_ids, top_logprobs = partial.read_top_k(side, i)
                 scored |= {
                     "top_k_ids": [[]] * start + top_ids.tolist(),
                     "top_k_logprobs": [[]] * start + _floats(top_logprobs),
-                    "top_k_temperature": top_k.temperature,
-                    "top_k_model": name,
-                    "top_k_vocabulary": vocabulary,
+                    **beside_top_k,
                 }
             file.write(json.dumps(scored, ensure_ascii=False) + "\n")
         if digest.hexdigest() != data_hash:

@@ -11,7 +11,7 @@ from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_scored_row, read_jsonl
-from pear.models import tokenizer_fingerprint
+from pear.models import tokenizer_fingerprint, vocabulary_fingerprint
 from pear.rows import check_same_tokens, prompt_and_completion, tokenize_row
 
 logger = get_logger(__name__)
@@ -26,11 +26,12 @@ FEATURES = {  # of L tokens; the lists of K are empty at prompts
     "top_k_ids": ListOf(ListOf(Value("int32"))),
     "top_k_logprobs": ListOf(ListOf(Value("float32"))),
     "top_k_temperature": Value("float64"),
-    "top_k_vocabulary": Value("int64"),  # null where the row does not tell
+    "top_k_vocabulary": Value("int64"),  # null where the row does not tell, or tells its tokenizer, which is enough
 }
 # How a column comes into a file, {file} and {temperature} to be filled in.
 WRITTEN_BY = {
-    "ref_logprobs": "`pear score --column ref_logprobs --model <initial student> --data {file} --out {file}` writes it",
+    "ref_logprobs": "`pear score --column ref_logprobs --model <initial student> --data {file} --out {file}` writes it"
+    "; or, with weighting asft, pass --teacher <initial student>, which is held in memory",
     "top_k_ids": "`pear score --column none --top-k K --top-k-temperature {temperature:g} --model <teacher> --data "
     "{file} --out {file}` writes it, and every log-prob stays as it is; or pass --teacher, which is held in memory",
 }
@@ -44,12 +45,14 @@ def load_scored(
     strict: bool = False,
     columns: Sequence[str] = (),
     temperature: float = 1.0,
+    head_size: int | None = None,
 ) -> Dataset:
     """Rows written by `pear score`, checked, as a dataset with `input_ids`, `completion_mask`, `behavior_logprobs`.
 
     `columns` are further keys of FEATURES that the objective needs (`PEARSFTConfig.more_columns`), of these the top-k
-    ones at `temperature`. Rows with `"label": false` are wrong answers: only with `sequence_label` among the columns
-    are they no error.
+    ones at `temperature`, of a teacher with the student's vocabulary; where the two differ, the message names the
+    `head_size` of the student, if given. Rows with `"label": false` are wrong answers: only with `sequence_label` among
+    the columns are they no error.
 
     Rows longer than `max_length` are counted, logged with their line numbers and left out (with `strict`: an error);
     none is ever cut. The student's `tokenizer` must make the very ids that were scored: true if its fingerprint is
@@ -59,7 +62,7 @@ def load_scored(
         DataError: with file and line: a damaged row, a column that is not there, or ids that are not the student's
             (first differing position and both tokens); wrong answers that nobody asked for; no row left.
     """
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint, vocabulary = tokenizer_fingerprint(tokenizer), vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
     too_long, wrong = [], []
@@ -72,7 +75,8 @@ def load_scored(
         if row.get("tokenizer") != fingerprint:
             _check_ids(row, tokenizer, where)
         if "top_k_ids" in columns:
-            _check_top_k(row, fingerprint, temperature, table["top_k_ids"], where)
+            _check_top_k_vocabulary(row, fingerprint, vocabulary, head_size, where)
+            _check_top_k(row, temperature, table["top_k_ids"], where)
         if max_length is not None and len(row["input_ids"]) > max_length:
             if strict:
                 raise DataError(
@@ -110,7 +114,7 @@ def _read(name: str, row: dict[str, Any]) -> Any:
     if name == "top_k_temperature":
         return float(row.get(name, 1.0))
     if name == "top_k_vocabulary":
-        return row.get(name)
+        return None if "top_k_tokenizer" in row else row.get(name)
     if name in TOP_K_COLUMNS:
         dtype = np.int32 if name == "top_k_ids" else np.float32
         return [np.array(values if bit else [], dtype=dtype) for values, bit in zip(row[name], mask, strict=True)]
@@ -128,16 +132,29 @@ def _lines(numbers: list[int]) -> str:
     return "lines " + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
 
 
-def _check_top_k(
-    row: dict[str, Any], fingerprint: str, temperature: float, earlier: list[list[np.ndarray]], where: str
+def _check_top_k_vocabulary(
+    row: dict[str, Any], fingerprint: str, vocabulary: str, head_size: int | None, where: str
 ) -> None:
-    """The teacher's vocabulary, temperature and K; `earlier` are the ids of the rows before."""
-    if row.get("tokenizer") != fingerprint:
+    """An id must mean one token to teacher and student, whose fingerprints these are."""
+    if (found := row.get("top_k_tokenizer")) is not None:
+        if found != vocabulary:
+            raise DataError(
+                f"{where}: teacher and student must have one vocabulary: the top-k log-probs are of the vocabulary "
+                f"with fingerprint {found!r} and of a head with {row.get('top_k_vocabulary', 'unknown')} rows, the "
+                f"student's vocabulary has {vocabulary!r} and its head {head_size or 'unknown'} rows: an id may mean "
+                "another token. Give a teacher of the student's tokenizer."
+            )
+    elif row.get("tokenizer") != fingerprint:
         raise DataError(
             f"{where}: the top-k log-probs are of the tokenizer with fingerprint {row.get('tokenizer')!r}, the "
             f"student's is {fingerprint!r}: an id may mean another token. Give a teacher of the student's tokenizer; "
-            "one that differs in its chat template alone can be passed as --teacher, which compares vocabularies."
+            "of one that differs in its chat template alone, score the top-k again (`top_k_tokenizer` then tells its "
+            "vocabulary), or pass it as --teacher."
         )
+
+
+def _check_top_k(row: dict[str, Any], temperature: float, earlier: list[list[np.ndarray]], where: str) -> None:
+    """The teacher's temperature and K; `earlier` are the ids of the rows before."""
     if (found := row.get("top_k_temperature", 1.0)) != temperature:
         raise DataError(
             f"{where}: the top-k log-probs are at top_k_temperature = {found:g}, but distill_temperature = "

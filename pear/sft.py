@@ -21,15 +21,15 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, first_step_in_words, in_words, names_logged
 from pear.io import DataError
-from pear.models import load_tokenizer, resolve_model
+from pear.models import head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import load_scored
 from pear.sft_config import DataArguments, PEARSFTConfig
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare, top_k_vocabularies
-from pear.teacher import HeldTeacher, load_teacher
-from pear_kernels import LossOutput
+from pear.teacher import HeldTeacher, load_teacher, target_logprobs
+from pear_kernels import LossOutput, Teacher
 
 logger = get_logger(__name__)
 
@@ -40,7 +40,8 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     The loss is a sum over the response tokens of an optimiser step, over all its micro-batches and processes, divided
     by their number: accumulation gives the loss of one big batch. With `weighting="pear"` the sum is of G_t * NLL_t.
 
-    `teacher` is a loaded model of the student's vocabulary, for `distill` without top-k columns in the data.
+    `teacher` is a loaded model of the student's vocabulary, for `distill` without top-k columns in the data, or, for
+    `weighting="asft"` without `ref_logprobs`, the model that training starts from, loaded once more.
 
     Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log
     (with negatives, of right answers): `nll` (unweighted: compare runs by this one), `log_ratio_mean` to the behaviour
@@ -49,7 +50,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     - pear: `ratio_clipped_low`, `ratio_clipped_high`, `weight_mean`, `weight_floor`, `weight_ceiling`,
       `effective_sample_size` (a share);
     - other weightings: `weight_mean`, `weight_max`, `weight_zero` (the share of weights that are 0),
-      `effective_sample_size`; by the student as it was, `ref_log_ratio_mean`; of iw-sft `weight_ceiling` (the share at
+      `effective_sample_size`; by `ref_logprobs`, `ref_log_ratio_mean`; of iw-sft `weight_ceiling` (the share at
       iw_max) and `weight_floor` (near 0);
     - negatives: `wrong_nll`, `wrong_weight_mean`, `wrong_below_floor`, over the tokens of wrong answers,
       `wrong_tokens`;
@@ -75,8 +76,8 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                 raise DataError(f"{name} does not go with PEARSFTTrainer: batches and loss are its own, without logits")
         if kwargs.get("formatting_func") is not None:
             raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
-        if teacher is not None and args.distill == "none":
-            raise DataError("a teacher is given, but distill is 'none': set distill to forward, reverse or js")
+        if teacher is not None:
+            args.check_teacher("a teacher is given")
         self._columns = args.more_columns(teacher_in_memory=teacher is not None)
         self._vocabulary: int | None = None
         self._largest_id = -1  # of the data's top-k
@@ -112,8 +113,11 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         add_fused_head(base)
         self._vocabulary = base.get_output_embeddings().weight.shape[0]
         self._check_top_k_ids()
-        self._teacher = None if teacher is None else HeldTeacher(teacher, base, self.accelerator.device)
-        self._names = names_logged(args)
+        self._teacher = None
+        if teacher is not None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor holds one
+            self._teacher = HeldTeacher(teacher, base, tokenizer, self.accelerator.device)
+        self._names = names_logged(args, teacher is not None)
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
         self._warned: set[str] = set()
@@ -161,7 +165,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
             del inputs["behavior_logprobs"]
         options = args.loss_options()
         if self._teacher is not None:
-            options["teacher"] = self._teacher(inputs)
+            options["reference" if args.weighting == "asft" else "teacher"] = self._teacher(inputs)
         denominator = None
         if num_items_in_batch is not None:
             denominator = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
@@ -173,7 +177,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and their gradients are averaged (as in TRL).
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._note(mode, inputs, behavior, output)
+        self._note(mode, inputs, behavior, output, options.get("reference"))
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -183,7 +187,14 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     # ---- statistics: gathered as tensors, read back only when they are logged
 
     @torch.no_grad()
-    def _note(self, mode: str, inputs: dict[str, Any], behavior: torch.Tensor, output: LossOutput) -> None:
+    def _note(
+        self,
+        mode: str,
+        inputs: dict[str, Any],
+        behavior: torch.Tensor,
+        output: LossOutput,
+        reference: Teacher | None,
+    ) -> None:
         tokens = output.stats["tokens"]
         if "attention_mask" in inputs:
             seen = inputs["attention_mask"].sum()
@@ -202,9 +213,13 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         if mode == "train" and self.state.global_step == 0:
             first = {"log_ratio": log_ratio.abs().max()} if self.args.weighting == "pear" else {}
             first |= {"divergence": found["divergence"]} if self.args.distill != "none" else {}
-            if (ref := inputs.get("ref_logprobs")) is not None:
-                away = torch.where(counted, output.logprobs - ref.to(output.logprobs), 0).abs()
-                first["ref_log_ratio"] = away.sum() / tokens.clamp(min=1)
+            before = {"ref_log_ratio": inputs.get("ref_logprobs")}
+            if reference is not None:  # one product more, in the first step alone
+                before["teacher_log_ratio"] = target_logprobs(reference, inputs["labels"], self.args.workspace_bytes)
+            for name, ref in before.items():
+                if ref is not None:
+                    away = torch.where(counted, output.logprobs - ref.to(output.logprobs), 0).abs()
+                    first[name] = away.sum() / tokens.clamp(min=1)
             for name, value in first.items():
                 self._largest[name] = torch.maximum(self._largest.get(name, value), value)
 
@@ -253,10 +268,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if args.eval_strategy != "no" and data_args.eval_data is None:
         raise DataError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_data: pass --eval_data")
 
-    if data_args.teacher is not None and args.distill == "none":
-        raise DataError(
-            f"teacher is {data_args.teacher!r}, but distill is 'none': pass --distill forward, reverse or js"
-        )
+    if data_args.teacher is not None:
+        args.check_teacher(f"teacher is {data_args.teacher!r}")
 
     tokenizer = load_tokenizer(name)
     in_memory = data_args.teacher is not None
@@ -265,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         "columns": args.more_columns(in_memory),
         "temperature": args.distill_temperature,
     }
+    if "top_k_ids" in how["columns"]:
+        how["head_size"] = head_size(name, revision=model_args.model_revision)
     train_dataset = load_scored(data_args.data, tokenizer, args.max_length, **how)
     eval_dataset = None
     if data_args.eval_data is not None:

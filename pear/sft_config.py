@@ -36,7 +36,7 @@ class PEARSFTConfig(SFTConfig):
         metadata={
             "help": "What multiplies each token's NLL: 'pear', or 'none' (plain SFT), 'dft' (p), 'idft' (p to a power "
             "by entropy); and by the student as it was before training (data with ref_logprobs): 'iw-sft', 'psft', "
-            "'asft'.",
+            "'asft', this one also by --teacher.",
             "choices": list(CHOICES["weighting"]),
         },
     )
@@ -150,9 +150,18 @@ class PEARSFTConfig(SFTConfig):
 
     def more_columns(self, teacher_in_memory: bool = False) -> tuple[str, ...]:
         """What the data must hold besides `pear.scored.COLUMNS`."""
-        columns = ("ref_logprobs",) if self.weighting in REFERENCED else ()
+        columns = ("ref_logprobs",) if self.weighting in REFERENCED and not teacher_in_memory else ()
         columns += ("sequence_label",) if self.negatives else ()
         return columns + (TOP_K if self.distill != "none" and not teacher_in_memory else ())
+
+    def check_teacher(self, what: str) -> None:
+        """Raise unless the loss looks at a teacher in memory; `what` is the subject of the message."""
+        if self.distill == "none" and self.weighting != "asft":
+            raise DataError(
+                f"{what}, but distill is 'none' and weighting {self.weighting!r}, which look at none: set distill to "
+                "forward, reverse or js, to train towards it; or weighting to asft, to stay near it, with the model "
+                "that training starts from"
+            )
 
     def _refuse_objectives_that_do_not_go_together(self) -> None:
         if self.negatives and self.weighting != "pear":
@@ -205,7 +214,11 @@ class DataArguments:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "distill: a model held in memory beside the student; without it, the data's top-k."},
+        metadata={
+            "help": "A model held in memory beside the student. distill: the teacher; without it, the data's top-k. "
+            "weighting asft: the model that training starts from, for the KL over the whole vocabulary; without it, "
+            "the data's ref_logprobs."
+        },
     )
     merge_adapter: bool = field(
         default=True,

@@ -119,7 +119,7 @@ def largest_top_k_id(dataset: Dataset) -> int:
 
 
 def top_k_vocabularies(dataset: Dataset) -> set[int]:
-    """The sizes of the heads that the top-k of a dataset of `load_scored` are of, as far as the rows tell."""
+    """Sizes of the heads that top-k of a dataset of `load_scored` are of, where no fingerprint has been compared."""
     if "top_k_vocabulary" not in dataset.column_names:
         return set()
     return set(dataset.unique("top_k_vocabulary")) - {None}

@@ -3,41 +3,51 @@
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from pear.fused_head import COLUMNS, check_head, logit_options
+from pear.fused_head import COLUMNS, IGNORE, check_head, logit_options, shift_left, shift_right
 from pear.io import DataError
 from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
-from pear_kernels import Teacher
+from pear_kernels import Teacher, linear_logprobs
+
+logger = get_logger(__name__)
 
 
 class HeldTeacher:
     """A frozen model whose distributions the student is trained towards. It is no part of the student's checkpoints.
 
+    Models of one family pad their heads differently. Of a teacher's longer head the rows are used that the student has
+    too, so that its distribution is that of these tokens.
+
     Args:
         model: changed in place: no gradients, no dropout, on `device`
         student: of the same vocabulary
+        tokenizer: of both
 
     Raises:
         DataError: another vocabulary, a head that our pass cannot repeat, or parameters that are sharded
     """
 
-    def __init__(self, model: PreTrainedModel, student: PreTrainedModel, device: torch.device):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ):
         if is_deepspeed_zero3_enabled():
             raise DataError(
                 "a teacher in memory does not go with DeepSpeed ZeRO-3, which shards whatever is loaded; write its "
-                "top-k log-probs into the data instead, by `pear score --column none --top-k K`, and pass no teacher"
+                "top-k log-probs into the data instead, by `pear score --column none --top-k K` (for weighting asft: "
+                "`pear score --column ref_logprobs`), and pass no teacher"
             )
         if model is student:
             raise DataError("teacher: this is the student itself; load the model a second time to distil from it")
         check_head(model)
         own, others = (each.get_output_embeddings().weight.shape[0] for each in (model, student))
-        if own != others:
-            raise DataError(
-                f"teacher and student must have one vocabulary: the teacher's head has {own} tokens, the student's "
-                f"{others}. Give a teacher with a head of that size."
-            )
+        self.rows = _common_rows(own, others, tokenizer)
         self.options = logit_options(model.config.get_text_config())
         self.model = model.requires_grad_(False).eval().to(device)
 
@@ -47,7 +57,51 @@ class HeldTeacher:
         given = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
         head = self.model.get_output_embeddings()
         hidden = self.model.base_model(**given, use_cache=False).last_hidden_state.to(head.weight.dtype)
-        return Teacher(hidden, head.weight, getattr(head, "bias", None), **self.options)
+        bias = getattr(head, "bias", None)
+        return Teacher(hidden, head.weight[: self.rows], None if bias is None else bias[: self.rows], **self.options)
+
+
+def _common_rows(teacher: int, student: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of the head to use, of two heads of these sizes: the student's, all of them."""
+    if teacher == student:
+        return student
+    sizes = (
+        f"teacher and student must have one vocabulary: the teacher's head has {teacher} tokens, the student's "
+        f"{student}"
+    )
+    if teacher < student:
+        raise DataError(
+            f"{sizes}, of which it cannot judge the last {student - teacher}. Give a teacher with a head of at least "
+            "that size, or distil from its top-k log-probs, whose head may be shorter: `pear score --column none "
+            "--top-k K`."
+        )
+    tokens = max(tokenizer.get_vocab().values()) + 1  # not len(), which is less where ids are left out
+    if tokens > student:
+        raise DataError(
+            f"{sizes}, but the tokenizer {tokens}, so more than padding would be cut off the teacher's. Give a student "
+            "whose head has a row for every token."
+        )
+    logger.warning(
+        f"The teacher's head has {teacher} rows and the student's {student}, for a tokenizer of {tokens} tokens: the "
+        f"last {teacher - student} of the teacher's, which are padding, are left out."
+    )
+    return student
+
+
+def target_logprobs(teacher: Teacher, labels: torch.Tensor, workspace_bytes: int | None = None) -> torch.Tensor:
+    """log p (B, T) that a teacher gives to `labels`, laid out like them; 0 where they are -100. One product."""
+    hidden, weight, bias, temperature, softcap = teacher
+    return shift_right(
+        linear_logprobs(
+            hidden,
+            weight,
+            shift_left(labels, IGNORE),
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            workspace_bytes=workspace_bytes,
+        )
+    )
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:

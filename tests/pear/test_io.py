@@ -163,7 +163,7 @@ def full_row(**change) -> dict:
     """With every column that a row may have."""
     top = {"top_k_ids": [[], [6, 2], [0, 7]], "top_k_logprobs": [[], [-0.5, -1.5], [-0.25, -1.625]]}
     more = {"ref_logprobs": [0.0, -2.5, -0.75], "label": False, **top, "top_k_temperature": 2.0}
-    more |= {"top_k_model": "teacher", "top_k_vocabulary": 8}
+    more |= {"top_k_model": "teacher", "top_k_vocabulary": 8, "top_k_tokenizer": "0123"}
     return good_row() | more | change
 
 
@@ -177,7 +177,7 @@ def test_good_row_with_every_column_passes():
     row = full_row(top_k_vocabulary=3)  # K + 1
     del row["behavior_logprobs"]
     check_scored_row(row, "f:1", needs=())
-    for key in ("top_k_temperature", "top_k_model", "top_k_vocabulary"):  # need not be there
+    for key in ("top_k_temperature", "top_k_model", "top_k_vocabulary", "top_k_tokenizer"):  # need not be there
         del row[key]
     check_scored_row(row, "f:1", needs=())
 
@@ -216,6 +216,8 @@ def test_good_row_with_every_column_passes():
         ({"top_k_temperature": math.nan}, "`top_k_temperature` must be a positive number, got nan"),
         ({"top_k_model": 7}, "`top_k_model` must be a string, a model's name, got 7"),
         ({"top_k_model": None}, "`top_k_model` must be a string, a model's name, got None"),
+        ({"top_k_tokenizer": 7}, "`top_k_tokenizer` must be a string, a vocabulary's fingerprint, got 7"),
+        ({"top_k_tokenizer": None}, "`top_k_tokenizer` must be a string, .* got None"),
         ({"top_k_vocabulary": 2}, r"`top_k_vocabulary` must be a whole .*, at least K \+ 1 = 3, got 2"),
         ({"top_k_vocabulary": 8.0}, "`top_k_vocabulary` must be a whole number of tokens, .* got 8.0"),
         ({"top_k_vocabulary": "8"}, "`top_k_vocabulary` must be a whole number of tokens, .* got '8'"),

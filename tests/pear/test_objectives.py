@@ -8,14 +8,17 @@ import shutil
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import make_model, make_tokenizer
 from training import OPTIONS, assert_close, batch_of, gradients, make_config
 
 from pear.io import DataError, read_jsonl
+from pear.models import vocabulary_fingerprint
 from pear.runs import read_run
+from pear.score import score
 from pear.scored import load_scored
 from pear.sft import PEARSFTTrainer, main
-from pear.teacher import HeldTeacher
+from pear.teacher import HeldTeacher, _common_rows
 
 K = 6
 FLOOR = -6.0
@@ -27,6 +30,7 @@ WEIGHTED = {name: {"weighting": name} for name in ("none", "dft", "psft", "asft"
 WEIGHTED |= {"iw-sft": {"weighting": "iw-sft", "iw_tau": TAU, "iw_max": MAX}}
 WEIGHTED["psft"] |= {"psft_clip": 0.02}
 WEIGHTED["asft"] |= {"asft_kl": 0.7}
+WEIGHTED["asft-memory"] = WEIGHTED["asft"] | {"memory": True}
 WEIGHTED["idft"] |= {"idft_clip": [0.3, 1.1]}
 NEGATIVES = {
     f"negatives-{level}": {"negatives": True, "negative_lambda": 0.4, "logprob_floor": FLOOR, "level": level}
@@ -119,9 +123,9 @@ def write(path, rows, options=None, **changes):
 
 @pytest.fixture
 def make_trainer(tokenizer, student, teacher, rows, tmp_path):
-    """make_trainer(name of OBJECTIVES, **more options); `teacher` and `data` may be others."""
+    """make_trainer(name of OBJECTIVES, **more options); `student`, `teacher` and `data` may be others."""
 
-    def make(name, *, teacher=teacher, data=None, peft_config=None, **more) -> PEARSFTTrainer:
+    def make(name, *, student=student, teacher=teacher, data=None, peft_config=None, **more) -> PEARSFTTrainer:
         options = OBJECTIVES[name] | more
         in_memory = options.pop("memory", False)
         args = make_config(options.pop("output_dir", tmp_path / "run"), **options)
@@ -219,12 +223,17 @@ def naive(model, rows, name, teacher=None):
             weights, extra = torch.tensor(pear_weight(delta, options["level"])).double(), 0
         else:
             weights, extra = weights_of(options["weighting"], picked, logprobs, ref)
+        if teacher is not None:
+            their_logits = logits_of(teacher, row["input_ids"])[before][:, : logits.shape[-1]].detach()
+        if options["weighting"] == "asft" and options.get("memory"):  # the whole KL
+            theirs = their_logits.log_softmax(-1)
+            extra = 0.7 * F.kl_div(logprobs, theirs, log_target=True, reduction="none").sum(-1)
         seen["weights"] += weights.tolist()
         losses = -picked
         if options["distill"] != "none":
             temperature = options.get("distill_temperature", 1.0)
             own = (logits / temperature).softmax(-1)
-            theirs = (logits_of(teacher, row["input_ids"])[before] / temperature).softmax(-1)
+            theirs = (their_logits / temperature).softmax(-1)
             if not options.get("memory"):
                 ids = theirs.topk(K).indices
                 own, theirs = outcomes(own, ids), outcomes(theirs, ids)
@@ -278,6 +287,7 @@ def check_statistics(found, seen, name):
         assert 0 < expected["weight_ceiling"] < 1 and found["pear/weight_floor"] == 0
     if name == "psft":
         assert 0 < found["pear/weight_zero"] < 1
+    assert ("pear/ref_log_ratio_mean" in found) == (name in ("iw-sft", "psft", "asft"))  # none of a model in memory
     if "negatives" in options:
         below = mean([nll >= -FLOOR for nll in seen["wrong_nll"]])
         expected |= {"wrong_nll": mean(seen["wrong_nll"]), "wrong_tokens": len(seen["wrong_nll"])}
@@ -308,7 +318,24 @@ def test_first_step_with_accumulation(student, teacher, rows, make_trainer, name
     assert_close(steps, gradients(plain), 1e-3)
 
 
-@pytest.mark.parametrize("name", ["dft", "negatives-token", "forward-memory", "js-top_k_warm"])
+@pytest.mark.parametrize("layout", ["padded", "packing"])
+def test_first_step_of_asft_with_a_model_in_memory(student, teacher, rows, make_trainer, tmp_path, layout):
+    """The loss that is logged, from data without `ref_logprobs`; twice, and the reference is what it was."""
+    more = {"packing": True, "max_length": 96} if layout == "packing" else {}
+    path = write(tmp_path / "no_ref.jsonl", drop(rows, "ref_logprobs"))
+    trainer = make_trainer(
+        "asft-memory", data=path, per_device_train_batch_size=8, learning_rate=0.1, max_steps=2, **more
+    )
+    trainer.train()
+    total, seen = naive(student, rows, "asft-memory", teacher)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(total.item() / len(seen["nll"]), rel=1e-4)
+    assert trainer.state.log_history[1]["loss"] < logged["loss"]
+    for parameter, before in zip(trainer._teacher.model.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("name", ["dft", "negatives-token", "forward-memory", "asft-memory", "js-top_k_warm"])
 def test_no_logits_are_made_and_evaluation_reports_plain_nll(student, teacher, rows, make_trainer, name):
     trainer = make_trainer(name, per_device_eval_batch_size=3, learning_rate=0.0)
     for model in [trainer.model] + ([trainer._teacher.model] if trainer._teacher else []):
@@ -322,7 +349,7 @@ def test_no_logits_are_made_and_evaluation_reports_plain_nll(student, teacher, r
         assert logged["eval_pear/wrong_nll"] == pytest.approx(mean(seen["wrong_nll"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["psft", "idft", "negatives-sequence", "js-memory", "reverse-top_k"])
+@pytest.mark.parametrize("name", ["psft", "idft", "asft-memory", "negatives-sequence", "js-memory", "reverse-top_k"])
 def test_bf16_autocast_stays_near_float32(make_trainer, teacher, rows, student, name):
     trainer = make_trainer(name, bf16=True, use_cpu=True)
     batch = batch_of(trainer, range(len(rows)))
@@ -334,7 +361,7 @@ def test_bf16_autocast_stays_near_float32(make_trainer, teacher, rows, student, 
     assert all(gradient.isfinite().all() for gradient in gradients(trainer.model).values())
 
 
-@pytest.mark.parametrize("name", ["asft", "negatives-token", "forward-memory"])
+@pytest.mark.parametrize("name", ["asft", "asft-memory", "negatives-token", "forward-memory"])
 def test_lora_trains_the_adapter_alone(make_trainer, student, teacher, rows, name):
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     trainer = make_trainer(name, peft_config=lora)
@@ -387,18 +414,82 @@ def test_teacher_is_frozen_and_nowhere_in_checkpoint_or_optimiser(make_trainer, 
     assert sizes[0]["optimizer.pt"] == pytest.approx(sizes[1]["optimizer.pt"], rel=0.01)
 
 
-def test_teachers_that_cannot_teach_are_refused(tokenizer, make_trainer, student):
-    larger = make_tokenizer()
-    larger.add_tokens(["<think>"])
-    sizes = len(larger), len(tokenizer)
-    with pytest.raises(
-        DataError, match="one vocabulary: the teacher's head has {} tokens, the student's {}".format(*sizes)
-    ):
-        make_trainer("forward-memory", teacher=make_model(larger))
-    with pytest.raises(DataError, match="a teacher is given, but distill is 'none'"):
-        make_trainer("none", memory=True)
+def test_teachers_that_cannot_teach_are_refused(tokenizer, make_trainer, student, teacher):
+    size = len(tokenizer)
+    message = (
+        f"one vocabulary: the teacher's head has {size} tokens, the student's {size + 5}, of which it cannot judge"
+    )
+    with pytest.raises(DataError, match=f"{message} the last 5. Give a teacher with a head of at least that size"):
+        make_trainer("forward-memory", student=padded_head(student, 5))
+    message = (
+        f"one vocabulary: the teacher's head has {size} tokens, the student's {size - 1}, but the tokenizer {size}"
+    )
+    with pytest.raises(DataError, match=f"{message}, so more than padding would be cut off"):
+        make_trainer("forward-memory", student=padded_head(student, -1))
+    for name in ("none", "dft", "psft"):
+        with pytest.raises(DataError, match=f"a teacher is given, but distill is 'none' and weighting '{name}', which"):
+            make_trainer(name, memory=True)
     with pytest.raises(DataError, match="this is the student itself"):
-        HeldTeacher(student, student, torch.device("cpu"))
+        HeldTeacher(student, student, tokenizer, torch.device("cpu"))
+
+
+def padded_head(model, rows: int, mean: float = 1.0, spread: float = 1.0):
+    """A copy with so many rows more, of any size, as nobody has trained them."""
+    model = copy.deepcopy(model)
+    size = model.config.vocab_size
+    with torch.no_grad():
+        model.resize_token_embeddings(size + rows)
+        for layer in (model.lm_head, model.get_input_embeddings()):
+            more = torch.randn(max(rows, 0), layer.weight.shape[1], generator=torch.manual_seed(3))
+            layer.weight[size:] = mean + spread * more
+    return model
+
+
+def with_bias(model):
+    model = copy.deepcopy(model)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size, generator=torch.manual_seed(4)))
+    return model
+
+
+@pytest.mark.parametrize("layout", ["padded", "packing"])
+@pytest.mark.parametrize("name", ["forward-memory", "reverse-memory", "js-memory", "asft-memory"])
+def test_longer_head_of_the_teacher_is_cut(student, teacher, rows, tokenizer, make_trainer, caplog, name, layout):
+    """As in a family that pads its heads differently: 5 rows of padding are the student's, 13 the teacher's."""
+    small, large = padded_head(student, 5), with_bias(padded_head(teacher, 13))
+    more = {"packing": True, "max_length": 96} if layout == "packing" else {}
+    trainer = make_trainer(name, student=small, teacher=large, **more)
+    loss = trainer.compute_loss(
+        trainer.model, batch_of(trainer, range(len(trainer.train_dataset))), num_items_in_batch=torch.tensor(50)
+    )
+    loss.backward()
+    total, _ = naive(small, rows, name, large)
+    (total / 50).backward()
+    assert loss.item() == pytest.approx(total.item() / 50, rel=2e-5)
+    assert_close(gradients(trainer.model), gradients(small), 1e-4)
+    size = len(tokenizer)
+    message = f"The teacher's head has {size + 13} rows and the student's {size + 5}, for a tokenizer of {size} tokens"
+    assert caplog.text.count(message) == 1
+    assert trainer._teacher.model.lm_head.weight.shape[0] == size + 13  # views of it, and no copy
+    held = trainer._teacher({"input_ids": torch.tensor([[1, 2]])})
+    assert held.weight.data_ptr() == trainer._teacher.model.lm_head.weight.data_ptr()
+    caplog.clear()
+    make_trainer(name)
+    assert "head has" not in caplog.text
+
+
+def test_padding_is_told_from_tokens_by_the_largest_id():
+    """A tokenizer that leaves ids out has tokens beyond its length."""
+
+    class Gaps:
+        def get_vocab(self):
+            return {"a": 0, "b": 1, "c": 9}
+
+        def __len__(self):
+            return 3
+
+    assert _common_rows(12, 10, Gaps()) == 10
+    with pytest.raises(DataError, match="has 12 tokens, the student's 9, but the tokenizer 10"):
+        _common_rows(12, 9, Gaps())
 
 
 def test_softcap_and_scale_of_the_teacher_are_its_own(tokenizer, student, rows, make_trainer, teacher):
@@ -431,7 +522,9 @@ def drop(rows, *names):
 def test_missing_ref_logprobs_name_the_command(tokenizer, rows, tmp_path, name):
     path = write(tmp_path / "s.jsonl", drop(rows, "ref_logprobs"))
     command = f"pear score --column ref_logprobs --model <initial student> --data {path} --out {path}"
-    with pytest.raises(DataError, match=f"s.jsonl:1: no `ref_logprobs`: `{command}` writes it"):
+    with pytest.raises(
+        DataError, match=f"s.jsonl:1: no `ref_logprobs`: `{command}` writes it; or, with weighting asft"
+    ):
         load_scored(path, tokenizer, columns=make_config(tmp_path, **OBJECTIVES[name]).more_columns())
     assert "ref_logprobs" not in load_scored(path, tokenizer).column_names
 
@@ -489,7 +582,7 @@ def test_top_k_of_another_vocabulary(tokenizer, rows, tmp_path, make_trainer):
     changed = [row | {"top_k_vocabulary": size} for row in rows]
     del changed[0]["top_k_vocabulary"]  # a row that does not tell
     make_trainer("forward-top_k", data=write(tmp_path / "h.jsonl", changed))
-    changed[5]["top_k_vocabulary"] = size + 13  # its ids are all below the student's
+    changed[5]["top_k_vocabulary"] = size + 13  # its ids are all below the student's, but nothing tells its tokenizer
     with pytest.raises(DataError, match=f"top_k_vocabulary is {size + 13}, the student's head has {size} tokens"):
         make_trainer("forward-top_k", data=write(tmp_path / "h.jsonl", changed))
     data = load_scored(tmp_path / "h.jsonl", tokenizer, columns=columns)
@@ -503,6 +596,48 @@ def test_top_k_of_another_vocabulary(tokenizer, rows, tmp_path, make_trainer):
         DataError, match="k.jsonl:3: the top-k log-probs are of K = 3 tokens, those of the first row of 6"
     ):
         load_scored(write(tmp_path / "k.jsonl", changed), tokenizer, columns=columns)
+
+
+@pytest.mark.parametrize("more", [-1, 13])
+def test_top_k_of_a_head_of_another_size(tokenizer, student, rows, tmp_path, make_trainer, more):
+    """The tokenizer is the same and so are the K + 1 outcomes, whatever the size of the teacher's head."""
+    own, size = vocabulary_fingerprint(tokenizer), len(tokenizer)
+    told = [row | {"top_k_vocabulary": size + more, "top_k_tokenizer": own} for row in rows]
+    trainer = make_trainer("forward-top_k", data=write(tmp_path / "t.jsonl", told))
+    batch = batch_of(trainer, range(8))
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
+    as_before = make_trainer("forward-top_k")
+    batch = batch_of(as_before, range(8))
+    assert loss.item() == as_before.compute_loss(as_before.model, batch, num_items_in_batch=torch.tensor(50)).item()
+    changed = copy.deepcopy(told)
+    changed[4]["top_k_ids"][-1][2] = size
+    with pytest.raises(DataError, match=f"top_k_ids go up to {size}, the student's head has {size} tokens"):
+        make_trainer("forward-top_k", data=write(tmp_path / "v.jsonl", changed))
+    make_trainer("forward-top_k", data=write(tmp_path / "v.jsonl", changed), student=padded_head(student, 1))
+
+    columns = make_config(tmp_path, distill="forward").more_columns()
+    changed = copy.deepcopy(told)
+    changed[2]["top_k_tokenizer"] = "0123"
+    path = write(tmp_path / "o.jsonl", changed)
+    message = (
+        f"o.jsonl:3: .*fingerprint '0123' and of a head with {size + more} rows, the student's .* '{own}' and its "
+    )
+    for given, named in ((size, size), (None, "unknown")):
+        with pytest.raises(DataError, match=f"{message}head {named} rows"):
+            load_scored(path, tokenizer, columns=columns, head_size=given)
+    load_scored(path, tokenizer)  # asks for no top-k
+
+
+def test_top_k_of_a_teacher_with_another_chat_template(tokenizer, rows, tmp_path):
+    """The rows' fingerprint is another, with ids that are the student's; what `pear score` tells beside it decides."""
+    columns = make_config(tmp_path, distill="forward").more_columns()
+    other = [row | {"tokenizer": "0123"} for row in rows]
+    with pytest.raises(
+        DataError, match="s.jsonl:1: .*fingerprint '0123', .*in its chat template alone, score the top-k"
+    ):
+        load_scored(write(tmp_path / "s.jsonl", other), tokenizer, columns=columns)
+    told = [row | {"top_k_tokenizer": vocabulary_fingerprint(tokenizer)} for row in other]
+    assert len(load_scored(write(tmp_path / "s.jsonl", told), tokenizer, columns=columns)) == len(rows)
 
 
 def test_dataset_without_the_columns_is_refused(tokenizer, rows, tmp_path):
@@ -616,6 +751,14 @@ def test_wrong_answers_that_teach_nothing_are_told(make_trainer, rows, tmp_path,
     assert "4 to 1" not in caplog.text
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_asft_from_another_model_than_the_student_is_told(make_trainer, student, caplog, packing):
+    make_trainer("asft-memory", packing=packing, teacher=perturbed(student, 0.003, 2)).train()
+    assert "differ from" not in caplog.text
+    make_trainer("asft-memory", packing=packing, max_steps=3).train()
+    assert caplog.text.count("asft: before the first update the student's log-probs differ from the teacher's by") == 1
+
+
 def test_copy_of_the_student_as_teacher_is_called_so(make_trainer, student, caplog):
     make_trainer("forward-memory", teacher=student, max_steps=3, logging_steps=3).train()
     assert "the divergence is near 0" in caplog.text and "the teacher is a copy of the student" in caplog.text
@@ -630,7 +773,7 @@ def test_copy_of_the_student_as_teacher_is_called_so(make_trainer, student, capl
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("name", ["iw-sft", "negatives-token", "js-memory", "forward-top_k"])
+@pytest.mark.parametrize("name", ["iw-sft", "asft-memory", "negatives-token", "js-memory", "forward-top_k"])
 def test_resume_is_exact(make_trainer, tmp_path, name, packing):
     options = dict(
         max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2, optim="adamw_torch", packing=packing,
@@ -668,6 +811,7 @@ def argv(folder, data, out, *more) -> list[str]:
         ("dft", "--weighting dft"),
         ("idft", "--weighting idft --idft_clip 0.3 1.1"),
         ("asft", "--weighting asft --asft_kl 0.7 --packing --max_length 64"),
+        ("asft-memory", "--weighting asft --asft_kl 0.7 --teacher {teacher}"),
         ("negatives-token", "--negatives --negative_lambda 0.4 --logprob_floor -6"),
         ("forward-top_k", "--distill forward --weighting none --packing --max_length 64"),
         ("js-memory", "--distill js --js_beta 0.2 --distill_temperature 2 --nll_coef 0.3 --teacher {teacher}"),
@@ -675,6 +819,7 @@ def argv(folder, data, out, *more) -> list[str]:
 )
 def test_command_line_and_its_record(folders, rows, tmp_path, name, line):
     """Flags arrive, and run.json names the objective and what was logged of it."""
+    rows = drop(rows, "ref_logprobs") if name == "asft-memory" else rows
     path = write(tmp_path / "s.jsonl", rows, OBJECTIVES[name])
     line = line.format(teacher=folders[1])
     trainer = main(argv(folders[0], path, tmp_path / "out", "--eval_data", str(path), *line.split()))
@@ -696,8 +841,14 @@ def test_command_line_and_its_record(folders, rows, tmp_path, name, line):
 def test_command_line_refuses_teachers_of_other_tokens(folders, rows, tokenizer, tmp_path):
     path = write(tmp_path / "s.jsonl", rows)
     line = argv(folders[0], path, tmp_path / "out", "--teacher", str(folders[1]))
-    with pytest.raises(DataError, match="teacher is .*, but distill is 'none'"):
+    with pytest.raises(
+        DataError, match="teacher is .*, but distill is 'none' and weighting 'pear', which look at none"
+    ):
         main(line)
+    with pytest.raises(
+        DataError, match="teacher is .*, but distill is 'none' and weighting 'iw-sft'.*weighting to asft"
+    ):
+        main([*line, "--weighting", "iw-sft"])
     other = make_tokenizer(["aardvark zebra quokka " * 9, "It is not the same corpus."], vocab_size=len(tokenizer))
     other.add_tokens([f"<extra{i}>" for i in range(len(tokenizer) - len(other))])
     make_model(other).save_pretrained(tmp_path / "other")
@@ -711,6 +862,40 @@ def test_command_line_refuses_teachers_of_other_tokens(folders, rows, tokenizer,
     make_model(same, seed=3).save_pretrained(tmp_path / "same")
     same.save_pretrained(tmp_path / "same")
     main([*line[:-1], str(tmp_path / "same"), "--distill", "forward"])
+
+
+def test_command_line_with_heads_of_two_sizes(tokenizer, student, jsonl, text_rows, tmp_path, caplog):
+    """`pear score --top-k` and `--teacher` with a longer head than the student's; another tokenizer names both."""
+    longer = make_model(tokenizer, seed=5)  # a llama too, since transformers adds a token to tokenizers of qwen2
+    small, large, other = (tmp_path / name for name in ("small", "large", "other"))
+    more = make_tokenizer()
+    more.add_tokens(["<think>"])
+    for folder, model, words in (
+        (small, padded_head(student, 5), tokenizer),
+        (large, padded_head(longer, 13, 0, 0), tokenizer),  # in nobody's top 60
+        (other, padded_head(longer, 13, 0, 0), more),
+    ):
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+    scored, options = tmp_path / "scored.jsonl", {"progress": False}
+    score(str(small), jsonl(text_rows), scored, **options)
+    losses = []
+    for name, flags in (("memory", ["--teacher", str(large)]), ("file", [])):
+        if name == "file":
+            score(str(large), scored, scored, column="none", top_k=60, **options)
+        main(argv(small, scored, tmp_path / name, "--distill", "forward", "--weighting", "none", *flags))
+        losses.append(read_run(tmp_path / name).log[0]["pear/divergence"])
+    assert 0 < losses[1] and losses[1] == pytest.approx(losses[0], rel=0.5)  # most of the mass, and nearly the cut head
+    assert caplog.text.count("rows and the student's") == 1
+    size = len(tokenizer)
+    with pytest.raises(DataError, match="has another tokenizer than the student"):
+        main(argv(small, scored, tmp_path / "out", "--distill", "forward", "--teacher", str(other)))
+    score(str(other), scored, scored, column="none", top_k=6, **options)
+    fingerprints = vocabulary_fingerprint(more), vocabulary_fingerprint(tokenizer)
+    message = "scored.jsonl:1: .*fingerprint '{}' and of a head with {} rows, .* has '{}' and its head {} rows"
+    with pytest.raises(DataError, match=message.format(fingerprints[0], size + 13, fingerprints[1], size + 5)):
+        main(argv(small, scored, tmp_path / "out", "--distill", "forward"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_top_k_from_score_to_sft(folders, jsonl, text_rows, tmp_path):

@@ -23,7 +23,7 @@ from trl import SFTTrainer
 import pear.score
 from pear.fused_head import add_fused_head, logit_options
 from pear.io import TOP_K_COLUMNS, DataError, WriteError, check_scored_row, read_jsonl
-from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
+from pear.models import load_model, load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from pear.rows import prompt_and_completion, tokenize_row
 from pear.score import _floats, score
 
@@ -269,6 +269,7 @@ def test_top_k_is_that_of_the_models_logits(
         assert row.pop("top_k_temperature") == temperature
         assert row.pop("top_k_model") == type(model).__name__
         assert row.pop("top_k_vocabulary") == model.lm_head.out_features
+        assert row.pop("top_k_tokenizer") == vocabulary_fingerprint(tokenizer)
         assert {key: value for key, value in row.items() if key not in TOP_K_COLUMNS} == plain
 
 
@@ -406,7 +407,7 @@ def test_teacher_that_did_not_write_the_data_leaves_all_but_the_top_k(
         check_scored_row(row, "first", needs=TOP_K_COLUMNS)
         assert set(row) - set(old) == {
             "input_ids", "completion_mask", "tokenizer", *TOP_K_COLUMNS, "top_k_temperature", "top_k_model",
-            "top_k_vocabulary",
+            "top_k_vocabulary", "top_k_tokenizer",
         }  # fmt: skip
     score(behavior, tmp_path / "first", tmp_path / "second", **options)
     for old, row in zip(read(tmp_path / "first"), read(tmp_path / "second"), strict=True):
@@ -426,6 +427,7 @@ def test_reference_of_another_tokenizer_that_makes_the_same_tokens(two_models, t
     score(reference, tmp_path / "one", tmp_path / "two", tokenizer=other, progress=False, column="none", top_k=2)
     for before, row in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
         assert without_top_k(row) == before and "top_k_ids" in row
+        assert row["top_k_tokenizer"] == vocabulary_fingerprint(other) != vocabulary_fingerprint(tokenizer)
 
 
 @pytest.mark.parametrize("column", ["ref_logprobs", "none"])
@@ -529,7 +531,7 @@ def test_teacher_finds_damaged_log_probs_and_replaces_damaged_top_k(two_models, 
     rows = read(tmp_path / "b")
     options |= dict(column="none", top_k=3)
     rows[2]["top_k_ids"].pop()
-    rows[2] |= {"top_k_model": None, "top_k_vocabulary": 1}
+    rows[2] |= {"top_k_model": None, "top_k_vocabulary": 1, "top_k_tokenizer": 7}
     score(teacher, jsonl(rows, "changed"), tmp_path / "o", **options)
     score(teacher, tmp_path / "b", tmp_path / "whole", **options)
     assert read(tmp_path / "o") == read(tmp_path / "whole")
