@@ -129,7 +129,7 @@ def dense(dtype, weight, bias, hidden, target, index, temperature: float, softca
     for kind, soft in itertools.product(DIVERGENCES if dtype == BF16 else ["js"], (1.0, 2.0)):
         options = DivergenceOptions(kind, 0.5, soft)
         in_memory = TeacherRows(options, teacher.log_softmax(x, soft))
-        for rows_of in (in_memory, TeacherRows(options, None, ids, top)):
+        for rows_of in (in_memory, TeacherRows(options, None, ids, top, factor)):
             made.gradient(made.scores(x, target, teacher=rows_of), factor, None, factor)
 
 

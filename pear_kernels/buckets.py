@@ -72,8 +72,7 @@ def make_buckets(
 
     log_z = outcomes(others, 1.0).logsumexp(1)
     log_p = outcomes(others_soft, temperature).log_softmax(1).clamp(min=MIN_LOG)
-    rest = 1 - teacher.top.exp().sum(1, keepdim=True)
-    log_q = torch.cat([teacher.top, rest.clamp(min=0).log()], dim=1).clamp(min=MIN_LOG)
+    log_q = torch.cat([teacher.top, teacher.rest.log()[:, None]], dim=1).clamp(min=MIN_LOG)
     found, kl_of_p = divergence(log_p, log_q, teacher.options, normalised=False)
     return Buckets(
         teacher.options, hit, ids_logits, of_target, log_z, log_rest(others_soft, temperature), log_p, log_q,

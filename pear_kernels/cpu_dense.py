@@ -20,6 +20,7 @@ class _Rows(NamedTuple):
 
     target: Tensor  # (R,)
     top: Tensor  # (R,), the largest logit
+    largest: Tensor  # (R,), whose it is
     log_z: Tensor  # (R,) float64, of the sum of exp(z - top)
     logprobs: Tensor  # (R,) float64
     entropy: Tensor | None  # (R,) float64
@@ -37,7 +38,7 @@ class DenseHead(cpu.Head):
         known = teacher is not None and teacher.ids is not None
         temperature = 1.0 if teacher is None else teacher.options.temperature
         R = len(x)
-        top = torch.empty(R, dtype=self.dtype, device=x.device)
+        top, place = torch.empty(R, dtype=self.dtype, device=x.device), torch.empty_like(target)
         log_z, logprobs, log_z_soft, logprobs_soft, others, others_soft, H, found, kl_of_p = torch.empty(
             9, R, dtype=torch.float64, device=x.device
         )
@@ -49,6 +50,7 @@ class DenseHead(cpu.Head):
                 ids_logits[rows] = z.gather(1, teacher.ids[rows]).double()
                 z.scatter_(1, teacher.ids[rows], -torch.inf)
             top[rows], largest = z.max(1)
+            place[rows] = largest
             of_target = target_logit[rows] - top[rows].double()
             is_largest = largest == target[rows]
             left_out = torch.stack([largest, target[rows]], dim=1)
@@ -82,11 +84,11 @@ class DenseHead(cpu.Head):
                 found[rows], kl_of_p[rows] = divergence(log_p, teacher.log_q[rows], teacher.options)
         if known:
             buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
-            state = _Rows(target, top, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
+            state = _Rows(target, top, place, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
             return Scores(buckets.logprobs, None, buckets.divergence, state)
         if not entropy:
             H = None
-        state = _Rows(target, top, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
+        state = _Rows(target, top, place, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
         return Scores(logprobs, H, None if teacher is None else found, state)
 
     def gradient(
@@ -127,6 +129,10 @@ class DenseHead(cpu.Head):
             log_z, log_p_y = (number[rows] for number in state.soft)
             log_p = self._log_p(z, y, state.top[rows], log_z, log_p_y, teacher.options.temperature)
             of_z = slope(log_p, teacher.log_q[rows], state.kl_of_p[rows].to(z), teacher.options)
+            if teacher.options.kind != "forward":
+                # all of a row's sum to 0; the largest outcome's is a difference of numbers that p near 1 makes alike
+                largest = state.largest[rows, None]
+                of_z.scatter_(1, largest, -of_z.scatter_(1, largest, 0.0).sum(1, keepdim=True))
             dz += of_z.mul_(g / teacher.options.temperature)
         return dz
 

@@ -62,7 +62,11 @@ class OfflineTeacher:
         if self.pack.counts is not None:  # a ghost's are 0, and ids must be distinct
             ghost = ~self.pack.counts[begin:end, None]
             ids = torch.where(ghost, torch.arange(ids.shape[1], device=ids.device), ids)
-        return TeacherRows(self.options, None, ids, self.pack.take(self.logprobs, begin, end).double())
+        given = self.pack.take(self.logprobs, begin, end)
+        top = given.double()
+        # no less than the log-probs' own rounding: 0 would make a reverse KL infinite where they only sum up to 1
+        rest = (1 - top.exp().sum(1)).clamp(min=torch.finfo(given.dtype).eps)
+        return TeacherRows(self.options, None, ids, top, rest)
 
 
 class DistillObjective(Objective):

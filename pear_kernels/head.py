@@ -37,6 +37,7 @@ class TeacherRows(NamedTuple):
     log_q: Tensor | None  # (R, V), the teacher's workspace
     ids: Tensor | None = None  # (R, K) int64
     top: Tensor | None = None  # (R, K) float64, log-probs of the ids
+    rest: Tensor | None = None  # (R,) float64, probability of any other token, above 0
 
 
 class Scores(NamedTuple):

@@ -262,7 +262,8 @@ def naive_distill_loss(
     log_p = torch.log_softmax(logits / distill_temperature, dim=-1)  # (n, V)
     if hasattr(teacher, "ids"):  # K + 1 outcomes: the last is any other id
         ids, log_q = teacher.ids[counted].long(), teacher.logprobs[counted].to(log_p.dtype)
-        rest_of_q = torch.log((1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=0))
+        rounding = torch.finfo(teacher.logprobs.dtype).eps  # what the last outcome's probability is at least
+        rest_of_q = torch.log((1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=rounding))
         log_q = torch.cat([log_q, rest_of_q], -1)
         rest_of_p = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
         log_p = torch.cat([log_p.gather(-1, ids), rest_of_p], -1)

@@ -68,7 +68,8 @@ def linear_distill_loss(
         teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
             do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
             its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
-            compares K + 1 outcomes, the last one being any other token. No gradient goes to a teacher.
+            compares K + 1 outcomes, the last one being any other token (whose probability is at least the rounding of
+            the log-probs' dtype). No gradient goes to a teacher.
         behavior_logprobs: as in `linear_pear_loss`; None: every G is 1.
         divergence: a row of the table.
         js_beta: the teacher's share of m, between 0 and 1.

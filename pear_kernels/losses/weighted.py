@@ -108,6 +108,8 @@ def linear_weighted_loss(
     if weights is not None and not callable(weights):
         checks.check_given_weights(hidden, target, weights)
     if reference is not None:
+        if not isinstance(reference, Teacher):
+            raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
         checks.check_teacher(hidden, weight, target, reference, "reference")
     run = functools.partial(
         run_weighted,
@@ -160,6 +162,7 @@ def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., 
             raise ValueError(
                 f"weights must return a tensor of the log-probs' shape {tuple(tokens.logprobs.shape)}, got {got}"
             )
+        checks.check_weights(found, torch.ones_like(found, dtype=torch.bool))
         return found.double()
 
     key = next(ops.function_keys)

@@ -26,7 +26,7 @@ class _Rows(NamedTuple):
     """Of a chunk whose raw logits are in the workspace."""
 
     target: Tensor  # (R,)
-    sums: Tensor  # (9, R) float64, score_rows' out
+    sums: Tensor  # (10, R) float64, score_rows' out
     entropy: Tensor | None  # (R,) float64
     teacher: TeacherRows | None
     buckets: Buckets | None
@@ -55,7 +55,7 @@ class DenseHead(head.Head):
         if known:
             ids_logits = self._activate(logits.gather(1, teacher.ids), teacher.ids)
             logits.scatter_(1, teacher.ids, -torch.inf)
-        sums = torch.empty(9, R, dtype=torch.float64, device=x.device)
+        sums = torch.empty(10, R, dtype=torch.float64, device=x.device)
         entropies = torch.empty_like(target_logit) if entropy else None
         log_q = None if teacher is None else teacher.log_q
         launch(

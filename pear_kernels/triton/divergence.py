@@ -139,7 +139,7 @@ def score_rows(
     logit,  # (R,) float64, the target's
     log_q,  # (R, V) float32, the teacher's, or None
     q_stride,  # from row to row
-    out,  # (9, R) float64 out: what the names below say, in this order
+    out,  # (10, R) float64 out: what the names below say, in this order
     entropy,  # (R,) float64 out, or None
     R,
     V,
@@ -184,6 +184,7 @@ def score_rows(
     tl.store(out + 4 * R + row, log_z)
     tl.store(out + 5 * R + row, log_z_soft)
     tl.store(out + 6 * R + row, soft_p_y)
+    tl.store(out + 9 * R + row, place.to(tl.float64))
     if entropy is not None:
         e_y = tl.exp(of_target)
         tl.store(entropy + row, log_z - (exp_log + e_y * of_target) / (others + e_y))
@@ -223,7 +224,7 @@ def gradient_rows(
     target,  # (R,) int64
     log_q,  # (R, V) float32, the teacher's, or None
     q_stride,  # from row to row
-    rows,  # (9, R) float64, what score_rows gave
+    rows,  # (10, R) float64, what score_rows gave
     entropy,  # (R,) float64, or None
     factors,  # (3, R) float64: dL/d(-log p), dL/d(entropy) and dL/d(divergence), over the row's unit
     R,
@@ -262,6 +263,8 @@ def gradient_rows(
     kl_of_p = c * 0
     if log_q is not None:
         kl_of_p = tl.load(rows + 8 * R + row).to(tl.float32)
+    place = tl.load(rows + 9 * R + row).to(tl.int32)
+    balance = log_p_y * 0  # float64: sum of dD/dz but for the largest outcome's
     for v in range(0, V, BLOCK_V):
         column = v + tl.arange(0, BLOCK_V)
         inside = column < V
@@ -283,6 +286,20 @@ def gradient_rows(
                 log_p = (z - top) * inverse_soft - shift_soft
                 log_p = tl.where(column == y, soft_of_y, tl.where(log_p < _MIN_LOG, _MIN_LOG, log_p))
                 q = tl.load(log_q + row * q_stride + column, mask=inside, other=_MIN_LOG)
-                gradient += g * inverse_soft * slope_of(log_p, q, kl_of_p, of_p, log_of_p, log_of_q, KIND)
+                slope = slope_of(log_p, q, kl_of_p, of_p, log_of_p, log_of_q, KIND)
+                if KIND != 0:
+                    slope = tl.where(inside & (column != place), slope, 0.0)
+                    balance += tl.sum(slope, 0).to(tl.float64)
+                gradient += g * inverse_soft * slope
         tl.debug_barrier()  # dz overwrites logits that other threads of this program may still have to read
         tl.store(dz + row * dz_stride + column, (gradient * of_z).to(dz.dtype.element_ty), mask=inside)
+    if log_q is not None:
+        if KIND != 0:
+            # all of a row's dD/dz sum to 0; the largest outcome's is a difference of numbers that p near 1 makes alike
+            of_nll = tl.where(place == y, -c * missed, c * tl.exp(-shift))
+            gradient = of_nll - g * inverse_soft * balance.to(tl.float32)
+            if SOFTCAP:
+                t = top / (softcap * inverse_temperature)
+                gradient *= 1 - t * t
+            tl.debug_barrier()  # a thread of the loop has stored there
+            tl.store(dz + row * dz_stride + place, gradient.to(dz.dtype.element_ty))
