@@ -13,8 +13,12 @@ from pear_kernels import (
     LinearPEARLoss,
     backend,
     cpu,
+    cpu_dense,
+    linear_distill_loss,
     linear_logprobs,
     linear_pear_loss,
+    linear_topk_logprobs,
+    linear_weighted_loss,
     objectives,
     pear_weights,
     weights,
@@ -164,7 +168,12 @@ def watched(monkeypatch):
         def __init__(self, *arguments):
             super().__init__(*arguments, PEARWeights)
 
-    for name, parts in (("head", [Head]), ("weights", [PEARWeights, PEARObjective])):
+    class DenseHead(cpu_dense.DenseHead):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append("dense head")
+
+    for name, parts in (("head", [Head]), ("dense", [DenseHead]), ("weights", [PEARWeights, PEARObjective])):
         module = types.ModuleType(f"pear_kernels.triton.{name}")
         for part in parts:
             setattr(module, part.__name__, part)
@@ -180,7 +189,12 @@ def loss_of_all(problem, wish):
         out = linear_pear_loss(hidden, weight, problem.target, problem.behavior_logprobs, backend=wish)
         logprobs, entropy = linear_logprobs(hidden, weight, problem.target, return_entropy=True, backend=wish)
         g = pear_weights(logprobs, problem.behavior_logprobs, problem.target >= 0, backend=wish)
-        return out.loss - (g * logprobs).sum() + entropy.sum()
+        dft = linear_weighted_loss(hidden, weight, problem.target, weighting="dft", backend=wish)
+        teacher = linear_topk_logprobs(hidden, weight, problem.target, 3, backend=wish)
+        distilled = linear_distill_loss(
+            hidden, weight, teacher, problem.target, problem.behavior_logprobs, nll_coef=1.0, backend=wish
+        )
+        return out.loss - (g * logprobs).sum() + entropy.sum() + dft.loss + distilled.loss
 
     return loss
 
@@ -198,7 +212,9 @@ def test_the_choice_reaches_every_op(watched, compiled, monkeypatch):
         grads = gradients(loss(*leaves), leaves)
         return sorted(watched), grads
 
-    everything = ["head", "head", "head", "weights", "weights"]  # forward of both losses, backward of one
+    # linear_logprobs' backward pass with the entropy's gradient, linear_topk_logprobs and linear_distill_loss; forward
+    # passes of the other three; weights of two losses and of their own
+    everything = ["dense head"] * 3 + ["head"] * 3 + ["weights"] * 3
     of_torch, exact = run("torch")
     of_triton, grads = run("triton")
     assert of_torch == [] and of_triton == everything
