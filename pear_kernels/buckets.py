@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels.divergence import MIN_LOG, DivergenceOptions, divergence, slope
+from pear_kernels.divergence import MIN_LOG, DivergenceOptions, compared_with, divergence, slope
 from pear_kernels.head import TeacherRows
 
 
@@ -24,6 +24,7 @@ class Buckets(NamedTuple):
     log_rest: Tensor  # (R,), of those of the last outcome, with logits divided by the temperature
     log_p: Tensor  # (R, K + 1), at the temperature
     log_q: Tensor  # (R, K + 1)
+    log_m: Tensor  # (R, K + 1), of `compared_with`
     logprobs: Tensor  # (R,) log p of the target
     divergence: Tensor  # (R,)
     kl_of_p: Tensor  # (R,)
@@ -39,7 +40,7 @@ class Buckets(NamedTuple):
         temperature = self.options.temperature
         missed = -torch.expm1(self.logprobs)  # 1 - p
         total = self.log_q.exp().sum(1, keepdim=True)
-        of_outcome = slope(self.log_p, self.log_q, self.kl_of_p, self.options, total) * (g / temperature)[:, None]
+        of_outcome = slope(self.log_p, self.log_m, self.kl_of_p, self.options, total) * (g / temperature)[:, None]
         of_rest = of_outcome[:, -1]
         a, b = c * (-self.log_z).exp(), of_rest * (-self.log_rest).exp()
         at_target = of_rest * (self.of_target / temperature - self.log_rest).exp() - c * missed
@@ -73,8 +74,9 @@ def make_buckets(
     log_z = outcomes(others, 1.0).logsumexp(1)
     log_p = outcomes(others_soft, temperature).log_softmax(1).clamp(min=MIN_LOG)
     log_q = torch.cat([teacher.top, teacher.rest.log()[:, None]], dim=1).clamp(min=MIN_LOG)
-    found, kl_of_p = divergence(log_p, log_q, teacher.options, normalised=False)
+    log_m = compared_with(log_p, log_q, teacher.options)
+    found, kl_of_p = divergence(log_p, log_q, log_m, teacher.options, normalised=False)
     return Buckets(
-        teacher.options, hit, ids_logits, of_target, log_z, log_rest(others_soft, temperature), log_p, log_q,
+        teacher.options, hit, ids_logits, of_target, log_z, log_rest(others_soft, temperature), log_p, log_q, log_m,
         of_target - log_z, found, kl_of_p,
     )  # fmt: skip

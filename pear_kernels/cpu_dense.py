@@ -4,6 +4,7 @@ Rows are anchored on their largest logit, which is left out of the sum with the 
 log p has its last digits whichever of the two has nearly all the mass. What is one number a row is float64.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from pear_kernels import cpu
 from pear_kernels.buckets import Buckets, make_buckets
-from pear_kernels.divergence import MIN_LOG, divergence, slope
+from pear_kernels.divergence import MIN_LOG, compared_with, divergence, slope
 from pear_kernels.head import Scores, TeacherRows
 
 
 class _Rows(NamedTuple):
-    """Of a chunk whose logits are in the workspace, activated, less nothing."""
+    """Of a chunk whose activated logits are in the workspace (log-probs in their place, if `has_log_p`)."""
 
     target: Tensor  # (R,)
     top: Tensor  # (R,), the largest logit
@@ -28,6 +29,11 @@ class _Rows(NamedTuple):
     teacher: TeacherRows | None
     kl_of_p: Tensor | None  # (R,) float64
     buckets: Buckets | None
+
+    @property
+    def has_log_p(self) -> bool:
+        """Whether the workspace holds log-probs already, and the teacher's those of `compared_with`."""
+        return self.kl_of_p is not None and self.teacher.options.temperature == 1.0
 
 
 class DenseHead(cpu.Head):
@@ -80,14 +86,22 @@ class DenseHead(cpu.Head):
                 e_y = of_target.exp()
                 H[rows] = log_z[rows] - (mean_log + e_y * of_target) / (others[rows] + e_y)
             if teacher is not None:
-                log_p = self._log_p(z, y, top[rows], log_z_soft[rows], logprobs_soft[rows], temperature)
-                found[rows], kl_of_p[rows] = divergence(log_p, teacher.log_q[rows], teacher.options)
+                # at temperature 1 log-probs take the logits' place, and those of m the teacher's, for `gradient`
+                log_p = z if temperature == 1.0 else z.clone()
+                self._log_p_(log_p, y, top[rows], log_z_soft[rows], logprobs_soft[rows], temperature)
+                log_q = teacher.log_q[rows]
+                log_m = compared_with(log_p, log_q, teacher.options)
+                found[rows], kl_of_p[rows] = divergence(log_p, log_q, log_m, teacher.options)
+                if log_m is not log_q:
+                    log_q.copy_(log_m)
         if known:
             buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
             state = _Rows(target, top, place, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
             return Scores(buckets.logprobs, None, buckets.divergence, state)
         if not entropy:
             H = None
+        if teacher is None:
+            kl_of_p = None
         state = _Rows(target, top, place, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
         return Scores(logprobs, H, None if teacher is None else found, state)
 
@@ -102,7 +116,8 @@ class DenseHead(cpu.Head):
             of_buckets = [number.to(self.dtype) for number in state.buckets.gradient(nll, divergence)]
         for rows in self._row_blocks(R):
             z = logits[rows]
-            chain = self._chain(z)
+            shift = (state.top + state.log_z)[rows, None].to(z) if state.has_log_p else 0.0
+            chain = self._chain(z, shift)
             if state.buckets is not None:
                 dz = self._bucket_gradient(z, state, rows, *(number[rows] for number in of_buckets))
             else:
@@ -114,27 +129,30 @@ class DenseHead(cpu.Head):
         return logits, torch.full((R,), 1 / self.temperature, dtype=torch.float64, device=logits.device)
 
     def _full_gradient(self, z: Tensor, state: _Rows, rows: slice, c, h, g) -> Tensor:
-        """(r, V) dL/dz of logits (r, V); c, h and g are (r, 1), or None."""
-        y, log_p_y = state.target[rows, None], state.logprobs[rows, None]
-        dz = torch.zeros_like(z)
+        """(r, V) dL/dz of what `scores` has left (r, V); c, h and g are (r, 1), or None."""
+        y, teacher = state.target[rows, None], state.teacher
+        parts = []
         if c is not None or h is not None:
-            log_p = self._log_p(z, y, state.top[rows], state.log_z[rows], state.logprobs[rows])
+            log_p = z
+            if not state.has_log_p:
+                log_p = self._log_p_(z.clone(), y, state.top[rows], state.log_z[rows], state.logprobs[rows])
             p = log_p.exp()
             if h is not None:
-                dz -= (log_p + state.entropy[rows, None].to(z)).mul_(p).mul_(h)
+                parts.append((log_p + state.entropy[rows, None].to(z)).mul_(p).mul_(-h))
             if c is not None:
-                dz += p.scatter_(1, y, torch.expm1(log_p_y).to(z)).mul_(c)
+                parts.append(p.scatter_(1, y, torch.expm1(state.logprobs[rows, None]).to(z)).mul_(c))
         if g is not None:
-            teacher = state.teacher
-            log_z, log_p_y = (number[rows] for number in state.soft)
-            log_p = self._log_p(z, y, state.top[rows], log_z, log_p_y, teacher.options.temperature)
+            log_p, temperature = z, teacher.options.temperature
+            if not state.has_log_p:
+                log_z, log_p_y = (number[rows] for number in state.soft)
+                log_p = self._log_p_(z.clone(), y, state.top[rows], log_z, log_p_y, temperature)
             of_z = slope(log_p, teacher.log_q[rows], state.kl_of_p[rows].to(z), teacher.options)
             if teacher.options.kind != "forward":
                 # all of a row's sum to 0; the largest outcome's is a difference of numbers that p near 1 makes alike
                 largest = state.largest[rows, None]
                 of_z.scatter_(1, largest, -of_z.scatter_(1, largest, 0.0).sum(1, keepdim=True))
-            dz += of_z.mul_(g / teacher.options.temperature)
-        return dz
+            parts.append(of_z.mul_(g / temperature))
+        return functools.reduce(torch.add, parts) if parts else torch.zeros_like(z)
 
     def _bucket_gradient(self, z: Tensor, state: _Rows, rows: slice, a, b, at_target, k) -> Tensor:
         """(r, V) dL/dz but for the ids, where z is -inf."""
@@ -152,21 +170,25 @@ class DenseHead(cpu.Head):
             z = logits[rows]
             self._activate_(z)
             top, largest = z.max(1, keepdim=True)
-            z.sub_(top).div_(temperature)
+            z.sub_(top)
+            if temperature != 1.0:
+                z.div_(temperature)
             rest = z.exp().scatter_(1, largest, 0.0).sum(1, keepdim=True)
             z.sub_(torch.log1p(rest)).clamp_(min=MIN_LOG)
         return logits
 
-    def _log_p(self, z: Tensor, y: Tensor, top, log_z, log_p_y, temperature: float = 1.0) -> Tensor:
-        """(r, V) log-probs of activated logits: exact at the target, no less than `MIN_LOG`."""
-        log_p = (z - top[:, None]).div_(temperature).sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG)
-        return log_p.scatter_(1, y, log_p_y[:, None].to(z))
+    def _log_p_(self, z: Tensor, y: Tensor, top, log_z, log_p_y, temperature: float = 1.0) -> Tensor:
+        """Activated logits (r, V) to log-probs, in place: exact at the target, no less than `MIN_LOG`."""
+        z.sub_(top[:, None])
+        if temperature != 1.0:
+            z.div_(temperature)
+        return z.sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG).scatter_(1, y, log_p_y[:, None].to(z))
 
-    def _chain(self, z: Tensor) -> Tensor | None:
-        """d logit / d raw logit but for the 1 / temperature, of activated logits; None for ones."""
+    def _chain(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor | None:
+        """d logit / d raw logit but for the 1 / temperature, of activated logits less `shift`; None for ones."""
         if self.softcap is None:
             return None
-        return z.mul(self.temperature / self.softcap).square_().neg_().add_(1.0)
+        return (z + shift).mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
 
     def _bucket_chain(self, gradient: Tensor, ids_logits: Tensor) -> Tensor:
         chain = self._chain(ids_logits)

@@ -35,46 +35,41 @@ def kl(log_a: Tensor, log_b: Tensor, normalised: bool) -> Tensor:
     Of distributions that sum to 1 (to rounding: `normalised`), it is the sum of a log(a / b) - a + b, whose terms are
     all positive and of second order in log(a / b): nothing cancels, and errors of log-probs count only in that order.
     """
-    x = log_a - log_b
-    a = log_a.exp()
+    x, a = log_a - log_b, log_a.exp()
     if not normalised:
-        return (a * x).sum(-1)
-    near = a * (x + torch.expm1(-x))
-    return torch.where(x < -1, a * x - a + log_b.exp(), near).sum(-1)
+        return a.mul_(x).sum(-1)
+    near, is_far = torch.expm1(-x).add_(x).mul_(a), x < -1
+    return torch.where(is_far, x.sub_(1).mul_(a).add_(log_b.exp()), near).sum(-1)
 
 
-def mixture(log_p: Tensor, log_q: Tensor, js_beta: float) -> Tensor:
-    """log m of the Jensen-Shannon divergence."""
-    return torch.logaddexp(log_p + math.log1p(-js_beta), log_q + math.log(js_beta))
+def compared_with(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tensor:
+    """(R, outcomes) what p is compared with: log m for "js", else log q itself."""
+    if options.kind != "js":
+        return log_q
+    return torch.logaddexp(log_p + math.log1p(-options.js_beta), log_q + math.log(options.js_beta))
 
 
 def divergence(
-    log_p: Tensor, log_q: Tensor, options: DivergenceOptions, normalised: bool = True
+    log_p: Tensor, log_q: Tensor, log_m: Tensor, options: DivergenceOptions, normalised: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(D, KL of p): two (R,) from two (R, outcomes); the second is what `slope` takes of them."""
+    """(D, KL of p), two (R,), from three (R, outcomes) with `log_m` from `compared_with`; `slope` takes the second."""
     kind, js_beta, _ = options
-    if kind == "forward":
-        found = kl(log_q, log_p, normalised)
+    if kind != "js":
+        found = kl(log_q, log_p, normalised) if kind == "forward" else kl(log_p, log_q, normalised)
         return found, found
-    if kind == "reverse":
-        found = kl(log_p, log_q, normalised)
-        return found, found
-    log_m = mixture(log_p, log_q, js_beta)
     of_p = kl(log_p, log_m, normalised)
     return js_beta * kl(log_q, log_m, normalised) + (1 - js_beta) * of_p, of_p
 
 
 def slope(
-    log_p: Tensor, log_q: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0
+    log_p: Tensor, log_m: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0
 ) -> Tensor:
-    """(R, outcomes) dD/dz; `total` (R, 1) is the sum of q where rounding has left it off 1."""
+    """(R, outcomes) dD/dz, with `log_m` from `compared_with`; `total` (R, 1) : the sum of q, if it is off 1."""
     kind, js_beta, _ = options
     if kind == "forward":
         # p - q, whose digits are in the log-probs where p and q are nearly alike
-        x = log_p - log_q
-        difference = torch.expm1(x.abs().neg_()).neg_().mul_(torch.maximum(log_p, log_q).exp_()).copysign_(x)
+        x = log_p - log_m
+        difference = torch.expm1(x.abs().neg_()).neg_().mul_(torch.maximum(log_p, log_m).exp_()).copysign_(x)
         return difference if isinstance(total, float) else difference + log_p.exp() * (total - 1)
-    p = log_p.exp()
-    if kind == "reverse":
-        return p * (log_p - log_q - kl_of_p[..., None])
-    return (1 - js_beta) * p * (log_p - mixture(log_p, log_q, js_beta) - kl_of_p[..., None])
+    share = 1.0 if kind == "reverse" else 1 - js_beta
+    return (log_p - log_m).sub_(kl_of_p[..., None]).mul_(log_p.exp()).mul_(share)
