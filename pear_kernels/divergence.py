@@ -64,7 +64,7 @@ def divergence(
 def slope(
     log_p: Tensor, log_m: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0
 ) -> Tensor:
-    """(R, outcomes) dD/dz, with `log_m` from `compared_with`; `total` (R, 1) : the sum of q, if it is off 1."""
+    """(R, outcomes) dD/dz, with `log_m` from `compared_with`; `total` (R, 1): the sum of q, if it is off 1."""
     kind, js_beta, _ = options
     if kind == "forward":
         # p - q, whose digits are in the log-probs where p and q are nearly alike
