@@ -145,7 +145,8 @@ def plan(
             "sequence".
         dtype: of hidden and weight.
         level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
-            `linear_policy_loss`: "token", but "sequence" for objective "gspo".
+            `linear_policy_loss` and `linear_weighted_loss`: "token", but "sequence" for "gspo" and "iw-sft". (Losses of
+            a `DenseWalk`, with a teacher or an entropy bonus, have other chunks: not planned yet.)
         gradient: False: no gradient at all, as under `torch.no_grad()`.
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
         bias: whether the head has one.
