@@ -55,28 +55,13 @@ class DenseHead(cpu.Head):
             if known:
                 ids_logits[rows] = z.gather(1, teacher.ids[rows]).double()
                 z.scatter_(1, teacher.ids[rows], -torch.inf)
-            top[rows], largest = z.max(1)
-            place[rows] = largest
+            top[rows], place[rows] = z.max(1)
+            row = z, target[rows], top[rows], place[rows]
             of_target = target_logit[rows] - top[rows].double()
-            is_largest = largest == target[rows]
-            left_out = torch.stack([largest, target[rows]], dim=1)
-
-            def rest(u: Tensor, left_out: Tensor = left_out) -> Tensor:
-                """(r,) sum of exp(u) but for the largest and the target."""
-                return u.exp_().scatter_(1, left_out, 0.0).sum(1).double()
-
-            u = z - top[rows, None]
-            if entropy:
-                log = u.clamp(min=MIN_LOG)
-                sums = u.exp_().scatter_(1, left_out, 0.0)
-                mean_log, sums = log.mul_(sums).sum(1).double(), sums.sum(1).double()
-            else:
-                sums = rest(u)
-            others[rows] = sums + (~is_largest)
-            soft_sums = sums
+            others[rows], exp_log = self._others(*row, entropy=entropy)
+            others_soft[rows] = others[rows]
             if temperature != 1.0:
-                soft_sums = rest((z - top[rows, None]).div_(temperature))
-            others_soft[rows] = soft_sums + (~is_largest)
+                others_soft[rows], _ = self._others(*row, temperature=temperature)
             if known:
                 continue
             log_z[rows], logprobs[rows] = normaliser(others[rows], of_target)
@@ -84,7 +69,7 @@ class DenseHead(cpu.Head):
             if entropy:
                 # H = log Z - sum_v (E_v / Z) log E_v, where E is 1 for the largest
                 e_y = of_target.exp()
-                H[rows] = log_z[rows] - (mean_log + e_y * of_target) / (others[rows] + e_y)
+                H[rows] = log_z[rows] - (exp_log + e_y * of_target) / (others[rows] + e_y)
             if teacher is not None:
                 # at temperature 1 log-probs take the logits' place, and those of m the teacher's, for `gradient`
                 log_p = z if temperature == 1.0 else z.clone()
@@ -104,6 +89,25 @@ class DenseHead(cpu.Head):
             kl_of_p = None
         state = _Rows(target, top, place, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
         return Scores(logprobs, H, None if teacher is None else found, state)
+
+    def _others(
+        self,
+        z: Tensor,
+        target: Tensor,
+        top: Tensor,
+        largest: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(r,) float64 sums over v != y of E = exp((z - top) / temperature) and, for the entropy, of E log E."""
+        u = z - top[:, None]
+        if temperature != 1.0:
+            u.div_(temperature)
+        log = u.clamp(min=MIN_LOG) if entropy else None
+        exp = u.exp_().scatter_(1, torch.stack([largest, target], dim=1), 0.0)
+        others = exp.sum(1).double() + (largest != target)  # the largest's E is 1, and its logarithm 0
+        return others, log.mul_(exp).sum(1).double() if entropy else None
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
