@@ -117,19 +117,20 @@ class DenseHead(cpu.Head):
         logits = self.workspace[:R]
         narrow = [None if factor is None else factor.to(self.dtype) for factor in (nll, entropy, divergence)]
         if state.buckets is not None:
-            of_buckets = [number.to(self.dtype) for number in state.buckets.gradient(nll, divergence)]
+            *of_rest, of_ids = (number.to(self.dtype) for number in state.buckets.gradient(nll, divergence))
         for rows in self._row_blocks(R):
             z = logits[rows]
             shift = (state.top + state.log_z)[rows, None].to(z) if state.has_log_p else 0.0
             chain = self._chain(z, shift)
             if state.buckets is not None:
-                dz = self._bucket_gradient(z, state, rows, *(number[rows] for number in of_buckets))
+                dz = self._bucket_gradient(z, state, rows, *(number[rows] for number in of_rest))
             else:
                 dz = self._full_gradient(z, state, rows, *(None if c is None else c[rows, None] for c in narrow))
             z.copy_(dz if chain is None else dz.mul_(chain))
             if state.buckets is not None:
-                ids, k = state.teacher.ids[rows], of_buckets[3][rows]
-                z.scatter_(1, ids, self._bucket_chain(k, state.buckets.ids_logits[rows] + state.top[rows, None]))
+                of_z, ids_logits = of_ids[rows], state.buckets.ids_logits[rows] + state.top[rows, None]
+                chain = self._chain(ids_logits)
+                z.scatter_(1, state.teacher.ids[rows], of_z if chain is None else of_z * chain.to(of_z))
         return logits, torch.full((R,), 1 / self.temperature, dtype=torch.float64, device=logits.device)
 
     def _full_gradient(self, z: Tensor, state: _Rows, rows: slice, c, h, g) -> Tensor:
@@ -158,7 +159,7 @@ class DenseHead(cpu.Head):
             parts.append(of_z.mul_(g / temperature))
         return functools.reduce(torch.add, parts) if parts else torch.zeros_like(z)
 
-    def _bucket_gradient(self, z: Tensor, state: _Rows, rows: slice, a, b, at_target, k) -> Tensor:
+    def _bucket_gradient(self, z: Tensor, state: _Rows, rows: slice, a, b, at_target) -> Tensor:
         """(r, V) dL/dz but for the ids, where z is -inf."""
         u = z - state.top[rows, None]
         if state.teacher.options.temperature == 1.0:
@@ -193,10 +194,6 @@ class DenseHead(cpu.Head):
         if self.softcap is None:
             return None
         return (z + shift).mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
-
-    def _bucket_chain(self, gradient: Tensor, ids_logits: Tensor) -> Tensor:
-        chain = self._chain(ids_logits)
-        return gradient if chain is None else gradient * chain.to(gradient)
 
 
 def normaliser(others: Tensor, of_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,13 +103,11 @@ class DistillObjective(Objective):
 
 
 class AnchoredObjective(Objective):
-    """L = sum_t scale_t * (L_t + kl_coef * D_t), L_t being another objective's: a pull to the teacher beside it."""
+    """L = sum_t scale_t * (L_t + kl_coef * D_t), a pull to the teacher beside an objective that waits for nothing."""
 
     def __init__(self, weights: Objective, kl_coef: float):
         self.weights = weights
         self.kl_coef = kl_coef
-        self.coupled = weights.coupled
-        self.separable = self.scalable = not weights.coupled  # two coefficients a token, with no common factor
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.weights.observe(begin, end, logprobs, entropy)

@@ -339,7 +339,10 @@ class DenseWalk(Walk):
             self.teacher.reserve(planned.rows)
 
     def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Scores]:
-        """Product 1 of a chunk (and the teacher's), what comes of its rows, and its logits in the workspace."""
+        """Product 1 of a chunk (and the teacher's), what comes of its rows, and its logits in the workspace.
+
+        A walk that keeps entropies makes them each time, since their gradient needs them again.
+        """
         x = self.rows(begin, end)
         teacher = None if self.teacher is None else self.teacher.rows(begin, end)
         scores = self.head.scores(x, self.target[begin:end], entropy=self.entropy is not None, teacher=teacher)

@@ -22,7 +22,24 @@ from pear_kernels.weights import DEFAULTS, PEAROptions
 class _LinearLoss(nn.Module):
     """A loss of an LM head with its options set once. It holds no parameter: the head's `weight` is an argument."""
 
-    options: dict
+    def __init__(
+        self,
+        options: dict,  # of this loss alone, checked
+        *,
+        reduction: str | None,  # checked
+        temperature: float,
+        softcap: float | None,
+        ignore_index: int,
+        workspace_bytes: int | None,
+        backend: str | None,
+    ):
+        super().__init__()
+        checks.check_head_options(temperature, softcap, workspace_bytes)
+        check_backend(backend)
+        self.options = options | dict(
+            reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -51,15 +68,12 @@ class LinearPEARLoss(_LinearLoss):
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
-        checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+        pear = PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip)
+        checks.check_options(pear)
         checks.check_negative_options(negative_lambda, logprob_floor)
         checks.check_reduction(reduction, None)
-        checks.check_head_options(temperature, softcap, workspace_bytes)
-        check_backend(backend)
-        self.options = dict(
-            level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
-            log_weight_clip=log_weight_clip, negative_lambda=negative_lambda, logprob_floor=logprob_floor,
+        super().__init__(
+            pear._asdict() | dict(negative_lambda=negative_lambda, logprob_floor=logprob_floor),
             reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
             workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
@@ -105,14 +119,12 @@ class LinearWeightedLoss(_LinearLoss):
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
         options = WeightingOptions(iw_tau, iw_max, psft_clip, asft_kl, idft_clip)
         checks.check_weighting(None, weighting or "none", WEIGHTINGS)
         checks.check_weighting_options(options)
         checks.check_reduction(reduction, None)
-        checks.check_head_options(temperature, softcap, workspace_bytes)
-        check_backend(backend)
-        self.options = {"weighting": weighting} | options._asdict() | dict(
+        super().__init__(
+            {"weighting": weighting} | options._asdict(),
             reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
             workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
@@ -162,18 +174,16 @@ class LinearDistillLoss(_LinearLoss):
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
         options = DivergenceOptions(divergence, js_beta, distill_temperature)
         checks.check_divergence_options(options, DIVERGENCES, nll_coef)
-        checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+        pear = PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip)
+        checks.check_options(pear)
         checks.check_reduction(reduction, None)
-        checks.check_head_options(temperature, softcap, workspace_bytes)
-        check_backend(backend)
-        self.options = dict(
-            divergence=divergence, js_beta=js_beta, distill_temperature=distill_temperature, nll_coef=nll_coef,
-            level=level, block_size=block_size, gamma=gamma, log_ratio_clip=log_ratio_clip,
-            log_weight_clip=log_weight_clip, reduction=reduction, temperature=temperature, softcap=softcap,
-            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
+        own = dict(divergence=divergence, js_beta=js_beta, distill_temperature=distill_temperature, nll_coef=nll_coef)
+        super().__init__(
+            own | pear._asdict(),
+            reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
 
     def forward(
@@ -222,16 +232,14 @@ class LinearPolicyLoss(_LinearLoss):
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
         options = PolicyOptions(
             objective, beta, clip_low, clip_high, dual_clip, sapo_temperatures, sampler_clip, sampler_level,
             entropy_coef, max_length, unbiased_kl,
         )  # fmt: skip
         checks.check_policy_options(options, OBJECTIVES)
         checks.check_reduction(reduction or "sum", None, checks.POLICY_REDUCTIONS)
-        checks.check_head_options(temperature, softcap, workspace_bytes)
-        check_backend(backend)
-        self.options = options._asdict() | dict(
+        super().__init__(
+            options._asdict(),
             reduction=reduction, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
             workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip

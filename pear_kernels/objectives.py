@@ -87,9 +87,13 @@ def pear_sums(log_ratio: Tensor, nll: Tensor, log_g: Tensor, weights: Tensor, op
 def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:
     """`STATS` (9,) from the sums over tokens of what `pear_sums` gives."""
     tokens = at_least_one(counted)
-    means, weight_sum, weight_squares = sums[:7] / tokens, sums[4], sums[7]
-    effective = weight_sum.square() / (tokens * weight_squares).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.cat([means, effective[None], torch.full_like(effective, 1)[None] * counted])
+    effective = effective_sample_size(sums[4], sums[7], tokens)
+    return torch.cat([sums[:7] / tokens, effective[None], torch.full_like(effective, 1)[None] * counted])
+
+
+def effective_sample_size(total: Tensor, squares: Tensor, tokens: int | Tensor) -> Tensor:
+    """(): (sum w)^2 / (n sum w^2), the share of n tokens that carry the gradient; 0 without weights."""
+    return total.square() / (tokens * squares).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def token_scale(pack: Pack, reduction: str, denominator: Tensor | None, sequence_scale: Tensor | None) -> Tensor:

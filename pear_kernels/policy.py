@@ -17,7 +17,7 @@ from torch import Tensor
 from pear_kernels.engine import Coefficients, Objective
 from pear_kernels.objectives import at_least_one, token_scale
 from pear_kernels.packing import Pack
-from pear_kernels.weights import UNCLIPPED, PEARWeights
+from pear_kernels.weights import MAX_LOG_RATIO, UNCLIPPED, PEARWeights
 
 POLICY_STATS = (
     "nll",  # mean of -log pi
@@ -119,8 +119,6 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ---- the whole loss
-
-MAX_LOG_RATIO = 700.0  # whose exp is still a number in float64, so that an advantage of 0 times it is 0
 
 
 class PolicyObjective(Objective):

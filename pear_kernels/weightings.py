@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine import Objective
-from pear_kernels.objectives import at_least_one
+from pear_kernels.objectives import at_least_one, effective_sample_size
 from pear_kernels.packing import Pack
-from pear_kernels.weights import UNCLIPPED, PEARWeights
+from pear_kernels.weights import MAX_LOG_RATIO, UNCLIPPED, PEARWeights
 
 WEIGHTED_STATS = (
     "nll",  # unweighted mean of -log pi
@@ -38,7 +38,6 @@ class WeightingOptions(NamedTuple):
 
 
 WEIGHTING_DEFAULTS = WeightingOptions()
-MAX_LOG_RATIO = 700.0  # whose exp is still a number in float64
 
 
 class Tokens(NamedTuple):
@@ -190,10 +189,10 @@ class WeightedObjective(Objective):
         nothing = torch.zeros_like(logprobs)
         ratio = nothing if self.ref_logprobs is None else logprobs - self.ref_logprobs
         values = (-logprobs, ratio, weights, weights == 0, weights.square(), losses * self.token_scale)
-        *means, square, loss = (self.pack.zero_ghosts(value.double()).sum() for value in values)
+        *sums, squares, loss = (self.pack.zero_ghosts(value.double()).sum() for value in values)
         tokens = at_least_one(self.pack.counted)
-        nll, ratio, mean, zero = (total / tokens for total in means)
-        effective = mean.square() * tokens / square.clamp(min=torch.finfo(torch.float64).tiny)
+        nll, ratio, mean, zero = (total / tokens for total in sums)
+        effective = effective_sample_size(sums[2], squares, tokens)
         # a 0 beside the weights stands for their maximum where there is none
         largest = torch.cat([weights, nothing.new_zeros(1)]).amax()
         counted = torch.full_like(loss, 1) * self.pack.counted

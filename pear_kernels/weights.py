@@ -34,6 +34,7 @@ class PEAROptions(NamedTuple):
 DEFAULTS = PEAROptions()
 # log-ratios summed over whole sequences, as they are: what the ratios of GSPO and iw-SFT are made of
 UNCLIPPED = PEAROptions(level="sequence", log_ratio_clip=(-torch.inf, torch.inf))
+MAX_LOG_RATIO = 700.0  # whose exp is still a number in float64, so that an advantage of 0 times it is 0
 
 
 def summed_from(begin: int, end: int, pack: Pack, options: PEAROptions) -> Tensor:

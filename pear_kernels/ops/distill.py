@@ -12,16 +12,26 @@ from pear_kernels.head import DenseHead
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import STATS, token_scale
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.packing import Pack
 from pear_kernels.schedule import Wanted
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, WeightedObjective
 from pear_kernels.weights import PEAROptions
 
 
-def teacher_head(student: DenseHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options) -> DenseHead:
-    """A teacher's head on the student's backend, with the teacher's own options: as exact as the student's, no more."""
+def loaded_teacher(
+    student: DenseHead,
+    pack: Pack,
+    options: DivergenceOptions,
+    hidden: Tensor,  # (N, D')
+    weight: Tensor,  # (V, D')
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    softcap: float | None,
+) -> LoadedTeacher:
+    """A teacher on the student's backend, with a head of its own: as exact as the student's, and no more."""
     dtype = torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
     dtype = torch.float64 if student.dtype == torch.float64 else dtype
-    return type(student)(weight, bias, *options, dtype)
+    return LoadedTeacher(hidden, type(student)(weight, bias, temperature, softcap, dtype), pack, options)
 
 
 @torch.library.custom_op("pear_kernels::linear_distill_loss", mutates_args=())
@@ -68,10 +78,8 @@ def linear_distill_loss(
     head = dense_head(weight, bias, temperature, softcap, compute_dtype)
     options = DivergenceOptions(divergence, js_beta, distill_temperature)
     if teacher_hidden is not None:
-        of_teacher = teacher_head(
-            head, teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_softcap
-        )
-        teacher = LoadedTeacher(teacher_hidden, of_teacher, pack, options)
+        of_teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_temperature, teacher_softcap
+        teacher = loaded_teacher(head, pack, options, *of_teacher)
     else:
         checks.check_top_k(teacher_ids, teacher_logprobs, target != ignore_index, weight.shape[0])
         teacher = OfflineTeacher(teacher_ids, teacher_logprobs, pack, options)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.backend import dense_head_class, head_class, weights_class
-from pear_kernels.distill import AnchoredObjective, LoadedTeacher
+from pear_kernels.distill import AnchoredObjective
 from pear_kernels.divergence import DivergenceOptions
 from pear_kernels.engine import DenseWalk, Walk
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import token_scale
-from pear_kernels.ops.distill import teacher_head
+from pear_kernels.ops.distill import loaded_teacher
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.schedule import Wanted
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, Tokens, WeightedObjective, WeightingOptions, by
@@ -80,8 +80,8 @@ def linear_weighted_loss(
     )
     with explain_out_of_memory("linear_weighted_loss", hidden, head, Wanted(*wanted), workspace_bytes):
         if anchored:
-            of_ref = teacher_head(head, ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap)
-            teacher = LoadedTeacher(ref_hidden, of_ref, pack, DivergenceOptions("forward"))
+            of_ref = ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap
+            teacher = loaded_teacher(head, pack, DivergenceOptions("forward"), *of_ref)
             anchor = AnchoredObjective(objective, asft_kl)
             walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)
             walk.run(anchor)
