@@ -33,8 +33,9 @@ import pear_kernels
 from pear.compare import compare, comparison_table
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
 from pear.eval import evaluate, prompt_format, table
+from pear.folders import whole_folder
 from pear.generate import generate
-from pear.io import DataError, disk_error, read_jsonl, write_error, write_json, write_jsonl
+from pear.io import DataError, read_jsonl, write_json, write_jsonl
 from pear.models import load_model, load_tokenizer
 from pear.report import LABELS, draw_pictures, write_report
 from pear.runs import evaluation_path, read_run, write_run
@@ -303,24 +304,6 @@ def _code_hash() -> str:
         for path in sorted(Path(package.__file__).parent.rglob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name when it is complete, and never otherwise."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except Exception as error:
-        if (cause := disk_error(error)) is None:
-            raise
-        raise write_error(folder, cause) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

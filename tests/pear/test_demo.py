@@ -16,7 +16,7 @@ import pear.demo as demo
 from pear.countdown import make_tokenizer
 from pear.demo import FAST, run
 from pear.eval import evaluate, pass_at_k
-from pear.io import DataError, WriteError
+from pear.io import DataError
 from pear.report import PICTURES
 from pear_kernels import pear_weights
 
@@ -216,18 +216,6 @@ def test_out_must_be_a_folder(tmp_path):
     with pytest.raises(DataError, match="out: .*file is a file; give a folder"):
         run(tmp_path / "file", fast=True, workers=1)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    target = tmp_path / "model"
-    with demo.whole_folder(target) as folder:
-        (folder / "weights").write_text("old")
-    for error, expected in ((OSError(28, "No space left on device"), WriteError), (KeyError("a bug"), KeyError)):
-        with pytest.raises(expected), demo.whole_folder(target) as folder:
-            (folder / "weights").write_text("half")
-            raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (target / "weights").read_text() == "old"
 
 
 def test_generation_and_evaluation_report_how_far_they_are():
