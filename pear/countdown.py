@@ -6,10 +6,10 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pear.tasks import TASKS, countdown_identity, countdown_prompt, split_of
+from pear.word_tokenizer import word_tokenizer
 
 Numbers = tuple[int, int, int]
 LARGEST = 100  # of the numbers a worked solution may pass through; each is one token
@@ -27,16 +27,8 @@ class Way(NamedTuple):
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a number (0 to LARGEST) or symbol. Spaces only separate, so encode(decode(ids)) == ids.
-
-    Its `prompt_format` tells `pear eval` to word problems compactly for models that have this tokenizer.
-    """
-    words = ["<pad>", "<eos>", "<unk>", *map(str, range(LARGEST + 1)), *_SYMBOLS]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|[a-z]+|\S"), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", prompt_format="compact"
-    )
+    """One token a number (0 to LARGEST) or symbol. Spaces only separate, so encode(decode(ids)) == ids."""
+    return word_tokenizer([*map(str, range(LARGEST + 1)), *_SYMBOLS], pattern=r"\d+|[a-z]+|\S")
 
 
 def _apply(a: int, op: str, b: int) -> int | None:

@@ -1,0 +1,72 @@
+"""chain_sum for models trained from nothing: a small tokenizer, and worked solutions in two styles to learn from."""
+
+import re
+from collections.abc import Sequence
+from random import Random
+
+from transformers import PreTrainedTokenizerFast
+
+from pear.tasks import load_task
+from pear.word_tokenizer import word_tokenizer
+
+LARGEST = 99  # absolute value of the numbers that are a token: enough for 11 terms of one digit
+STYLES = ("rewrite", "pairs")
+_SYMBOLS = ["+", "-", "=", ",", ";", "answer"]
+_PROBLEM = re.compile(r"-?\d+( [+-] -?\d+)+", re.ASCII)
+
+
+def make_tokenizer(largest: int = LARGEST) -> PreTrainedTokenizerFast:
+    """One token a number, from -largest to largest, or symbol: "-5" is a number, "3 - 5" is three words.
+
+    White space alone separates, so "3-5" is <unk>, and encode(decode(ids)) == ids.
+    """
+    return word_tokenizer([*map(str, range(-largest, largest + 1)), *_SYMBOLS], pattern=r"\S+")
+
+
+def train_problems(
+    min_terms: int = 6, max_terms: int = 8, digits: int = 1, size: int = 20000, seed: int = 0, largest: int = LARGEST
+) -> list[str]:
+    """`size` different expressions of chain_sum's train split ("3 + 8 - 5 + 2"); none is ever a test problem.
+
+    They are `load_task`'s train problems of the same seed, so the terms are as reasoning-gym draws them: 0 to 9 for one
+    digit, 10 to 99 for two; the first is never negated, but a running total may be below 0.
+
+    Raises:
+        ValueError: fewer than two terms, a size or seed that `load_task` refuses, or totals the tokenizer may not know
+    """
+    if min_terms < 2:
+        raise ValueError(f"min_terms must be at least 2, got {min_terms}: one term leaves nothing to work out")
+    if max_terms < min_terms:
+        raise ValueError(f"max_terms must be at least min_terms={min_terms}, got {max_terms}")
+    if digits < 1:
+        raise ValueError(f"digits must be at least 1, got {digits}")
+    if (reached := max_terms * (10**digits - 1)) > largest:
+        raise ValueError(
+            f"largest={largest}: {max_terms} terms of {digits} digits can reach {reached}; take fewer terms or digits, "
+            "or a larger `largest`, here and in make_tokenizer"
+        )
+    config = dict(min_terms=min_terms, max_terms=max_terms, min_digits=digits, max_digits=digits)
+    problems = load_task("chain_sum", "train", size, seed, **config)
+    return [problem.entry["metadata"]["expression"] for problem in problems]
+
+
+def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[str, str]:
+    """A prompt and a right solution of one of `problems`, summed from left to right.
+
+    "rewrite" repeats all that remains after each step: `3 + 8 - 5 + 2 =` goes on with
+    `11 - 5 + 2 = 6 + 2 = 8 ; answer 8`: n^2 - n + 2 tokens for n terms.
+    "pairs" writes one step after another: `3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8`: 6n - 4 tokens.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    problem = rng.choice(problems)
+    if not _PROBLEM.fullmatch(problem):
+        raise ValueError(f"problems must be sums and differences of two terms or more, as '3 + 8 - 5', got {problem!r}")
+    first, *rest = problem.split()
+    total, steps = int(first), []
+    while rest:
+        op, term, *rest = rest
+        after = total + int(term) if op == "+" else total - int(term)
+        steps.append(" ".join([str(after), *rest]) if style == "rewrite" else f"{total} {op} {term} = {after}")
+        total = after
+    return f"{problem} =", f"{(' = ' if style == 'rewrite' else ' , ').join(steps)} ; answer {total}"
