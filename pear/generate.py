@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pear.decode import decode
+
 
 class Completion(NamedTuple):
     text: str  # without special tokens
@@ -102,8 +104,8 @@ def generate(
             for row, i in enumerate(batch):
                 input_ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
                 attention_mask[row, width - len(encoded[i]) :] = 1
-            output = model.generate(
-                input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=config
+            output = decode(
+                model, input_ids.to(model.device), attention_mask.to(model.device), generation_config=config
             )
             for i, ids in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((t + 1 for t, token in enumerate(ids) if token in stop), None)

@@ -28,6 +28,7 @@ from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
 from pear.checkpoints import WholeCheckpoints, resume_from
+from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
@@ -107,7 +108,9 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's, with an end-of-sequence token where a backend returned no token at all: it ended at once."""
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        with decoding_in_stages(base):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         return self._without_empty(completion_ids, logprobs)
 
     def _without_empty(self, completion_ids: list[list[int]], logprobs: list[list[float]] | None):
