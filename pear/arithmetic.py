@@ -42,7 +42,7 @@ def train_problems(
         raise ValueError(f"digits must be at least 1, got {digits}")
     if (reached := max_terms * (10**digits - 1)) > largest:
         raise ValueError(
-            f"largest={largest}: {max_terms} terms of {digits} digits can reach {reached}; take fewer terms or digits, "
+            f"largest={largest}: {max_terms} terms with digits={digits} can reach {reached}; take fewer of them, "
             "or a larger `largest`, here and in make_tokenizer"
         )
     config = dict(min_terms=min_terms, max_terms=max_terms, min_digits=digits, max_digits=digits)
