@@ -1,5 +1,6 @@
 """Folders that appear under their name when they are complete, and never otherwise."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +31,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise write_error(folder, cause) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Push all files in `folder` to the disk, so that not even a crash of the system leaves one half written."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

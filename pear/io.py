@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 MAX_LOGPROB = 1e-4  # a log-prob may exceed zero by rounding, never by more
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(ValueError):
@@ -65,9 +65,9 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def write_error(path: str | os.PathLike, error: OSError, *, kept: str = "") -> WriteError:
     """The error to show for a failed write of `path`; `kept` says what of the work is still there."""
-    reason = "the disk is full" if error.errno in _DISK_FULL else (error.strerror or str(error))
+    reason = "the disk is full" if error.errno in DISK_FULL else (error.strerror or str(error))
     message = f"could not write {path}: {reason}. Nothing half-written is left there."
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         message += " Free some space, or choose another folder, and run the same command again."
     return WriteError(error.errno, f"{message} {kept}".rstrip())
 
@@ -77,7 +77,7 @@ def disk_error(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
     text = str(error)
-    for number in _DISK_FULL:
+    for number in DISK_FULL:
         if os.strerror(number) in text or f"os error {number}" in text:
             return OSError(number, os.strerror(number))
     return None
