@@ -10,8 +10,9 @@ from typing import Any
 
 from pear.curves import CURVES, SMOOTH_FROM, SMOOTH_SHARE, TITLES, figures, last, plain, shorten
 from pear.eval import percent
-from pear.intervals import Interval, all_ks, difference, evaluations_of, interval_of, paired_counts
+from pear.intervals import all_ks, difference, evaluations_of, interval_of, paired_counts
 from pear.io import DataError
+from pear.markdown import NONE, cell, number, points, rate, table
 from pear.pictures import png, write_whole
 from pear.runs import MOMENTS, Run, objective, read_run
 
@@ -27,7 +28,6 @@ LAST = {  # what was logged last; a column where some run has it. First what all
     "KL from the old": "pear/kl_old",
     "KL to the reference": "pear/kl_ref",
 }
-NONE = "–"  # in a cell that has nothing to say
 EVALUATED = ("task", "prompt_format", "samples", "temperature", "max_new_tokens")  # must agree, or figures do not
 PLACES = ("output_dir", "run_name", "logging_dir")  # settings that differ between any two runs
 
@@ -49,18 +49,18 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> str:
-    columns: dict[str, Callable[[Run], str]] = {"run": lambda run: _cell(run.name), "kind": lambda run: run.kind}
+    columns: dict[str, Callable[[Run], str]] = {"run": lambda run: cell(run.name), "kind": lambda run: run.kind}
     if any(objective(run) is not None for run in runs):
         columns["objective"] = lambda run: objective(run) or NONE
     for k in all_ks(runs):
         for moment in MOMENTS:
-            columns[f"pass@{k} {moment}"] = lambda run, k=k, moment=moment: _rate(interval_of(getattr(run, moment), k))
+            columns[f"pass@{k} {moment}"] = lambda run, k=k, moment=moment: rate(interval_of(getattr(run, moment), k))
     columns["tokens after"] = lambda run: f"{run.after['mean_tokens']:.1f}" if run.after else NONE
     columns["finished after"] = lambda run: percent(run.after["finished"]) if run.after else NONE
     for title, key in LAST.items():
         if any(last(run, key) is not None for run in runs):
-            columns[f"last {title}"] = lambda run, key=key: _number(last(run, key))
-    return _markdown(list(columns), [[make(run) for make in columns.values()] for run in runs])
+            columns[f"last {title}"] = lambda run, key=key: number(last(run, key))
+    return table(list(columns), [[make(run) for make in columns.values()] for run in runs])
 
 
 def _differences_table(runs: Sequence[Run]) -> str | None:
@@ -75,36 +75,9 @@ def _differences_table(runs: Sequence[Run]) -> str | None:
         if a is None or b is None:
             continue
         same = paired_counts(a, b) is not None
-        cells = [_points(difference(a, b, k)) if same else "different problems" for k in all_ks(runs)]
-        rows.append([_cell(title), *cells])
-    return _markdown(["difference", *(f"pass@{k}" for k in all_ks(runs))], rows) if rows else None
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    rule = "| --- |" + " ---: |" * (len(head) - 1)
-    return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of its cell of a markdown table."""
-    return plain(text).replace("\\", "\\\\").replace("|", "\\|")
-
-
-def _rate(interval: Interval | None) -> str:
-    if interval is None:
-        return NONE
-    return f"{percent(interval.mean)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def _points(interval: Interval | None) -> str:
-    if interval is None:
-        return NONE
-    mean, low, high = (100 * value + 0.0 for value in interval)  # + 0.0: no "-0.0"
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.4g}"
+        cells = [points(difference(a, b, k)) if same else "different problems" for k in all_ks(runs)]
+        rows.append([cell(title), *cells])
+    return table(["difference", *(f"pass@{k}" for k in all_ks(runs))], rows) if rows else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +162,7 @@ def _report(runs: Sequence[Run], pictures: Sequence[str]) -> str:
             f"Curves of {SMOOTH_FROM} points or more are running means over a {SMOOTH_SHARE}th of them; what was "
             "logged lies pale behind."
         )
-    paragraphs += ["## Runs", _markdown(["run", "folder"], [[_cell(r.name), _cell(str(r.folder))] for r in runs])]
+    paragraphs += ["## Runs", table(["run", "folder"], [[cell(r.name), cell(str(r.folder))] for r in runs])]
     paragraphs += ["## Settings that differ", _settings(runs)]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -247,8 +220,8 @@ def _settings(runs: Sequence[Run]) -> str:
             values = [_text(each[key]) if key in each else NONE for each in of_runs]
             if len(set(values)) > 1 and key not in PLACES:
                 title = key if source == "settings" else f"version of {key}"
-                rows.append([_cell(title), *(_cell(shorten(value, 80)) for value in values)])
-    return _markdown(["setting", *(_cell(run.name) for run in runs)], rows) if rows else "None."
+                rows.append([cell(title), *(cell(shorten(value, 80)) for value in values)])
+    return table(["setting", *(cell(run.name) for run in runs)], rows) if rows else "None."
 
 
 def _text(value: Any) -> str:

@@ -144,7 +144,7 @@ def _draw_panel(axis: plt.Axes, panel: Panel, runs: Sequence[Run], colors: Seque
             few = len(values) <= 20
             if len(values) >= SMOOTH_FROM:
                 axis.plot(steps, values, color=color, linewidth=0.5, alpha=0.2)
-                values = _running_mean(values, len(values) // SMOOTH_SHARE)
+                values = running_mean(values, len(values) // SMOOTH_SHARE)
             axis.plot(
                 steps,
                 values,
@@ -161,7 +161,7 @@ def _draw_panel(axis: plt.Axes, panel: Panel, runs: Sequence[Run], colors: Seque
     axis.grid(alpha=0.3)
 
 
-def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
+def running_mean(values: Sequence[float], width: int) -> np.ndarray:
     """(n,) mean over `width` neighbours or so, centred; at the ends over those that there are."""
     kernel = np.ones(2 * (width // 2) + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
