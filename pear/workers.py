@@ -234,6 +234,8 @@ def _serve(pipe: Connection) -> None:
             pipe.send(message)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             pipe.send((None, TypeError(f"a job's result must be picklable: {error}"), ""))
+        except OSError:  # nobody listens any more
+            return
 
 
 def _end_with_parent() -> None:

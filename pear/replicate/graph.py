@@ -11,6 +11,7 @@ import graphlib
 import hashlib
 import json
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -30,6 +31,7 @@ from pear.side_by_side import quiet
 from pear.workers import Job, Outcome, Workers, cores
 
 RECORD = "job.json"  # in each unit's folder
+NAME = re.compile(r"[^/.\x00-\x1f][^/\x00-\x1f]*(/[^/.\x00-\x1f][^/\x00-\x1f]*)*")  # a path without hidden folders
 
 
 class UnitError(RuntimeError):
@@ -71,14 +73,14 @@ def run_units(
         By unit, what its job.json holds: name, phase, labels, key, needs, seconds and result.
 
     Raises:
-        ValueError: a name twice, a need that is no unit, a cycle, arguments that are no JSON
+        ValueError: a name twice, a need that is no unit, a cycle, arguments that are no JSON, fewer than one worker
         DataError: `out` is a file, another run is at work in it, or a unit raised it
         WriteError: the disk is full, or `out` cannot be written
         UnitError: another error of a unit. In all three cases units that were running have been finished and kept.
     """
     keys = unit_keys(units, code)
+    team = Workers(cores() if workers is None else workers)
     out = Path(out)
-    console = console or Console()
     with _locked(out):
         running = out / ".running"
         shutil.rmtree(running, ignore_errors=True)  # of a run that was killed
@@ -89,7 +91,7 @@ def run_units(
                     running.mkdir()
                     # of this run alone: what a dying process of a killed one may still write is elsewhere
                     temporary = Path(tempfile.mkdtemp(dir=running))
-                _run(units, out, temporary, keys, records, workers, console)
+                _run(units, out, temporary, keys, records, team, console or Console())
             finally:
                 shutil.rmtree(running, ignore_errors=True)
     return {unit.name: records[unit.name] for unit in units}
@@ -101,15 +103,14 @@ def _run(
     temporary: Path,
     keys: Mapping[str, str],
     records: dict[str, dict[str, Any]],
-    workers: int | None,
+    team: Workers,
     console: Console,
 ) -> None:
     """Do the units that `records` lacks, and add them to it."""
     by_name = {unit.name: unit for unit in units}
     waiting = {unit.name: unit for unit in units if unit.name not in records}
     folders = {unit.name: temporary / str(i) for i, unit in enumerate(units)}  # short: names may be long
-    workers = cores() if workers is None else workers
-    display = _Display(console, by_name, records, workers)
+    display = _Display(console, by_name, records, team.count)
 
     def take() -> tuple[str, Job] | None:
         ready = next((unit for unit in waiting.values() if all(need in records for need in unit.needs)), None)
@@ -132,7 +133,7 @@ def _run(
         records[name] = json.loads(json.dumps(record))  # as it will be read
         display.finished(name)
 
-    with Workers(workers) as team, display:
+    with team, display:
         errors = team.run(take, display.ticked, finished)
     if errors:
         raise _named(errors, out) from next(iter(errors.values()))
@@ -146,12 +147,12 @@ def _named(errors: Mapping[str, Exception], out: Path) -> Exception:
     cause = disk_error(error)
     if cause is not None and cause.errno in DISK_FULL and not isinstance(error, WriteError):
         error = write_error(out / "jobs" / name, cause)
-    text = f"{name}: {error}{'' if str(error).endswith('.') else '.'}{more}"
-    if isinstance(error, DataError):
-        return DataError(text)
+    kind = "" if isinstance(error, DataError | WriteError) else f"{type(error).__name__}: "
+    said = error.strerror if isinstance(error, WriteError) else str(error)
+    text = f"{name}: {kind}{said.rstrip('.')}.{more}"
     if isinstance(error, WriteError):
         return WriteError(error.errno, text)
-    return UnitError(f"{name}: {type(error).__name__}: {text.removeprefix(f'{name}: ')}")
+    return DataError(text) if isinstance(error, DataError) else UnitError(text)
 
 
 def _do(tick: Callable[[int, int], None], unit: Unit, folder: Path, needs: dict[str, Path]) -> tuple[Any, float]:
@@ -176,8 +177,7 @@ def unit_keys(units: Sequence[Unit], code: str) -> dict[str, str]:
     """Each unit's key by name (64 hex digits); see `run_units`."""
     by_name: dict[str, Unit] = {}
     for unit in units:
-        path = PurePosixPath(unit.name)
-        if not unit.name or str(path) != unit.name or path.is_absolute() or any(p.startswith(".") for p in path.parts):
+        if not NAME.fullmatch(unit.name):
             raise ValueError(f"unit {unit.name!r}: a name must be a path of plain folders, such as rl/sft/3")
         if unit.name in by_name:
             raise ValueError(f"unit {unit.name!r} is there twice; give each a name of its own")
