@@ -189,7 +189,7 @@ def passes_figure(runs: Sequence[Run]) -> plt.Figure | None:
         axis.set_yticks(range(len(runs)), [""] * len(runs))
         axis.margins(x=0.08)
         axis.grid(alpha=0.3)
-    axes[0][0].set_yticks(range(len(runs)), [_label(run.name) for run in runs])
+    axes[0][0].set_yticks(range(len(runs)), [label(run.name) for run in runs])
     handles = [
         plt.Line2D([], [], color="tab:gray", marker="o", markerfacecolor="white"),
         plt.Line2D([], [], color="black", marker="o"),
@@ -206,10 +206,10 @@ def colors_of(runs: Sequence[Run]) -> list[Any]:
 
 
 def _name_runs(figure: plt.Figure, handles: list[plt.Line2D], names: list[str]) -> None:
-    figure.legend(handles, [_label(name) for name in names], loc="outside lower center", ncols=min(len(names), 3))
+    figure.legend(handles, [label(name) for name in names], loc="outside lower center", ncols=min(len(names), 3))
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A name as matplotlib shows it: no formulas between dollars, and of a bearable length."""
     return shorten(plain(name), 40).replace("$", r"\$")
 

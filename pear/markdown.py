@@ -7,9 +7,9 @@ from pear.intervals import Interval
 NONE = "–"  # in a cell that has nothing to say
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, all others to the right."""
-    rule = "| --- |" + " ---: |" * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], text: int = 1) -> str:
+    """The first `text` columns to the left, all others to the right."""
+    rule = "|" + " --- |" * text + " ---: |" * (len(head) - text)
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
