@@ -12,9 +12,9 @@ from pear.curves import CURVES, SMOOTH_FROM, SMOOTH_SHARE, TITLES, figures, last
 from pear.eval import percent
 from pear.intervals import all_ks, difference, evaluations_of, interval_of, paired_counts
 from pear.io import DataError
-from pear.markdown import NONE, cell, number, points, rate, table
 from pear.pictures import png, write_whole
 from pear.runs import MOMENTS, Run, objective, read_run
+from pear.tables import NONE, cell, number, points, rate, table
 
 REPORT = "report.md"
 LAST = {  # what was logged last; a column where some run has it. First what all objectives of SFT have in common.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pear.curves import SMOOTH_FROM, SMOOTH_SHARE, label, running_mean
 from pear.intervals import Interval
@@ -231,6 +232,7 @@ def _curves(results: Results, phase: str, quantities: dict[str, Sequence[str]], 
             axis.set_title(label(arm), fontsize=10, color=styles(results)[arm]["color"])
             axis.sharey(grid[block * rows, 0])
             axis.grid(alpha=0.3)
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             if place % columns == 0:
                 axis.set_ylabel(name, fontsize=9)
             else:

@@ -14,14 +14,14 @@ import yaml
 from pear.curves import SMOOTH_FROM, SMOOTH_SHARE, plain
 from pear.eval import percent
 from pear.intervals import Interval
-from pear.markdown import NONE, cell, points, table
-from pear.markdown import rate as rate_text
 from pear.pictures import png, write_whole
 from pear.replicate.figures import TITLES, figures
 from pear.replicate.results import START, START_MODELS, Results
 from pear.replicate.statistics import DRAWS
 from pear.replicate.summary import Difference, ablation_rows, compared, difference, gain, order, rate
 from pear.runs import MOMENTS
+from pear.tables import NONE, cell, points, table
+from pear.tables import rate as rate_text
 
 REPORT = "REPORT.md"
 FAST = "A fast run, to show that the pipeline is whole; its figures mean nothing."

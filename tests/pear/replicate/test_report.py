@@ -12,7 +12,6 @@ from synthetic import make_results
 from pear.eval import pass_at_k
 from pear.intervals import Interval
 from pear.io import WriteError
-from pear.markdown import points
 from pear.pictures import plt
 from pear.replicate.figures import TITLES, figures, mean_curve, styles, weight_profile
 from pear.replicate.report import (
@@ -26,6 +25,7 @@ from pear.replicate.report import (
     write_report,
 )
 from pear.replicate.summary import ablation_rows, compared, difference, gain, order, passes, rate
+from pear.tables import points
 
 
 @pytest.fixture(autouse=True)
