@@ -83,7 +83,7 @@ def test_resampled_means_are_distributed_as_all_resamples():
 
 
 def test_variance_of_resampled_means_is_owens():
-    """Of all resamples: V = ((1 - 1/P) B + (1 - 1/S) A) of sums of squares, in closed form.
+    """The variance over all resamples, in closed form.
 
     With centred row effects a, column effects b and residuals e, Var of w_s' V w_p is
     sum a^2 / S^2 + sum b^2 / P^2 + sum e^2 / (S P)^2, for multinomial weights have the covariance
