@@ -7,7 +7,7 @@ view of its filled part, with the same numbers.
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 64  # positions that a layer has room for at first, beyond its prompt
 
@@ -46,20 +46,30 @@ class GrowingLayer(DynamicLayer):
             for buffer, view in zip(self._buffers, (self.keys, self.values), strict=True)
         )
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None  # the rows that left would hold memory until the next update
+
     def reset(self) -> None:
         super().reset()
         self._buffers = None
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """A new cache for `model.generate(past_key_values=)`; None for a model whose cache is of another kind.
+    """A new cache for `model.generate(past_key_values=)`; None for a model whose state is not all keys and values.
 
-    Layers that hold something else than all keys and values (sliding windows, states) stay transformers' own.
+    Sliding windows stay transformers' own. States of convolutions and recurrences cannot be selected by rows, and
+    models of text and images keep positions outside of the cache.
     """
-    if not model._supports_default_dynamic_cache() or model.config.is_encoder_decoder:
+    config = model.config
+    if not model._supports_default_dynamic_cache() or config.is_encoder_decoder:
         return None
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if config.get_text_config(decoder=True) is not config:
+        return None
+    cache = DynamicCache(config=config)
     if not cache.layers:  # made one by one as they are met, by a configuration that does not name its layers
+        return None
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -19,8 +19,9 @@ from pear.cache import growing_cache
 STAGE = 16  # tokens a call
 # Options that mean the same in stages; one that is set and not among them is left to one plain call.
 STAGED = {
-    "bos_token_id", "disable_compile", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_p",
-    "pad_token_id", "repetition_penalty", "temperature", "top_k", "top_p", "transformers_version", "use_cache",
+    "_from_model_config", "bos_token_id", "disable_compile", "do_sample", "eos_token_id", "max_length",
+    "max_new_tokens", "min_p", "pad_token_id", "repetition_penalty", "temperature", "top_k", "top_p",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def decode(
     models whose cache is no list of keys and values, options not in STAGED) it is called once, for everything.
     """
     generate = model.generate if generate is None else generate
-    cache = growing_cache(model) if _can_be_staged(generation_config, options) else None
+    cache = growing_cache(model) if _can_be_staged(model, generation_config, options) else None
     if cache is None:
         return generate(
             input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **options
@@ -47,6 +48,7 @@ def decode(
     pad, left = generation_config.pad_token_id, generation_config.max_new_tokens
     width = input_ids.shape[1]
     out = input_ids.new_full((len(input_ids), width + left), pad)
+    out[:, :width] = input_ids
     rows = torch.arange(len(input_ids), device=input_ids.device)  # which row of `out` each row in hand is
     ids, mask, longest = input_ids, attention_mask, width
     while left and len(rows):
@@ -67,14 +69,19 @@ def decode(
     return out[:, :longest]
 
 
-def _can_be_staged(config: GenerationConfig, options: dict[str, Any]) -> bool:
+def _can_be_staged(model: PreTrainedModel, config: GenerationConfig, options: dict[str, Any]) -> bool:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    given = {name for name, value in config.to_diff_dict().items() if value is not None}
+    given = {  # what the call leaves unset, `generate` takes from the model's own configuration
+        name: value
+        for each in (model.generation_config, config)
+        for name, value in each.to_dict().items()
+        if value is not None
+    }
     return (
         not (distributed and torch.distributed.get_world_size() > 1)  # ranks would take part in each other's calls
-        and given <= STAGED
+        and all(name in STAGED or value is False for name, value in given.items())
         and options.keys() <= {"disable_compile"}
-        and config.use_cache is not False
+        and given.get("use_cache") is not False
         and config.max_new_tokens is not None
         and config.eos_token_id is not None
         and config.pad_token_id is not None
@@ -84,7 +91,7 @@ def _can_be_staged(config: GenerationConfig, options: dict[str, Any]) -> bool:
 @contextmanager
 def decoding_in_stages(model: PreTrainedModel) -> Iterator[None]:
     """Within, `model.generate(input_ids=, attention_mask=, generation_config=)` is `decode`."""
-    generate = model.generate
+    generate, own = model.generate, vars(model).get("generate")
 
     def staged(*args: Any, **kwargs: Any) -> torch.Tensor:
         needed = ("input_ids", "attention_mask", "generation_config")
@@ -96,4 +103,7 @@ def decoding_in_stages(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.generate  # the instance's; the class has its own
+        if own is None:
+            del model.generate  # the instance's; the class has its own
+        else:
+            model.generate = own
