@@ -1,4 +1,4 @@
-"""chain_sum for models trained from nothing: a small tokenizer, and worked solutions in two styles to learn from."""
+"""chain_sum for models trained from nothing: a small tokenizer, and worked solutions in three styles to learn from."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pear.tasks import load_task
 from pear.word_tokenizer import word_tokenizer
 
 LARGEST = 99  # absolute value of the numbers that are a token: enough for 11 terms of one digit
-STYLES = ("rewrite", "pairs")
+STYLES = ("rewrite", "pairs", "reverse")
 _SYMBOLS = ["+", "-", "=", ",", ";", "answer"]
 _PROBLEM = re.compile(r"-?\d+( [+-] -?\d+)+", re.ASCII)
 
@@ -51,11 +51,13 @@ def train_problems(
 
 
 def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[str, str]:
-    """A prompt and a right solution of one of `problems`, summed from left to right.
+    """A prompt and a right solution of one of `problems`.
 
     "rewrite" repeats all that remains after each step: `3 + 8 - 5 + 2 =` goes on with
     `11 - 5 + 2 = 6 + 2 = 8 ; answer 8`: n^2 - n + 2 tokens for n terms.
     "pairs" writes one step after another: `3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8`: 6n - 4 tokens.
+    "reverse" does so from the right: `2 - 5 = -3 , -3 + 8 = 5 , 5 + 3 = 8 ; answer 8`, as long, or, where the last
+    term is subtracted and so stands first as a negative number, no longer.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -63,6 +65,12 @@ def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[st
     if not _PROBLEM.fullmatch(problem):
         raise ValueError(f"problems must be sums and differences of two terms or more, as '3 + 8 - 5', got {problem!r}")
     first, *rest = problem.split()
+    if style == "reverse":
+        words = ["+", first, *rest]
+        first, rest = (
+            (words[-2] + words[-1]).lstrip("+"),
+            [w for i in range(len(words) - 4, -1, -2) for w in words[i : i + 2]],
+        )
     total, steps = int(first), []
     while rest:
         op, term, *rest = rest

@@ -1,4 +1,7 @@
-"""The command `pear`: score, sft, rl, eval, compare, demo. Heavy imports wait inside, so that --help is quick."""
+"""The command `pear`: score, sft, rl, eval, compare, demo, replicate.
+
+Heavy imports wait inside, so that --help is quick.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -166,3 +169,28 @@ def demo(
         run(out, fast)
     except (DataError, WriteError) as error:
         raise _fail(error) from None
+
+
+@app.command()
+def replicate(
+    config: Annotated[Path, typer.Option(help="YAML of the study, such as experiments/countdown.yaml.")],
+    fast: Annotated[bool, typer.Option(help="A much smaller run that only shows that everything works.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Jobs side by side; default: one a core.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Checkpoints and records; default: runs/replicate/STUDY.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Results and report; default: experiments/results/STUDY.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Try the settings of RL on the baseline arm alone, on seeds of their own.")
+    ] = False,
+) -> None:
+    """The paper's experiment in miniature: several ways of SFT, the same RL from each, over seeds, and a report."""
+    from pear.io import DataError, WriteError
+    from pear.replicate import replicate as run
+
+    try:
+        files = run(config, fast=fast, jobs=jobs, out=out, results=results, calibrate=calibrate)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    for path in files:
+        typer.echo(f"written: {path}")

@@ -11,12 +11,10 @@ Simplifications: one seed, one learning rate for both, small models, short RL. I
 
 import hashlib
 import json
-import logging
-import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,21 +24,22 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import pear
 import pear_kernels
+from pear import pipeline
 from pear.compare import compare, comparison_table
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
-from pear.eval import evaluate, prompt_format, table
+from pear.eval import evaluate, table
 from pear.folders import whole_folder
-from pear.generate import generate
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
 from pear.models import load_model, load_tokenizer
+from pear.pipeline import Tick, draw_traces
+from pear.pretrain import small_llama, teach
 from pear.report import LABELS, draw_pictures, write_report
 from pear.runs import evaluation_path, read_run, write_run
 from pear.side_by_side import Job, Team, quiet
-from pear.tasks import Problem, load_task, rewards
+from pear.tasks import Problem, load_task
 
 TUNED = ("sft", "pear")  # both from "student"
 FOLDERS = {name: name for name in ("teacher", "student", *TUNED)} | {f"{name}_rl": f"rl/{name}" for name in TUNED}
@@ -332,12 +331,6 @@ def _numbers_and_target(problem: Problem) -> tuple[Numbers, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs: each runs in a process of its own with one thread, and reports how far it is by `tick(done, total)`
 
-Tick = Callable[[int, int], None]
-# of both trainers: one CPU process that reports by `tick` and is saved whole at its end
-TRAINER_OPTIONS = dict(
-    save_strategy="no", report_to="none", use_cpu=True, gradient_checkpointing=False, disable_tqdm=True
-)
-
 
 def pretrain(
     tick: Tick, folder: Path, name: str, settings: Settings, known: list[tuple[Numbers, int]] | None
@@ -352,90 +345,43 @@ def pretrain(
     rng = Random(f"{name} {settings.seed}")
     torch.manual_seed(rng.getrandbits(32))
     tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=3 * settings.hidden_size,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pretrain_lr, betas=(0.9, 0.98), weight_decay=0.1)
+    model = small_llama(tokenizer, settings.hidden_size, settings.layers, settings.heads)
     problems = train_problems() if known is None else known
-    recent = []
-    for step in range(steps):
-        warmup, cosine = min(1.0, 20 * (step + 1) / steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.pretrain_lr * warmup * cosine
-        styles = ["backward" if rng.random() < backward else "forward" for _ in range(settings.pretrain_batch)]
-        rows = _encode([worked_example(rng, problems, style) for style in styles], tokenizer)
-        tokens = sum(len(completion) for _, completion in rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        half = len(rows) // 2  # short examples and long ones apart, or half of what is computed were padding
-        for part in (rows[:half], rows[half:]):
-            share = model(**_pad(part, tokenizer), num_items_in_batch=tokens).loss
-            share.backward()
-            loss += share.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent = [*recent[-49:], loss]
-        tick(step + 1, steps)
+    styles: list[str] = []
+
+    def example() -> tuple[str, str]:
+        if not styles:  # drawn a batch at a time
+            styles.extend("backward" if rng.random() < backward else "forward" for _ in range(settings.pretrain_batch))
+        return worked_example(rng, problems, styles.pop(0))
+
+    loss = teach(
+        model,
+        tokenizer,
+        example,
+        steps=steps,
+        batch=settings.pretrain_batch,
+        learning_rate=settings.pretrain_lr,
+        progress=tick,
+    )
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return {"parameters": model.num_parameters(), "loss": sum(recent) / len(recent)}
-
-
-Row = tuple[list[int], list[int]]  # the ids of a prompt and of its completion
-
-
-def _encode(examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Shortest first."""
-    prompts, completions = (tokenizer(list(texts))["input_ids"] for texts in zip(*examples, strict=True))
-    rows = [(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
-    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-
-
-def _pad(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """input_ids and labels (B, T), padded on the right: behind a causal mask, padding needs no mask of its own."""
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
-    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    for i, (prompt, completion) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(completion)
-        input_ids[i, :end] = torch.tensor(prompt + completion)
-        labels[i, start:end] = input_ids[i, start:end]
-    return {"input_ids": input_ids, "labels": labels}
+    return {"parameters": model.num_parameters(), "loss": loss}
 
 
 def sample_traces(tick: Tick, out: Path, problems: list[Problem], settings: Settings, part: int) -> dict[str, Any]:
     """Draw the teacher's completions of these problems; keep the right ones that ended, each text once a problem."""
-    model, tokenizer = load_model(str(out / "teacher")), load_tokenizer(str(out / "teacher"))
-    style = prompt_format(tokenizer)
-    drawn = generate(
-        model,
-        tokenizer,
-        [p.prompt(style) for p in problems],
-        samples=settings.trace_samples,
+    traces = draw_traces(
+        load_model(str(out / "teacher")),
+        load_tokenizer(str(out / "teacher")),
+        problems,
+        settings.trace_samples,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed + part,
         batch_size=settings.generate_batch,
         progress=tick,
     )
-    rows, right = [], 0
-    for problem, completions in zip(problems, drawn, strict=True):
-        verdicts = rewards(problem, [c.text for c in completions])
-        right += sum(verdicts)
-        texts = {c.text: None for c, ok in zip(completions, verdicts, strict=True) if ok and c.finished}
-        rows += [{"prompt": problem.prompt(style), "completion": text} for text in texts]
-    return {"rows": rows, "right": right, "drawn": len(problems) * settings.trace_samples}
+    return traces._asdict()
 
 
 def score_traces(tick: Tick, out: Path, settings: Settings) -> dict[str, Any]:
@@ -465,104 +411,61 @@ def score_traces(tick: Tick, out: Path, settings: Settings) -> dict[str, Any]:
 def fine_tune(tick: Tick, out: Path, name: str, weighting: str, settings: Settings) -> None:
     """The student on the teacher's traces, by `pear.sft`; `weighting` is all that differs between "sft" and "pear"."""
     from pear.score import score
-    from pear.scored import load_scored
-    from pear.sft import PEARSFTTrainer
-    from pear.sft_config import PEARSFTConfig
 
-    warnings = _Collect()
-    logger = logging.getLogger("pear.sft")
-    logger.addHandler(warnings)
-    logger.propagate = False
     tokenizer = load_tokenizer(str(out / "student"))
     with whole_folder(out / name) as folder:
-        trainer = PEARSFTTrainer(
-            load_model(str(out / "student")),
-            PEARSFTConfig(
-                output_dir=str(folder),
-                weighting=weighting,
-                level="token",
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=settings.batch,
-                per_device_eval_batch_size=64,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=10,
-                logging_steps=settings.log_every,
-                eval_strategy="epoch",
-                eval_on_start=True,
-                seed=settings.seed,
-                **TRAINER_OPTIONS,
-            ),
-            train_dataset=load_scored(out / "scored" / "train.jsonl", tokenizer),
-            eval_dataset=load_scored(out / "scored" / "heldout.jsonl", tokenizer),
-            processing_class=tokenizer,
-            callbacks=[ticker(tick)],
+        model = load_model(str(out / "student"))
+        trained = pipeline.fine_tune(
+            tick,
+            model,
+            tokenizer,
+            folder,
+            out / "scored" / "train.jsonl",
+            out / "scored" / "heldout.jsonl",
+            weighting=weighting,
+            level="token",
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch,
+            per_device_eval_batch_size=64,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            logging_steps=settings.log_every,
+            eval_strategy="epoch",
+            eval_on_start=True,
+            seed=settings.seed,
+            use_cpu=True,
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_run(folder, "sft", trainer.state.log_history, {"start": "student", "weighting": weighting})
-        logger.removeHandler(warnings)
+        write_run(folder, "sft", trained.log, {"start": "student", "weighting": weighting})
     after = out / "training" / f"{name}.jsonl"
-    score(trainer.model, out / "traces.jsonl", after, tokenizer=tokenizer, progress=False, resume=False)
-    write_json(after.with_suffix(".json"), {"log": trainer.state.log_history, "warnings": warnings.messages})
+    score(model, out / "traces.jsonl", after, tokenizer=tokenizer, progress=False, resume=False)
+    write_json(after.with_suffix(".json"), trained._asdict())
 
 
 def reinforce(tick: Tick, out: Path, name: str, problems: list[Problem], settings: Settings) -> None:
     """GRPO from the checkpoint `name`, by `pear.rl`; nothing but the start differs between "sft" and "pear"."""
-    from pear.rewards import TaskReward
-    from pear.rl import PEARGRPOConfig, PEARGRPOTrainer, finish_run, task_dataset
+    from pear.rl import finish_run
 
-    tokenizer = load_tokenizer(str(out / name))
     with whole_folder(out / "rl" / name) as folder:
-        trainer = PEARGRPOTrainer(
+        trainer = pipeline.reinforce(
+            tick,
             load_model(str(out / name)),
-            TaskReward(problems),
-            PEARGRPOConfig(
-                output_dir=str(folder),
-                loss_type="grpo",
-                max_steps=settings.rl_rounds * settings.rl_updates,
-                per_device_train_batch_size=settings.rl_prompts * settings.rl_group // settings.rl_updates,
-                steps_per_generation=settings.rl_updates,
-                num_generations=settings.rl_group,
-                max_completion_length=settings.max_new_tokens,
-                learning_rate=settings.rl_learning_rate,
-                lr_scheduler_type="constant",
-                logging_steps=settings.rl_updates,
-                seed=settings.seed,
-                **TRAINER_OPTIONS,
-            ),
-            train_dataset=task_dataset(problems, tokenizer),
-            processing_class=tokenizer,
-            callbacks=[ticker(tick)],
+            load_tokenizer(str(out / name)),
+            folder,
+            problems,
+            loss_type="grpo",
+            max_steps=settings.rl_rounds * settings.rl_updates,
+            per_device_train_batch_size=settings.rl_prompts * settings.rl_group // settings.rl_updates,
+            steps_per_generation=settings.rl_updates,
+            num_generations=settings.rl_group,
+            max_completion_length=settings.max_new_tokens,
+            learning_rate=settings.rl_learning_rate,
+            lr_scheduler_type="constant",
+            logging_steps=settings.rl_updates,
+            seed=settings.seed,
+            use_cpu=True,
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         finish_run(folder, trainer, start=name, name=LABELS[name])
-
-
-def ticker(tick: Tick) -> transformers.TrainerCallback:
-    """A trainer's steps, told to `tick`."""
-
-    class Ticker(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            tick(state.global_step, state.max_steps)
-
-    return Ticker()
-
-
-class _Collect(logging.Handler):
-    """Keeps what is logged as a warning, to show it where it can be read."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 def evaluate_one(tick: Tick, folder: Path, problems: list[Problem], settings: Settings) -> dict[str, Any]:

@@ -1,1 +1,109 @@
-"""The experiment of the PEAR paper in miniature: several seeds, several ways of SFT, the same RL from each."""
+"""The experiment of the PEAR paper in miniature: several seeds, several ways of SFT, the same RL from each.
+
+study.py says what a configuration holds, units.py which jobs it becomes, graph.py runs and keeps them, phases.py is
+what they do, diagnostics.py what is looked at besides pass@k. results.py are the files that a study leaves;
+statistics.py, summary.py, figures.py and report.py make REPORT.md of them, and of nothing else.
+"""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pear.io import DataError
+from pear.replicate.study import load_study
+
+RESULTS = Path("experiments/results")
+RUNS = Path("runs/replicate")
+
+
+def replicate(
+    config: str | os.PathLike,
+    *,
+    fast: bool = False,
+    jobs: int | None = None,
+    out: str | os.PathLike | None = None,
+    results: str | os.PathLike | None = None,
+    calibrate: bool = False,
+) -> list[Path]:
+    """Run a study, or what is missing of it, and write its results and report.
+
+    Args:
+        config: YAML, see `pear.replicate.study`
+        fast: what the key `fast` of the configuration makes of it: a run that shows that everything works
+        jobs: processes side by side; None for one a core. Changes no figure
+        out: where checkpoints and the jobs' records go; None for runs/replicate/STUDY (-fast)
+        results: where the results go; None for experiments/results/STUDY, or with `fast` a folder within `out`
+        calibrate: run instead the baseline arm alone, with each of `calibration.try_rl`, and write calibration.md
+
+    Returns:
+        the files written, the report first
+
+    Raises:
+        DataError: a configuration that cannot be, a folder that is in use, or a job that had bad input
+        WriteError: the disk is full; finished jobs stay
+        UnitError: a job failed, named; finished jobs stay
+    """
+    study = load_study(config, fast)
+    out = RUNS / (study.study + "-fast" * fast) if out is None else Path(out)
+    if results is None:
+        results = out / "results" if fast else RESULTS / study.study
+    results, console = Path(results), Console()
+    for name, path in (("out", out), ("results", results)):
+        if path.exists() and not path.is_dir():
+            raise DataError(f"{name}: {path} is a file; give a folder")
+    notes = None
+    if study.notes is not None and not fast:
+        try:
+            notes = (Path(config).parent / study.notes).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"notes: {study.notes}, beside {config}, cannot be read: {error.strerror}") from None
+
+    from pear.replicate.calibration import write_calibration
+    from pear.replicate.graph import run_units
+    from pear.replicate.results import write_results
+    from pear.replicate.units import calibration_units, code_hash, collect, study_units, versions
+    from pear.workers import cores
+
+    workers = cores() if jobs is None else jobs
+    units = calibration_units(study) if calibrate else study_units(study)
+    console.print(f"{study.study}: {len(units)} jobs, {workers} at once, in {out}", soft_wrap=True, highlight=False)
+    records = run_units(units, out, workers=workers, code=code_hash(), console=console)
+    about: dict[str, Any] = {
+        "fast": fast,
+        "versions": versions(),
+        "commit": _commit(),
+        "device": f"{platform.machine()} ({platform.system()}), one thread a job" if study.cpu else _accelerator(),
+        "jobs_at_once": workers,
+        "notes": notes,
+    }
+    if calibrate:
+        return write_calibration(study, records, results, about)
+    from pear.replicate.report import write_report
+
+    found = collect(study, records, about)
+    files = write_report(found, results)
+    files += write_results(results, found)
+    return files
+
+
+def _commit() -> str | None:
+    """Of the checkout this package is in, with a plus sign if files differ from it; None where there is none."""
+    import subprocess
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _accelerator() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -18,6 +18,7 @@ from pear.demo import FAST, run
 from pear.eval import evaluate, pass_at_k
 from pear.io import DataError
 from pear.report import PICTURES
+from pear.tasks import rewards
 from pear_kernels import pear_weights
 
 
@@ -118,7 +119,7 @@ def test_traces_are_right_different_and_held_apart(finished):
     by_prompt = {p.compact: p for p in train}
     rows = [json.loads(line) for line in (finished / "traces.jsonl").read_text().splitlines()]
     assert len({(row["prompt"], row["completion"]) for row in rows}) == len(rows)
-    assert all(demo.rewards(by_prompt[row["prompt"]], [row["completion"]]) == [1] for row in rows)
+    assert all(rewards(by_prompt[row["prompt"]], [row["completion"]]) == [1] for row in rows)
     kept = {
         split: {
             (row["prompt"], row["completion"])
