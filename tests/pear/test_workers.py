@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -99,3 +100,22 @@ def test_in_this_process_no_job_starts_after_an_error():
         results, errors = run(workers, "one", "odd", "never")
     assert list(results) == ["one"] and results["one"][1] == os.getpid()
     assert isinstance(errors["odd"], OddError)
+
+
+def wait_and_clean_up(tick, path):
+    try:
+        tick(1, 4)
+        time.sleep(600)
+    finally:
+        path.touch()
+
+
+def test_a_job_that_is_broken_off_cleans_up(tmp_path):
+    def interrupt(name, share):
+        if share == 0.25:
+            raise KeyboardInterrupt
+
+    jobs = iter([("waits", Job(wait_and_clean_up, dict(path=tmp_path / "cleaned up")))])
+    with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+        workers.run(lambda: next(jobs, None), interrupt, print)
+    assert (tmp_path / "cleaned up").exists()

@@ -56,7 +56,14 @@ ERRORS = {
 
 
 def unit(name, value, log, needs=(), **arguments):
-    return Unit(name, total, dict(value=value, log=str(log), **arguments), needs, name.split("/")[0], {"arm": name})
+    return Unit(
+        name,
+        total,
+        dict(value=value, log=str(log), **arguments),
+        needs,
+        name.split("/")[0],
+        {"arm": name, "value": value},
+    )
 
 
 def diamond(log, **arguments):
@@ -103,7 +110,7 @@ def test_units_see_what_they_need_and_leave_a_record(tmp_path):
     ]  # fmt: skip
     assert whole(tmp_path / "out") == records
     assert records["arm/b"] | {"key": 0, "seconds": 0, "result": 0} == {
-        "name": "arm/b", "phase": "arm", "labels": {"arm": "arm/b"}, "needs": ["base"],
+        "name": "arm/b", "phase": "arm", "labels": {"arm": "arm/b", "value": 10}, "needs": ["base"],
         "key": 0, "seconds": 0, "result": 0,
     }  # fmt: skip
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs", ".lock"}
@@ -303,9 +310,8 @@ def run_again(tick, folder, needs, out):
         return {"error": str(error)}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, workers):
-    records = run([Unit("u", run_again, {"out": str(tmp_path)})], tmp_path, workers)
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    records = run([Unit("u", run_again, {"out": str(tmp_path)})], tmp_path)
     assert records["u"]["result"]["error"].startswith(f"out: another run is at work in {tmp_path}; wait for its end")
 
 
@@ -316,7 +322,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, workers):
 def many(log, seconds, stuck=None):
     """Three seeds of: base and teacher, three arms from them, RL of each; one unit needs all RL. 25 units in all.
 
-    They take about `seconds` each, those of the phase `stuck` a minute.
+    They take about `seconds` each, those of the phase `stuck` ten minutes.
     """
     units = []
     for seed in range(3):
@@ -326,7 +332,7 @@ def many(log, seconds, stuck=None):
             units.append(unit(f"rl/{i}/{seed}", 100 * seed + 20 + i, log, (f"sft/{i}/{seed}",)))
     units.append(unit("mean", 1000, log, tuple(u.name for u in units if u.phase == "rl")))
     rng = random.Random(5)
-    lengths = [seconds * (0.2 + 1.6 * rng.random()) if u.phase != stuck else 60.0 for u in units]
+    lengths = [seconds * (0.2 + 1.6 * rng.random()) if u.phase != stuck else 600.0 for u in units]
     return [replace(u, arguments=u.arguments | {"seconds": length}) for u, length in zip(units, lengths, strict=True)]
 
 
@@ -350,8 +356,9 @@ class Child:
             start_new_session=True,
         )
 
-    def wait_for_calls(self, count):
-        while len(calls(self.log)) < count:
+    def wait_until(self, reached):
+        """Until `reached(values of the units started)`."""
+        while not reached(calls(self.log)):
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.02)
 
@@ -377,7 +384,7 @@ def test_killed_at_any_time_a_run_goes_on_where_it_was(tmp_path):
     before, kept = 0, set()
     for workers, count in ((2, 3), (2, 8), (1, 3)):
         child = Child(tmp_path, workers, 0.15)
-        child.wait_for_calls(before + count)
+        child.wait_until(lambda started, count=before + count: len(started) >= count)
         time.sleep(0.3 * rng.random())
         child.process.kill()
         text = child.wait_for_end()
@@ -392,15 +399,26 @@ def test_killed_at_any_time_a_run_goes_on_where_it_was(tmp_path):
     assert what(records) == what(whole(out)) == what(run(units, tmp_path / "fresh"))
 
 
+def stuck(values):
+    return {value for value in values if value % 100 // 10 == 1}  # those of the phase sft
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing_half_made(tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_however_a_run_is_ended_its_workers_end_in_the_middle_of_their_work(tmp_path, end):
     child = Child(tmp_path, 2, 0.1, stuck="sft")
-    child.wait_for_calls(4)
-    os.killpg(child.process.pid, signal.SIGINT)  # as a terminal does
+    child.wait_until(lambda started: len(stuck(started)) == 2)
+    if end == signal.SIGINT:
+        os.killpg(child.process.pid, end)  # as a terminal does
+    else:
+        child.process.kill()
     text = child.wait_for_end()
-    assert child.process.returncode == -signal.SIGINT and text.count("Traceback") == 1, text
-    assert set(whole(tmp_path / "out")) == {"base/0", "teacher/0"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs", ".lock"}
+    assert child.process.returncode == -end, text
+    started = set(calls(tmp_path / "log"))
+    assert {record["labels"]["value"] for record in whole(tmp_path / "out").values()} == started - stuck(started)
+    if end == signal.SIGINT:
+        assert text.count("Traceback") == 1  # the parent's, and none of a worker's
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs", ".lock"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
