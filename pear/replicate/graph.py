@@ -88,7 +88,7 @@ def run_units(
         if len(records) < len(units):
             try:
                 with _disk(running):
-                    running.mkdir()
+                    running.mkdir(exist_ok=True)
                     # of this run alone: what a dying process of a killed one may still write is elsewhere
                     temporary = Path(tempfile.mkdtemp(dir=running))
                 _run(units, out, temporary, keys, records, team, console or Console())
@@ -148,7 +148,7 @@ def _named(errors: Mapping[str, Exception], out: Path) -> Exception:
     if cause is not None and cause.errno in DISK_FULL and not isinstance(error, WriteError):
         error = write_error(out / "jobs" / name, cause)
     kind = "" if isinstance(error, DataError | WriteError) else f"{type(error).__name__}: "
-    said = error.strerror if isinstance(error, WriteError) else str(error)
+    said = (error.strerror if isinstance(error, WriteError) else None) or str(error)
     text = f"{name}: {kind}{said.rstrip('.')}.{more}"
     if isinstance(error, WriteError):
         return WriteError(error.errno, text)
