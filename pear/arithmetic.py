@@ -56,8 +56,8 @@ def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[st
     "rewrite" repeats all that remains after each step: `3 + 8 - 5 + 2 =` goes on with
     `11 - 5 + 2 = 6 + 2 = 8 ; answer 8`: n^2 - n + 2 tokens for n terms.
     "pairs" writes one step after another: `3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8`: 6n - 4 tokens.
-    "reverse" does so from the right: `2 - 5 = -3 , -3 + 8 = 5 , 5 + 3 = 8 ; answer 8`, as long, or, where the last
-    term is subtracted and so stands first as a negative number, no longer.
+    "reverse" does so from the right: `2 - 5 = -3 , -3 + 8 = 5 , 5 + 3 = 8 ; answer 8`, as long; a last term that is
+    subtracted stands first as a negative number.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -65,13 +65,12 @@ def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[st
     if not _PROBLEM.fullmatch(problem):
         raise ValueError(f"problems must be sums and differences of two terms or more, as '3 + 8 - 5', got {problem!r}")
     first, *rest = problem.split()
+    total = int(first)
     if style == "reverse":
         words = ["+", first, *rest]
-        first, rest = (
-            (words[-2] + words[-1]).lstrip("+"),
-            [w for i in range(len(words) - 4, -1, -2) for w in words[i : i + 2]],
-        )
-    total, steps = int(first), []
+        total = int(words[-1]) if words[-2] == "+" else -int(words[-1])
+        rest = [word for i in range(len(words) - 4, -1, -2) for word in words[i : i + 2]]
+    steps: list[str] = []
     while rest:
         op, term, *rest = rest
         after = total + int(term) if op == "+" else total - int(term)

@@ -164,7 +164,7 @@ def sft(
         **options,
     )
     weights = []
-    if options.get("weighting", "pear") != "none":
+    if options.get("weighting", "pear") not in ("none", "idft"):  # idft's hang on entropies, which rows do not hold
         after = folder / "after.jsonl"
         score(
             _load(folder, how.dtype, cpu), train, after, tokenizer=tokenizer, column="ref_logprobs", progress=False

@@ -36,14 +36,18 @@ def value(expression: str) -> int:
 # ---- worked examples
 
 
-def test_the_two_styles():
+def test_the_three_styles():
     solutions = {style: worked_example(Random(0), ["3 + 8 - 5 + 2"], style) for style in STYLES}
     assert solutions == {
         "rewrite": ("3 + 8 - 5 + 2 =", "11 - 5 + 2 = 6 + 2 = 8 ; answer 8"),
         "pairs": ("3 + 8 - 5 + 2 =", "3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8"),
+        "reverse": ("3 + 8 - 5 + 2 =", "2 - 5 = -3 , -3 + 8 = 5 , 5 + 3 = 8 ; answer 8"),
     }
     assert worked_example(Random(0), ["3 - 9 + 6"], "rewrite") == ("3 - 9 + 6 =", "-6 + 6 = 0 ; answer 0")
     assert worked_example(Random(0), ["3 - 9"], "pairs") == ("3 - 9 =", "3 - 9 = -6 ; answer -6")
+    assert worked_example(Random(0), ["3 - 9"], "reverse") == ("3 - 9 =", "-9 + 3 = -6 ; answer -6")
+    assert worked_example(Random(0), ["3 + 4 - 0"], "reverse") == ("3 + 4 - 0 =", "0 + 4 = 4 , 4 + 3 = 7 ; answer 7")
+    assert worked_example(Random(0), ["-3 - -2"], "reverse") == ("-3 - -2 =", "2 + -3 = -1 ; answer -1")
 
 
 @given(expressions(largest=99))
@@ -72,6 +76,20 @@ def test_pairs_take_each_term_once_and_each_holds(problem):
     assert carried == answer == str(value(problem))
 
 
+@given(expressions(largest=99))
+def test_reverse_takes_each_term_once_from_the_right_and_each_step_holds(problem):
+    prompt, solution = worked_example(Random(0), [problem], "reverse")
+    steps, answer = solution.split(" ; answer ")
+    terms = [int(term) for term in re.findall(r"[+-]?\d+", problem.replace(" ", ""))]  # with their signs
+    carried = terms[-1]
+    for step, term in zip(steps.split(" , "), terms[-2::-1], strict=True):
+        left, right = step.split(" = ")
+        first, *rest = left.split(" ")
+        assert first == str(carried) and value("".join(rest)) == term and right == str(value(left))
+        carried = int(right)
+    assert prompt == f"{problem} =" and answer == str(carried) == str(value(problem))
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_reasoning_gym_finds_the_answers_right(style, split):
@@ -95,7 +113,7 @@ def test_examples_are_drawn_from_all_problems():
 
 
 def test_bad_examples_are_named():
-    with pytest.raises(ValueError, match="style must be one of rewrite, pairs, got 'forward'"):
+    with pytest.raises(ValueError, match="style must be one of rewrite, pairs, reverse, got 'forward'"):
         worked_example(Random(0), ["1 + 2"], "forward")
     for bad in ["3", "3 * 2", "3+2", "3 + 2 =", "3 + x", ""]:
         with pytest.raises(ValueError, match=re.escape(f"got {bad!r}")):
@@ -160,6 +178,8 @@ def test_bad_settings_are_named(arguments, message):
 @example(ALL_NINES, "rewrite")
 @example(ALL_TAKEN, "rewrite")
 @example(ALL_TAKEN, "pairs")
+@example(ALL_TAKEN, "reverse")
+@example("9 - 0", "reverse")
 def test_every_word_of_a_worked_example_is_one_token(problem, style):
     prompt, solution = worked_example(Random(0), [problem], style)
     for text in (prompt, solution, f"{prompt} {solution}"):
@@ -189,10 +209,11 @@ def test_tokens_of_a_solution(terms):
     problem = " - ".join("123456789"[:terms])
     counts = [len(TOKENIZER(worked_example(Random(0), [problem], style)[1])["input_ids"]) for style in STYLES]
     remaining = sum(2 * left - 1 for left in range(1, terms))  # n numbers with n - 1 signs between them
-    assert counts == [remaining + (terms - 2) + 3, 5 * (terms - 1) + (terms - 2) + 3]
-    assert counts == [terms**2 - terms + 2, 6 * terms - 4]  # as the docstring says
+    step_by_step = 5 * (terms - 1) + (terms - 2) + 3  # from either end
+    assert counts == [remaining + (terms - 2) + 3, step_by_step, step_by_step]
+    assert counts == [terms**2 - terms + 2, 6 * terms - 4, 6 * terms - 4]  # as the docstring says
     if terms == 8:
-        assert counts == [58, 44] and len(TOKENIZER(f"{problem} =")["input_ids"]) == 16
+        assert counts == [58, 44, 44] and len(TOKENIZER(f"{problem} =")["input_ids"]) == 16
 
 
 def test_the_tokenizer_survives_saving(tmp_path):
