@@ -187,10 +187,11 @@ def replicate(
     """The paper's experiment in miniature: several ways of SFT, the same RL from each, over seeds, and a report."""
     from pear.io import DataError, WriteError
     from pear.replicate import replicate as run
+    from pear.replicate.graph import UnitError
 
     try:
         files = run(config, fast=fast, jobs=jobs, out=out, results=results, calibrate=calibrate)
-    except (DataError, WriteError) as error:
+    except (DataError, WriteError, UnitError) as error:
         raise _fail(error) from None
     for path in files:
         typer.echo(f"written: {path}")

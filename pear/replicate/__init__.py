@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pear.io import DataError
-from pear.replicate.study import load_study
+from pear.replicate.study import Study, load_study
 
 RESULTS = Path("experiments/results")
 RUNS = Path("runs/replicate")
@@ -61,6 +61,8 @@ def replicate(
         except OSError as error:
             raise DataError(f"notes: {study.notes}, beside {config}, cannot be read: {error.strerror}") from None
 
+    _check_problems(study, config)
+
     from pear.replicate.calibration import write_calibration
     from pear.replicate.graph import run_units
     from pear.replicate.results import write_results
@@ -84,9 +86,29 @@ def replicate(
     from pear.replicate.report import write_report
 
     found = collect(study, records, about)
-    files = write_report(found, results)
-    files += write_results(results, found)
-    return files
+    files = write_results(results, found)
+    return write_report(found, results) + files
+
+
+def _check_problems(study: Study, config: str | os.PathLike) -> None:
+    """Raise unless the task, configured so, has the problems that the study asks for."""
+    from pear.tasks import load_task
+    from pear.worked import WORKED
+
+    wanted = {
+        "evaluation.problems": ("test", study.evaluation.problems, study.evaluation.seed),
+        "traces.problems": ("train", study.traces.problems, 0),
+        "rl.problems": ("train", study.rl.problems, 0),
+    }
+    for name, (split, size, seed) in wanted.items():
+        try:
+            load_task(study.task, split, size, seed, **study.task_config)
+        except (ValueError, TypeError, AssertionError) as error:  # reasoning-gym asserts
+            raise DataError(f"{config}: {name} and task_config: {error}") from None
+    try:
+        WORKED[study.task].problems(study.task_config, 0)
+    except ValueError as error:
+        raise DataError(f"{config}: {error}") from None
 
 
 def _commit() -> str | None:

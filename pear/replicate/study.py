@@ -15,6 +15,8 @@ import yaml
 from pear.io import DataError
 from pear.tasks import TASKS
 from pear.worked import WORKED
+from pear_kernels.weightings import WeightingOptions
+from pear_kernels.weights import PEAROptions
 
 NAME = "abcdefghijklmnopqrstuvwxyz0123456789-"
 
@@ -155,6 +157,9 @@ def load_study(path: str | os.PathLike, fast: bool = False) -> Study:
         if not isinstance(overlay, dict):
             raise DataError(f"--fast: {path} has no key `fast` with what is smaller then")
         values = overlaid(values, overlay)
+    for group in ("arms", "ablations"):  # an arm that `fast` says null of is left out
+        if isinstance(values.get(group), dict):
+            values[group] = {name: options for name, options in values[group].items() if options is not None}
     study = _build(Study, values, str(path))
     _check(study, path)
     return study
@@ -221,32 +226,33 @@ def _check(study: Study, path: Path) -> None:
 
     if study.task not in WORKED:
         refuse(f"task must be one with worked solutions ({', '.join(WORKED)}), got {study.task!r}")
-    for name in ("seeds", "max_new_tokens", "generate_batch"):
-        if getattr(study, name) < 1:
-            refuse(f"{name} must be at least 1, got {getattr(study, name)}")
     for name in (study.study, *study.all_arms):
-        if not name or set(name) - set(NAME):
+        if not isinstance(name, str) or not name or set(name) - set(NAME):
             refuse(f"names of study and arms are of small letters, digits and hyphens, got {name!r}")
     if both := set(study.arms) & set(study.ablations):
         refuse(f"{sorted(both)[0]!r} is among both arms and ablations")
     if {"student", "teacher"} & set(study.all_arms):
         refuse("no arm can be called student or teacher: those are what the arms start from")
-    for name in (study.baseline, study.primary.arm):
+    for key, name in (("baseline", study.baseline), ("primary.arm", study.primary.arm)):
         if name not in study.arms:
-            refuse(f"baseline and primary.arm must be among the arms ({', '.join(study.arms)}), got {name!r}")
+            refuse(f"{key} must be among the arms ({', '.join(study.arms)}), got {name!r}")
+    if study.primary.arm == study.baseline:
+        refuse(f"primary.arm must be another arm than the baseline, got {study.baseline!r} for both")
+    _check_numbers(study, refuse)
+    if study.ablations and not 1 <= study.ablation_seeds <= study.seeds:
+        refuse(f"ablation_seeds must lie between 1 and seeds = {study.seeds}, got {study.ablation_seeds}")
+    for k in study.evaluation.ks:
+        if type(k) is not int or not 1 <= k <= study.evaluation.samples:
+            refuse(f"evaluation.ks must lie between 1 and samples = {study.evaluation.samples}, got {k!r}")
     if study.primary.k not in study.evaluation.ks:
         refuse(f"primary.k must be one of evaluation.ks = {study.evaluation.ks}, got {study.primary.k}")
-    for k in study.evaluation.ks:
-        if not isinstance(k, int) or not 1 <= k <= study.evaluation.samples:
-            refuse(f"evaluation.ks must lie between 1 and samples = {study.evaluation.samples}, got {k!r}")
-    if not 0 <= study.ablation_seeds <= study.seeds:
-        refuse(f"ablation_seeds must lie between 0 and seeds = {study.seeds}, got {study.ablation_seeds}")
-    if study.ablations and not study.ablation_seeds:
-        refuse("ablations need ablation_seeds of 1 or more")
-    if study.rl.prompts * study.rl.group % study.rl.updates:
-        refuse(f"rl.updates = {study.rl.updates} must divide prompts x group = {study.rl.prompts * study.rl.group}")
-    if study.rl.problems < study.rl.prompts:
-        refuse(f"rl.problems must be at least rl.prompts = {study.rl.prompts}, got {study.rl.problems}")
+    if study.model.dtype not in DTYPES:
+        refuse(f"model.dtype must be one of {', '.join(DTYPES)}, got {study.model.dtype!r}")
+    if study.model.start is None and study.model.hidden_size % (2 * study.model.heads):
+        refuse(
+            f"model.hidden_size must be a multiple of twice model.heads = {study.model.heads}, "
+            f"got {study.model.hidden_size}"
+        )
     for name in ("student", "teacher"):
         shares = getattr(study, name).styles
         if unknown := set(shares) - set(WORKED[study.task].styles):
@@ -256,7 +262,71 @@ def _check(study: Study, path: Path) -> None:
     config = TASKS[study.task].config
     if unknown := set(study.task_config) - set(config):
         refuse(f"task_config: {sorted(unknown)[0]!r} is no setting of {study.task} ({', '.join(config)})")
+    _check_rl("rl", study.rl, refuse)
+    _check_calibration(study, refuse)
     _check_arms(study, refuse)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+LEAST = {  # of whole numbers
+    "seeds": 1, "max_new_tokens": 1, "generate_batch": 1,
+    "model.hidden_size": 1, "model.layers": 1, "model.heads": 1, "model.lora_rank": 0,
+    "student.steps": 0, "student.batch": 1, "student.memorise": 1,
+    "teacher.steps": 0, "teacher.batch": 1, "teacher.memorise": 1,
+    "traces.problems": 1, "traces.samples": 1, "traces.rows": 1,
+    "sft.epochs": 1, "sft.batch": 1, "sft.warmup_steps": 0,
+    "evaluation.problems": 1, "evaluation.samples": 1, "evaluation.seed": 0,
+}  # fmt: skip
+LEAST_OF_RL = {"rounds": 1, "prompts": 1, "group": 2, "updates": 1}
+
+
+def _check_numbers(study: Study, refuse) -> None:
+    def get(name: str) -> Any:
+        value = study
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    for name, least in LEAST.items():
+        if (value := get(name)) is not None and value < least:
+            refuse(f"{name} must be at least {least}, got {value}")
+    for name in ("student.learning_rate", "teacher.learning_rate", "sft.learning_rate"):
+        if not 0 < get(name) < float("inf"):
+            refuse(f"{name} must be more than 0, got {get(name)}")
+    if not 0 < study.traces.heldout_share < 1:
+        refuse(f"traces.heldout_share must lie between 0 and 1, got {study.traces.heldout_share}")
+
+
+def _check_rl(where: str, rl: RL, refuse) -> None:
+    for name, least in LEAST_OF_RL.items():
+        if (value := getattr(rl, name)) < least:
+            refuse(f"{where}.{name} must be at least {least}, got {value}")
+    if not 0 < rl.learning_rate < float("inf"):
+        refuse(f"{where}.learning_rate must be more than 0, got {rl.learning_rate}")
+    if not 0 <= rl.beta < float("inf"):
+        refuse(f"{where}.beta must be 0 or more, got {rl.beta}")
+    if rl.prompts * rl.group % rl.updates:
+        refuse(f"{where}.updates must divide prompts x group = {rl.prompts * rl.group}, got {rl.updates}")
+    if rl.problems < rl.prompts:
+        refuse(f"{where}.problems must be at least {where}.prompts = {rl.prompts}, got {rl.problems}")
+
+
+def _check_calibration(study: Study, refuse) -> None:
+    seeds = study.calibration.seeds
+    for seed in seeds:
+        if type(seed) is not int or seed < study.seeds:
+            refuse(f"calibration.seeds must be other than the study's, whole numbers from {study.seeds}, got {seed!r}")
+    if len(set(seeds)) < len(seeds) or not seeds:
+        refuse(f"calibration.seeds must be one or more, none twice, got {seeds}")
+    for i, overrides in enumerate(study.calibration.try_rl):
+        where = f"calibration.try_rl[{i}]"
+        if not isinstance(overrides, dict):
+            refuse(f"{where} must be a mapping of settings of rl, got {overrides!r}")
+        try:
+            tried = with_rl(study, overrides).rl
+        except DataError as error:
+            refuse(f"{where}: {str(error).partition(': ')[2]}")
+        _check_rl(where, tried, refuse)
 
 
 def _check_arms(study: Study, refuse) -> None:
@@ -266,18 +336,20 @@ def _check_arms(study: Study, refuse) -> None:
     for name, options in study.all_arms.items():
         if not isinstance(options, dict):
             refuse(f"arm {name!r} must be a mapping of options of `pear sft`, got {options!r}")
-        if unknown := set(options) - own:
-            refuse(f"arm {name!r}: {sorted(unknown)[0]!r} is no option of `pear sft`")
-        if fixed := set(options) & FIXED:
-            refuse(f"arm {name!r}: {sorted(fixed)[0]!r} is the same for all arms; set it under `sft`")
+        for key in options:
+            if key not in own:
+                refuse(f"arm {name!r}: {key!r} is no option of `pear sft`")
+            if key not in OBJECTIVE:
+                refuse(
+                    f"arm {name!r}: {key!r} is the same for all arms, which differ by their objective alone "
+                    f"({', '.join(OBJECTIVE)}); what SFT has settings for is under `sft`"
+                )
         try:
             PEARSFTConfig(output_dir="none", use_cpu=True, report_to="none", **options)
         except (ValueError, TypeError) as error:
             refuse(f"arm {name!r}: {error}")
 
 
-# what no arm may change: the arms differ by their objective alone
-FIXED = {
-    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
-    "warmup_steps", "seed", "output_dir", "gradient_accumulation_steps", "optim", "weight_decay",
-}  # fmt: skip
+# What an arm may set. The traces hold what these need: log-probs of behaviour policy and student, no wrong answers and
+# no teacher's top-k.
+OBJECTIVE = ("weighting", *PEAROptions._fields, *WeightingOptions._fields)
