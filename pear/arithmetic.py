@@ -18,9 +18,9 @@ _PROBLEM = re.compile(r"-?\d+( [+-] -?\d+)+", re.ASCII)
 def make_tokenizer(largest: int = LARGEST) -> PreTrainedTokenizerFast:
     """One token a number, from -largest to largest, or symbol: "-5" is a number, "3 - 5" is three words.
 
-    White space alone separates, so "3-5" is <unk>, and encode(decode(ids)) == ids.
+    encode(decode(ids)) == ids. A prompt's "=" and the first number of what follows need no space between them.
     """
-    return word_tokenizer([*map(str, range(-largest, largest + 1)), *_SYMBOLS], pattern=r"\S+")
+    return word_tokenizer([*map(str, range(-largest, largest + 1)), *_SYMBOLS], pattern=r"-?\d+|[a-z]+|\S")
 
 
 def train_problems(

@@ -109,6 +109,11 @@ def traces(
         )
     write_jsonl(folder / "traces.jsonl", rows)
     summary = score(teacher, folder / "traces.jsonl", folder / "scored.jsonl", tokenizer=tokenizer, progress=False)
+    if summary["prompt_cut"]:
+        raise DataError(
+            f"{summary['prompt_cut']} of {len(rows)} prompts change at their end once the completion follows: text and "
+            "tokens of these models do not agree, so the scores would be of other tokens than were sampled"
+        )
     student = _load(role["student"], Model(**model).dtype, cpu)
     score(
         student, folder / "scored.jsonl", folder / "scored.jsonl", tokenizer=tokenizer, column="ref_logprobs",
