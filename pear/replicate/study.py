@@ -5,6 +5,7 @@ Every choice that the paper leaves open is a key here with our default, and the 
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -345,7 +346,9 @@ def _check_arms(study: Study, refuse) -> None:
                     f"({', '.join(OBJECTIVE)}); what SFT has settings for is under `sft`"
                 )
         try:
-            PEARSFTConfig(output_dir="none", use_cpu=True, report_to="none", **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what TRL sets
+                PEARSFTConfig(output_dir="none", use_cpu=True, report_to="none", **options)
         except (ValueError, TypeError) as error:
             refuse(f"arm {name!r}: {error}")
 
