@@ -183,6 +183,9 @@ def replicate(
     calibrate: Annotated[
         bool, typer.Option(help="Try the settings of RL on the baseline arm alone, on seeds of their own.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option(help="Run nothing; write the report again from the results there are, with today's notes.")
+    ] = False,
 ) -> None:
     """The paper's experiment in miniature: several ways of SFT, the same RL from each, over seeds, and a report."""
     from pear.io import DataError, WriteError
@@ -190,7 +193,7 @@ def replicate(
     from pear.replicate.graph import UnitError
 
     try:
-        files = run(config, fast=fast, jobs=jobs, out=out, results=results, calibrate=calibrate)
+        files = run(config, fast=fast, jobs=jobs, out=out, results=results, calibrate=calibrate, report=report)
     except (DataError, WriteError, UnitError) as error:
         raise _fail(error) from None
     for path in files:

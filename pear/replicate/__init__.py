@@ -7,6 +7,7 @@ statistics.py, summary.py, figures.py and report.py make REPORT.md of them, and 
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def replicate(
     out: str | os.PathLike | None = None,
     results: str | os.PathLike | None = None,
     calibrate: bool = False,
+    report: bool = False,
 ) -> list[Path]:
     """Run a study, or what is missing of it, and write its results and report.
 
@@ -36,6 +38,7 @@ def replicate(
         jobs: processes side by side; None for one a core. Changes no figure
         out: where checkpoints and the jobs' records go; None for runs/replicate/STUDY (-fast)
         results: where the results go; None for experiments/results/STUDY, or with `fast` a folder within `out`
+        report: run nothing, and write the report again from the rows in `results`, with the notes as they are now
         calibrate: run instead the baseline arm alone, with each of `calibration.try_rl`, and write calibration.md
 
     Returns:
@@ -63,9 +66,16 @@ def replicate(
 
     _check_problems(study, config)
 
+    from pear.replicate.report import write_report
+    from pear.replicate.results import read_results, write_results
+
+    if report:
+        found = read_results(results)
+        found = replace(found, study={**found.study, "notes": notes})
+        return [*write_report(found, results), *write_results(results, found)]
+
     from pear.replicate.calibration import write_calibration
     from pear.replicate.graph import run_units
-    from pear.replicate.results import write_results
     from pear.replicate.units import calibration_units, code_hash, collect, study_units, versions
     from pear.workers import cores
 
@@ -83,8 +93,6 @@ def replicate(
     }
     if calibrate:
         return write_calibration(study, records, results, about)
-    from pear.replicate.report import write_report
-
     found = collect(study, records, about)
     files = write_results(results, found)
     return write_report(found, results) + files

@@ -110,15 +110,21 @@ def _seeds(found: Difference) -> str:
 
 
 def _asked(results: Results) -> list[str]:
+    bases = (results.study["config"].get("bases") or 0) if len(results.study["seeds"]) > 1 else 0
+    seed = (
+        "A seed is a replication of all of it: models, traces, order of the data, RL."
+        if not bases
+        else f"Seeds share {_several(bases, 'pair')} of student and teacher with the traces; a seed is a replication "
+        "of what follows: order of the data, RL and evaluation."
+    )
     made = f"start from {start} and are taught" if (start := _start(results)) else "are trained from nothing on"
     return [
         "Whether fine-tuning that weights tokens as PEAR does leaves a better start for RL than plain SFT does; and "
         "whether the order of methods after SFT is still their order after RL.",
-        f"For each seed, a student and a teacher {made} {plain(results.study['task'])}; the teacher writes traces, of "
+        f"A student and a teacher {made} {plain(results.study['task'])}; the teacher writes traces, of "
         "which the verified ones are kept and scored with its log-probs. Each arm fine-tunes the same student on the "
         "same traces and then goes through the same RL. All are evaluated before and after RL on the same "
-        f"{_several(len(results.problems), 'problem')}. A seed is a replication of all of it: models, traces, order of "
-        "the data, RL.",
+        f"{_several(len(results.problems), 'problem')}. {seed}",
     ]
 
 

@@ -110,7 +110,8 @@ class Study:
     teacher: Taught
     arms: dict[str, dict[str, Any]]  # name -> options of PEARSFTConfig
     task_config: dict[str, Any] = field(default_factory=dict)  # overrides of the task's reasoning-gym configuration
-    seeds: int = 8  # an arm; each its own student, behaviour policy, traces, order and RL
+    seeds: int = 8  # an arm; of the order of the data, of RL and of evaluation
+    bases: int | None = None  # students with their behaviour policies and traces, shared by seeds; None: one a seed
     ablations: dict[str, dict[str, Any]] = field(default_factory=dict)  # more arms
     ablation_seeds: int = 4  # of these arms: the first of `seeds`
     baseline: str = "sft"
@@ -133,6 +134,10 @@ class Study:
 
     def seeds_of(self, arm: str) -> range:
         return range(self.seeds if arm in self.arms else self.ablation_seeds)
+
+    def base_of(self, seed: int) -> int:
+        """Which student, behaviour policy and traces a seed works with."""
+        return seed if self.bases is None or seed >= self.seeds else seed % self.bases
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -227,6 +232,8 @@ def _check(study: Study, path: Path) -> None:
 
     if study.task not in WORKED:
         refuse(f"task must be one with worked solutions ({', '.join(WORKED)}), got {study.task!r}")
+    if study.bases is not None and not 1 <= study.bases <= study.seeds:
+        refuse(f"bases must lie between 1 and seeds = {study.seeds}, got {study.bases}")
     for name in (study.study, *study.all_arms):
         if not isinstance(name, str) or not name or set(name) - set(NAME):
             refuse(f"names of study and arms are of small letters, digits and hyphens, got {name!r}")

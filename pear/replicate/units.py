@@ -54,32 +54,35 @@ def calibration_units(study: Study) -> list[Unit]:
 
 
 def _start(study: Study, seed: int) -> list[Unit]:
-    """Student, behaviour policy, its traces, and pass@k of both."""
-    units, model = [], asdict(study.model)
+    """Student, behaviour policy and its traces, if this seed is the first with them, and pass@k of both."""
+    units, model, base = [], asdict(study.model), study.base_of(seed)
+    if base == seed:
+        for role in ("student", "teacher"):
+            taught = asdict(getattr(study, role))
+            arguments = dict(role=role, seed=seed, **_task(study), model=model, taught=taught, cpu=study.cpu)
+            units.append(_unit(f"{role}/{seed}", phases.base, arguments, (), {"arm": role, "seed": seed}))
+        arguments = dict(
+            seed=seed, **_task(study), traces=asdict(study.traces), model=model, **_sampling(study), cpu=study.cpu
+        )
+        needs = (f"teacher/{seed}", f"student/{seed}")
+        units.append(_unit(f"traces/{seed}", phases.traces, arguments, needs, {"seed": seed}))
     for role in ("student", "teacher"):
-        taught = asdict(getattr(study, role))
-        arguments = dict(role=role, seed=seed, **_task(study), model=model, taught=taught, cpu=study.cpu)
-        units.append(_unit(f"{role}/{seed}", phases.base, arguments, (), {"arm": role, "seed": seed}))
-    arguments = dict(
-        seed=seed, **_task(study), traces=asdict(study.traces), model=model, **_sampling(study), cpu=study.cpu
-    )
-    needs = (f"teacher/{seed}", f"student/{seed}")
-    units.append(_unit(f"traces/{seed}", phases.traces, arguments, needs, {"seed": seed}))
-    for unit in units[:2]:
-        units.append(_evaluate(study, f"{START}/{unit.name}", unit.name, unit.labels))
+        labels = {"arm": role, "seed": seed}
+        units.append(_evaluate(study, f"{START}/{role}/{seed}", f"{role}/{base}", labels))
     return units
 
 
 def _arm(study: Study, arm: str, options: dict[str, Any], seed: int) -> list[Unit]:
     labels, sft, rl = {"arm": arm, "seed": seed}, f"sft/{arm}/{seed}", f"rl/{arm}/{seed}"
+    base = study.base_of(seed)
     arguments = dict(seed=seed, sft=asdict(study.sft), model=asdict(study.model), options=options, cpu=study.cpu)
     return [
-        _unit(sft, phases.sft, arguments, (f"student/{seed}", f"traces/{seed}"), labels),
+        _unit(sft, phases.sft, arguments, (f"student/{base}", f"traces/{base}"), labels),
         _rl(study, rl, sft, labels),
         _evaluate(study, f"before/{arm}/{seed}", sft, labels),
         _evaluate(study, f"after/{arm}/{seed}", rl, labels),
         _unit(
-            f"diagnose/{arm}/{seed}", phases.diagnose, _evaluation(study, seed), (f"student/{seed}", sft, rl), labels
+            f"diagnose/{arm}/{seed}", phases.diagnose, _evaluation(study, seed), (f"student/{base}", sft, rl), labels
         ),
     ]
 
@@ -190,7 +193,9 @@ def collect(study: Study, records: Mapping[str, dict[str, Any]], about: dict[str
         "baseline": study.baseline,
         "primary": asdict(study.primary),
         "ks": study.evaluation.ks,
-        "traces": {seed: records[f"traces/{seed}"]["result"] for seed in map(str, range(study.seeds))},
+        "traces": {
+            name.split("/")[1]: record["result"] for name, record in records.items() if record["phase"] == "traces"
+        },
         **about,
     }
     rows = (
