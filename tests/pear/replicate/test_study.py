@@ -202,6 +202,7 @@ REFUSED = {
     "k of 0": (changed(evaluation__ks=[0, 8]), "evaluation.ks must lie between 1 and samples = 32, got 0"),
     "k no number": (changed(evaluation__ks=["8"]), "evaluation.ks must lie between 1 and samples = 32, got '8'"),
     "seeds": (changed(seeds=0), "seeds must be at least 1, got 0"),
+    "bases": (changed(seeds=4, bases=5), "bases must lie between 1 and seeds = 4, got 5"),
     "tokens": (changed(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
     "layers": (changed(model__layers=0), "model.layers must be at least 1, got 0"),
     "heads": (
