@@ -79,14 +79,14 @@ def replicate(
     from pear.replicate.units import calibration_units, code_hash, collect, study_units, versions
     from pear.workers import cores
 
-    workers = cores() if jobs is None else jobs
+    workers, commit = cores() if jobs is None else jobs, _commit()  # as it is now, not when the last job is done
     units = calibration_units(study) if calibrate else study_units(study)
     console.print(f"{study.study}: {len(units)} jobs, {workers} at once, in {out}", soft_wrap=True, highlight=False)
     records = run_units(units, out, workers=workers, code=code_hash(), console=console)
     about: dict[str, Any] = {
         "fast": fast,
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit,
         "device": f"{platform.machine()} ({platform.system()}), one thread a job" if study.cpu else _accelerator(),
         "jobs_at_once": workers,
         "notes": notes,
