@@ -1,4 +1,4 @@
-"""chain_sum for models trained from nothing: a small tokenizer, and worked solutions in three styles to learn from."""
+"""chain_sum for models trained from nothing: a small tokenizer, and worked solutions in two styles to learn from."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pear.tasks import load_task
 from pear.word_tokenizer import word_tokenizer
 
 LARGEST = 99  # absolute value of the numbers that are a token: enough for 11 terms of one digit
-STYLES = ("rewrite", "pairs", "reverse")
+STYLES = ("pairs", "checked")
 _SYMBOLS = ["+", "-", "=", ",", ";", "answer"]
 _PROBLEM = re.compile(r"-?\d+( [+-] -?\d+)+", re.ASCII)
 
@@ -51,13 +51,10 @@ def train_problems(
 
 
 def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[str, str]:
-    """A prompt and a right solution of one of `problems`.
+    """A prompt and a right solution of one of `problems`, summed from left to right.
 
-    "rewrite" repeats all that remains after each step: `3 + 8 - 5 + 2 =` goes on with
-    `11 - 5 + 2 = 6 + 2 = 8 ; answer 8`: n^2 - n + 2 tokens for n terms.
-    "pairs" writes one step after another: `3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8`: 6n - 4 tokens.
-    "reverse" does so from the right: `2 - 5 = -3 , -3 + 8 = 5 , 5 + 3 = 8 ; answer 8`, as long; a last term that is
-    subtracted stands first as a negative number.
+    "pairs" writes one step after another: `3 + 8 = 11 , 11 - 5 = 6 , 6 + 2 = 8 ; answer 8`: 6n - 4 tokens for n terms.
+    "checked" undoes each step too: `3 + 8 = 11 , 11 - 8 = 3 ; 11 - 5 = 6 , 6 + 5 = 11 ; answer 6`: 12n - 10 tokens.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -65,15 +62,10 @@ def worked_example(rng: Random, problems: Sequence[str], style: str) -> tuple[st
     if not _PROBLEM.fullmatch(problem):
         raise ValueError(f"problems must be sums and differences of two terms or more, as '3 + 8 - 5', got {problem!r}")
     first, *rest = problem.split()
-    total = int(first)
-    if style == "reverse":
-        words = ["+", first, *rest]
-        total = int(words[-1]) if words[-2] == "+" else -int(words[-1])
-        rest = [word for i in range(len(words) - 4, -1, -2) for word in words[i : i + 2]]
-    steps: list[str] = []
-    while rest:
-        op, term, *rest = rest
+    total, steps = int(first), []
+    for op, term in zip(rest[::2], rest[1::2], strict=True):
         after = total + int(term) if op == "+" else total - int(term)
-        steps.append(" ".join([str(after), *rest]) if style == "rewrite" else f"{total} {op} {term} = {after}")
+        check = f" , {after} {'-' if op == '+' else '+'} {term} = {total}" if style == "checked" else ""
+        steps.append(f"{total} {op} {term} = {after}{check}")
         total = after
-    return f"{problem} =", f"{(' = ' if style == 'rewrite' else ' , ').join(steps)} ; answer {total}"
+    return f"{problem} =", f"{(' ; ' if style == 'checked' else ' , ').join(steps)} ; answer {total}"
