@@ -94,7 +94,10 @@ class Primary:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Settings of RL tried on the baseline arm alone, on seeds and problems that the study does not use."""
+    """Settings of RL tried on the baseline arm alone, on seeds that the study does not use.
+
+    Students, traces and RL's problems are those of these seeds; the held-out problems are the study's.
+    """
 
     seeds: list[int] = field(default_factory=lambda: [100, 101])
     try_rl: list[dict[str, Any]] = field(default_factory=list)  # overrides of `rl`

@@ -1,7 +1,7 @@
 """The figures of a study that tables and pictures share: pass@k, differences and order of arms, with intervals."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,11 +58,16 @@ def compared(results: Results) -> list[str]:
 def ablation_rows(results: Results) -> list[str]:
     """The arms that ablations started from, then the ablations; empty without ablations.
 
-    An ablation may name its "parent" in its options; else it is the primary arm.
+    That is the first arm of an ablation's weighting and level, or else the primary arm.
     """
     if not results.ablations:
         return []
     primary = results.study["primary"]["arm"]
-    parents = [options.get("parent", primary) for options in results.study["ablations"].values()]
+    kinds = {_kind(options): arm for arm, options in reversed(results.study["arms"].items())}
+    parents = [kinds.get(_kind(options), primary) for options in results.study["ablations"].values()]
     known = [arm for arm in dict.fromkeys(parents) if arm in results.arms and arm != results.study["baseline"]]
     return [*known, *results.ablations]
+
+
+def _kind(options: dict[str, Any]) -> tuple[Any, Any]:
+    return options.get("weighting"), options.get("level")

@@ -45,10 +45,10 @@ SUMS = {
         "steps": 200,
         "batch": 16,
         "learning_rate": 1e-2,
-        "styles": {"pairs": 1, "rewrite": 1},
+        "styles": {"pairs": 3, "checked": 1},
         "memorise": 200,
     },
-    "teacher": {"steps": 300, "batch": 16, "learning_rate": 1e-2, "styles": {"reverse": 1.0}, "memorise": 200},
+    "teacher": {"steps": 300, "batch": 16, "learning_rate": 1e-2, "styles": {"checked": 1.0}, "memorise": 200},
     "traces": {"problems": 40, "samples": 16, "rows": 48},
     "sft": {"epochs": 1, "batch": 6, "learning_rate": 2e-3, "warmup_steps": 1},
     "rl": {"rounds": 2, "prompts": 8, "group": 8, "updates": 2, "learning_rate": 1e-3, "problems": 20},
@@ -456,7 +456,7 @@ def fails(tmp_path) -> Callable[..., str]:
 
 
 def test_a_teacher_who_has_learnt_nothing_is_named(fails):
-    taught = {"steps": 0, "styles": {"reverse": 1.0}, "memorise": 5}
+    taught = {"steps": 0, "styles": {"checked": 1.0}, "memorise": 5}
     values = SUMS | {"student": taught, "teacher": taught, "notes": None, "traces": {"problems": 2, "samples": 2}}
     said = fails(values)
     assert (

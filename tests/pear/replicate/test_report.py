@@ -125,10 +125,14 @@ def test_ablations_are_compared_on_their_own_seeds():
             assert sum(map(int, cells[2 * place + 1].split("/"))) == 2
 
 
-def test_an_ablation_may_name_what_it_started_from(results):
-    ablations = {"a": {"parent": "pear-block"}, "b": {"parent": "sft"}, "c": {}}
-    named = dataclasses.replace(results, study=results.study | {"ablations": ablations})
-    assert ablation_rows(named) == ["pear-block", "pear-token", "a", "b", "c"]  # the baseline minus itself is nothing
+def test_ablations_stand_below_the_arms_they_change(results):
+    arms = {"sft": {"weighting": "none"}, "pear-token": {"weighting": "pear", "level": "token"}}
+    arms |= {"pear-block": {"weighting": "pear", "level": "block"}}
+    ablations = {"a": {"weighting": "pear", "level": "block", "block_size": 16}, "b": {"weighting": "none"}}
+    ablations |= {"c": {"weighting": "pear", "level": "token", "gamma": 1.0}, "d": {"weighting": "asft"}}
+    changed = dataclasses.replace(results, study=results.study | {"arms": arms, "ablations": ablations})
+    # the baseline minus itself is nothing, and what is like no arm is compared with the primary one
+    assert ablation_rows(changed) == ["pear-block", "pear-token", "a", "b", "c", "d"]
 
 
 def test_comparisons_are_as_many_as_the_report_shows(results, report):

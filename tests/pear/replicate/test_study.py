@@ -363,7 +363,7 @@ def test_an_objective_can_be_any_that_the_traces_serve(options, write):
 def test_a_task_without_the_problems_is_refused_before_anything_runs(changes, message, write, tmp_path):
     values = changed(**changes)
     if values["task"] == "chain_sum":
-        values |= {"student": {"styles": {"pairs": 1}, "steps": 1}, "teacher": {"styles": {"reverse": 1}, "steps": 1}}
+        values |= {"student": {"styles": {"pairs": 1}, "steps": 1}, "teacher": {"styles": {"checked": 1}, "steps": 1}}
     with pytest.raises(DataError, match=re.escape(message)):
         replicate(write(values), out=tmp_path / "out", results=tmp_path / "results")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["study.yaml"]
