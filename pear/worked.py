@@ -32,7 +32,8 @@ def _chain_sum_problems(config: dict[str, Any], seed: int) -> Sequence[Any]:
     terms = {"min_terms": 2, "max_terms": config.get("max_terms", 8)}  # short sums first show how it goes
     if config.get("min_digits", 1) != config.get("max_digits", 1):
         raise ValueError("task_config: worked sums are of terms with one number of digits: min_digits = max_digits")
-    return arithmetic.train_problems(digits=config.get("max_digits", 1), seed=seed, **terms)
+    size = {2: 100, 3: 2000}.get(terms["max_terms"], 20000)  # there are not many different short sums of one digit
+    return arithmetic.train_problems(digits=config.get("max_digits", 1), seed=seed, size=size, **terms)
 
 
 WORKED = {
