@@ -18,7 +18,7 @@ from pear.pictures import png, write_whole
 from pear.replicate.figures import TITLES, figures
 from pear.replicate.results import START, START_MODELS, Results
 from pear.replicate.statistics import DRAWS
-from pear.replicate.summary import Difference, ablation_rows, compared, difference, gain, order, rate
+from pear.replicate.summary import Difference, ablation_rows, compared, difference, gain, order, passes, rate
 from pear.runs import MOMENTS
 from pear.tables import NONE, cell, points, table
 from pear.tables import rate as rate_text
@@ -183,7 +183,7 @@ def _value(value: Any) -> str:
 
 def _came_out(results: Results, shown: dict[str, str]) -> list[str]:
     study, arms = results.study, compared(results)
-    parts = [_how_to_read(results)]
+    parts = [_how_to_read(results), *_weak_teachers(results)]
     for k in study["ks"]:
         student, teacher = (rate_text(rate(results, model, START, k)) for model in START_MODELS)
         rows = []
@@ -235,6 +235,22 @@ def _correlation(found: Interval | None) -> str:
     if found is None:
         return "not defined: all arms are alike"
     return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _weak_teachers(results: Results) -> list[str]:
+    """A paragraph, if some seed's teacher is no better than its student."""
+    rates = {model: passes(results, model, START, 1).mean(axis=1) for model in START_MODELS}  # (S,)
+    weak = [
+        seed
+        for seed, student, teacher in zip(results.seeds_of("teacher"), rates["student"], rates["teacher"], strict=True)
+        if teacher <= student
+    ]
+    if not weak:
+        return []
+    return [
+        f"> On {_several(len(weak), 'seed')} ({_listed(weak)}) the teacher's pass@1 is not above the student's: there "
+        "it is no stronger behaviour policy, and this is not the setting of the paper."
+    ]
 
 
 def _how_to_read(results: Results) -> str:

@@ -98,6 +98,16 @@ def test_tables_hold_the_means_of_the_rows(results, report, k):
     assert float(found[2]) == pytest.approx(looped_mean(results, "teacher", "start", k, range(3)), abs=0.051)
 
 
+def test_a_teacher_no_better_than_its_student_is_told(results, report):
+    assert "no stronger behaviour policy" not in report
+    counts = {row["seed"]: row["correct"] for row in results.evaluations if row["arm"] == "student"}
+    rows = [
+        row | {"correct": counts[row["seed"]]} if row["arm"] == "teacher" and row["seed"] in (0, 2) else row
+        for row in results.evaluations
+    ]
+    assert "On 2 seeds (0, 2) the teacher's" in report_text(dataclasses.replace(results, evaluations=rows), [])
+
+
 def test_only_the_primary_comparison_is_marked(report):
     for k in (1, 8, 32):
         marked = [row[0] for row in tables(section(report, f"pass@{k}"))[1] if "primary" in row[0]]
