@@ -31,7 +31,7 @@ from pear.side_by_side import quiet
 from pear.tasks import load_task, rewards, split_of
 from pear_kernels.reference import naive_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two studies are run before the first test
 
 COUNTDOWN = Path(__file__).parents[3] / "experiments" / "countdown.yaml"
 SUMS = {
