@@ -1,9 +1,10 @@
-"""Does an arm gain by being sharper? `python -m experiments.temperature runs/replicate/countdown experiments/countdown.yaml`
+"""Does an arm gain by being sharper? After a study: `python -m experiments.temperature RUN CONFIG`, where RUN is
+runs/replicate/countdown, say, and CONFIG experiments/countdown.yaml; some minutes on two cores.
 
-A model that is surer of what it would have said anyway has a higher pass@1 at temperature 1 and has learnt nothing more.
-Sampled more coldly, every model is sharp, and that gain is gone; a better mode stays better. So the checkpoints of a
-finished study, before RL and after, answer the same held-out problems again: greedily, and at temperature 0.5. It takes
-some minutes on two cores and leaves temperature.md and temperature.jsonl beside the study's results.
+A model that is surer of what it would have said anyway has a higher pass@1 at temperature 1 and has learnt nothing
+more. Sampled more coldly every model is sharp, and that gain is gone; a better mode stays better. So the checkpoints
+of a finished study, before RL and after, answer the same held-out problems again: greedily, and at temperature 0.5.
+It leaves temperature.md and temperature.jsonl beside the study's results.
 """
 
 import argparse
