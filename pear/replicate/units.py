@@ -25,6 +25,17 @@ SHOWING = {
     "replicate/graph.py", "replicate/report.py", "replicate/results.py", "replicate/statistics.py",
     "replicate/study.py", "replicate/summary.py", "replicate/units.py",
 }  # fmt: skip
+LOGGED = (
+    "step",
+    "epoch",
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "reward",
+    "entropy",
+    "completions/mean_length",
+)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "reasoning-gym", "tokenizers", "numpy")
 
 
@@ -168,7 +179,7 @@ def collect(study: Study, records: Mapping[str, dict[str, Any]], about: dict[str
         if record["phase"] == "evaluate":
             evaluations.append(row | {"moment": moment} | result)
         elif record["phase"] in ("sft", "rl"):
-            shown = [{key: value for key, value in entry.items() if _shown(value)} for entry in result["log"]]
+            shown = [{key: value for key, value in entry.items() if _kept(key, value)} for entry in result["log"]]
             training.append(row | {"phase": record["phase"], "log": shown, "warnings": result.get("warnings", [])})
             weights += [row | each for each in result.get("weights", [])]
             if record["phase"] == "sft":
@@ -213,5 +224,6 @@ def _of(record: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: record[key] for key in keys}
 
 
-def _shown(value: Any) -> bool:
-    return isinstance(value, (int, float))
+def _kept(key: str, value: Any) -> bool:
+    """Of what trainers log, our own and the few of TRL's that are looked at; the rest stays in the job's folder."""
+    return isinstance(value, (int, float)) and (key in LOGGED or key.startswith(("pear/", "eval_pear/")))
