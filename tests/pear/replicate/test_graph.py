@@ -413,7 +413,9 @@ def test_however_a_run_is_ended_its_workers_end_in_the_middle_of_their_work(tmp_
     else:
         child.process.kill()
     text = child.wait_for_end()
-    assert child.process.returncode == -end, text
+    # Python ends an interrupted program by the signal itself, or by 1 where something else reports the interrupt
+    assert child.process.returncode in ((-end, 1) if end == signal.SIGINT else (-end,)), text
+    assert (end == signal.SIGKILL) == ("KeyboardInterrupt" not in text)
     started = set(calls(tmp_path / "log"))
     assert {record["labels"]["value"] for record in whole(tmp_path / "out").values()} == started - stuck(started)
     if end == signal.SIGINT:

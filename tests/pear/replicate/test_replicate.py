@@ -53,7 +53,7 @@ SUMS = {
     "sft": {"epochs": 1, "batch": 6, "learning_rate": 2e-3, "warmup_steps": 1},
     "rl": {"rounds": 2, "prompts": 8, "group": 8, "updates": 2, "learning_rate": 1e-3, "problems": 20},
     "evaluation": {"problems": 12, "samples": 16, "ks": [1, 4, 16]},
-    "max_new_tokens": 24,
+    "max_new_tokens": 32,
     "arms": {
         "sft": {"weighting": "none"},
         "pear-token": {"weighting": "pear"},
@@ -195,8 +195,9 @@ def test_tables_hold_pass_at_k_of_the_counts(which, request):
         (table,) = [each for each in tables(report) if each[0][1] == f"pass@{k} before RL"]
         assert [row[0] for row in table[2:]] == list(study["arms"])
         for arm, before, after, gain in table[2:]:
-            assert before.split(" [")[0] == f"{mean(arm, 'before', k):.1f} %"
-            assert after.split(" [")[0] == f"{mean(arm, 'after', k):.1f} %"
+            for moment, text in (("before", before), ("after", after)):  # a tie may be rounded either way
+                assert re.fullmatch(r"\d+\.\d %", text.split(" [")[0])
+                assert number(text) == pytest.approx(mean(arm, moment, k), abs=0.0501)
             assert float(gain.split(" [")[0]) == pytest.approx(
                 mean(arm, "after", k) - mean(arm, "before", k), abs=0.0501
             )
@@ -225,7 +226,7 @@ def test_counts_are_those_of_the_checkpoints(sums):
         folders |= {(arm, "before"): f"sft/{arm}/1", (arm, "after"): f"rl/{arm}/1"}
     for (arm, moment), name in folders.items():
         folder = str(sums.folder(name))
-        options = dict(seed=1, max_new_tokens=24, batch_size=400, progress=None)
+        options = dict(seed=1, max_new_tokens=32, batch_size=400, progress=None)
         again = evaluate(load_model(folder, dtype=torch.float32), load_tokenizer(folder), problems, 16, 16, **options)
         assert found.counts(arm, moment, [1]).tolist() == [[each["correct"] for each in again["problems"]]], name
 

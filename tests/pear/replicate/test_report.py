@@ -290,7 +290,7 @@ def test_one_seed_is_said_to_be_one(report):
 def test_a_pretrained_start_is_named(results, report):
     config = results.study["config"] | {"model": {"start": "smollm2"}}
     text = report_text(dataclasses.replace(results, study=results.study | {"config": config}), [])
-    assert "a student and a teacher start from smollm2 and are taught countdown" in text
+    assert "A student and a teacher start from smollm2 and are taught countdown" in text
     assert "from nothing" in report and "from nothing" not in text
 
 
