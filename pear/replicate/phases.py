@@ -22,7 +22,7 @@ from pear.tasks import Problem, load_task
 from pear.worked import WORKED
 
 Needs = Mapping[str, Path]  # the folders of other units, by name, such as "sft/pear-token/3"
-FEWEST_TRACES = 8
+FEWEST_TRACES = 4
 
 
 def base(
