@@ -45,11 +45,11 @@ def draw_traces(
     prompts = [problem.prompt(style) for problem in problems]
     drawn = generate(model, tokenizer, prompts, samples=samples, **options)
     rows, right = [], 0
-    for problem, completions in zip(problems, drawn, strict=True):
+    for problem, prompt, completions in zip(problems, prompts, drawn, strict=True):
         verdicts = rewards(problem, [c.text for c in completions])
         right += sum(verdicts)
         texts = {c.text: None for c, ok in zip(completions, verdicts, strict=True) if ok and c.finished}
-        rows += [{"prompt": problem.prompt(style), "completion": text} for text in texts]
+        rows += [{"prompt": prompt, "completion": text} for text in texts]
     return Traces(rows, right, len(problems) * samples)
 
 
@@ -67,7 +67,6 @@ def fine_tune(
 
     `options` are PEARSFTConfig's: what differs between two runs is there and nowhere else.
     """
-    from pear.save import save_final
     from pear.scored import load_scored
     from pear.sft import PEARSFTTrainer
     from pear.sft_config import PEARSFTConfig
@@ -93,7 +92,7 @@ def fine_tune(
     finally:
         logger.removeHandler(warnings)
         logger.propagate = propagate
-    _save(trainer, save_final)
+    _save(trainer)
     return Trained(trainer.state.log_history, warnings.messages)
 
 
@@ -113,7 +112,6 @@ def reinforce(
     """
     from pear.rewards import TaskReward
     from pear.rl import PEARGRPOConfig, PEARGRPOTrainer, task_dataset
-    from pear.save import save_final
 
     trainer = PEARGRPOTrainer(
         model,
@@ -126,11 +124,14 @@ def reinforce(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    _save(trainer, save_final)
+    _save(trainer)
     return trainer
 
 
-def _save(trainer, save_final) -> None:
+def _save(trainer) -> None:
+    """The trained model to its folder, without a line on the terminal."""
+    from pear.save import save_final
+
     printed, trainer.accelerator.print = trainer.accelerator.print, lambda *args, **kwargs: None
     try:
         save_final(trainer)

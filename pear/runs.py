@@ -99,10 +99,13 @@ def objective(run: Run) -> str | None:
     return weighting + (", negatives" if run.settings.get("negatives") else "")
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of PACKAGES, from their metadata, so that nothing has to be imported; what is missing is left out."""
+def installed_versions(packages: Mapping[str, str] = PACKAGES) -> dict[str, str]:
+    """Versions of packages, by what to call each, from their metadata, so that nothing has to be imported.
+
+    What is missing is left out.
+    """
     found = {}
-    for name, package in PACKAGES.items():
+    for name, package in packages.items():
         try:
             found[name] = metadata.version(package)
         except metadata.PackageNotFoundError:

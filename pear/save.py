@@ -7,6 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from trl import SFTTrainer
 
+from pear.folders import sync_files
 from pear.io import disk_error, write_error
 
 
@@ -64,10 +65,7 @@ def _move_in(source: Path, target: Path) -> None:
     The old config goes first and the new one comes last, and without a config a folder is no model: a kill in between
     leaves no mixture of two models that would load.
     """
-    for path in source.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    sync_files(source)
     for path in (target / "config.json", *(path for pattern in STALE for path in target.glob(pattern))):
         _remove(path)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):

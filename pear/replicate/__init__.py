@@ -64,8 +64,6 @@ def replicate(
         except OSError as error:
             raise DataError(f"notes: {study.notes}, beside {config}, cannot be read: {error.strerror}") from None
 
-    _check_problems(study, config)
-
     from pear.replicate.report import write_report
     from pear.replicate.results import read_results, write_results
 
@@ -73,6 +71,8 @@ def replicate(
         found = read_results(results)
         found = replace(found, study={**found.study, "notes": notes})
         return [*write_report(found, results), *write_results(results, found)]
+
+    _check_problems(study, config)
 
     from pear.replicate.calibration import write_calibration
     from pear.replicate.graph import run_units

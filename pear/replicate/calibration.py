@@ -11,6 +11,7 @@ from pear.eval import percent
 from pear.pictures import write_whole
 from pear.replicate.statistics import pass_matrix
 from pear.replicate.study import Study
+from pear.tables import table
 
 
 def write_calibration(
@@ -21,9 +22,7 @@ def write_calibration(
     for i, overrides in enumerate(study.calibration.try_rl):
         rows.append((_words(overrides), i, [f"after/setting-{i}/{seed}" for seed in study.calibration.seeds]))
     ks = study.evaluation.ks
-    table = ["| rl | " + " | ".join(f"pass@{k}" for k in ks) + " | tokens | finished | entropy at the end |"]
-    table.append("| --- |" + " ---: |" * (len(ks) + 3))
-    saved = []
+    lines, saved = [], []
     for words, i, names in rows:
         found = [records[name]["result"] for name in names]
         counts = np.array([each["correct"] for each in found])
@@ -37,16 +36,16 @@ def write_calibration(
         entropy = float(np.mean(ends)) if ends else None
         tokens, finished = (float(np.mean([each[key] for each in found])) for key in ("mean_tokens", "finished"))
         saved.append({"rl": words, **{f"pass@{k}": r for k, r in zip(ks, rates, strict=True)}, "entropy": entropy})
-        cells = [words, *map(percent, rates), f"{tokens:.1f}", percent(finished)]
-        table.append("| " + " | ".join([*cells, "" if entropy is None else f"{entropy:.3f}"]) + " |")
+        ending = "" if entropy is None else f"{entropy:.3f}"
+        lines.append([words, *map(percent, rates), f"{tokens:.1f}", percent(finished), ending])
+    head = ["rl", *(f"pass@{k}" for k in ks), "tokens", "finished", "entropy at the end"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = f"""# {study.study}: settings of RL, tried on the arm `{study.baseline}` alone
 
 Seeds {", ".join(map(str, study.calibration.seeds))}, which the study does not use; {study.evaluation.problems} held-out
-problems, {study.evaluation.samples} samples of each. No other arm was run with any of these settings before one was
-chosen.
+problems, {study.evaluation.samples} samples of each. A calibration runs no other arm.
 
-{chr(10).join(table)}
+{table(head, lines)}
 
 Commit {about["commit"]}; {versions}; {about["device"]}.
 """

@@ -48,17 +48,18 @@ def movement(
         norms of the updates of all weights; `start_norm`: that of the student's weights; `update_cosine`: cosine of
         the two updates (0 where one of them is none).
     """
-    found = {}
+    style, found = prompt_format(tokenizer), {}
+    prompts = [problem.prompt(style) for problem in problems]
     for i, (name, entropy, new, old) in enumerate(
         (("sft_kl", "entropy_before", sft, student), ("rl_kl", "entropy_after", rl, sft))
     ):
         drawn = generate(
-            new, tokenizer, [p.prompt(prompt_format(tokenizer)) for p in problems], samples=SAMPLES, seed=seed,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None,
+            new, tokenizer, prompts, samples=SAMPLES, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            progress=None,
         )  # fmt: skip
         rows = [
-            (encode_prompt(tokenizer, problem.prompt(prompt_format(tokenizer))), completion.ids)
-            for problem, completions in zip(problems, drawn, strict=True)
+            (encode_prompt(tokenizer, prompt), completion.ids)
+            for prompt, completions in zip(prompts, drawn, strict=True)
             for completion in completions
         ]
         found[name], found[entropy] = kl_and_entropy(new, old, rows)

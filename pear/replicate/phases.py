@@ -194,7 +194,7 @@ def rl(
     max_new_tokens: int,
     cpu: bool,
 ) -> dict[str, Any]:
-    """GRPO from the checkpoint of `role["sft"]`: nothing here knows which arm it is."""
+    """GRPO from the checkpoint after SFT: nothing here knows which arm it is."""
     how, settings, role = Model(**model), RL(**rl), _roles(needs)
     trainer = reinforce(
         tick,

@@ -402,16 +402,13 @@ def _limits(results: Results) -> str:
         "so would look like one. Only the primary comparison was named in advance.",
         "- But for the options of its SFT, each arm has the same hyper-parameters, and no arm was tuned. One that "
         "loses here might win with settings of its own, and one that wins might owe it to these.",
-        *(
-            [
-                f"- Seeds share {_several(bases, 'pair')} of student and teacher, and take turns with them: intervals "
-                "speak of other seeds with these, not of other students."
-            ]
-            if (bases := results.study["config"].get("bases"))
-            else []
-        ),
-        "- Diagnostics go along with outcomes; that they cause them, this study cannot say.",
     ]
+    if bases := results.study["config"].get("bases"):
+        lines.append(
+            f"- Seeds share {_several(bases, 'pair')} of student and teacher, and take turns with them: intervals "
+            "speak of other seeds with these, not of other students."
+        )
+    lines.append("- Diagnostics go along with outcomes; that they cause them, this study cannot say.")
     if (k := max(results.study["ks"])) in {results.samples(arm, "after") for arm in results.arms}:
         lines.append(
             f"- pass@{k} of {k} completions asks whether any of them is right, so one lucky one counts as much as {k} "

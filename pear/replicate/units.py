@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pear.replicate import phases
 from pear.replicate.graph import Unit
 from pear.replicate.results import START, Results
 from pear.replicate.study import Study, with_rl
-from pear.runs import PACKAGES, json_safe
+from pear.runs import PACKAGES, installed_versions, json_safe
 
 # Files of `pear` that only choose, show or compare: they change no checkpoint and no count.
 SHOWING = {
@@ -143,13 +142,9 @@ def _unit(name: str, function, arguments: dict[str, Any], needs: tuple[str, ...]
 
 def versions() -> dict[str, str]:
     """Of Python, the libraries that compute, and our own package."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in (*LIBRARIES, *PACKAGES.values()):
-        try:
-            found.setdefault(name, metadata.version(name))
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    names = (*LIBRARIES, *PACKAGES.values())
+    found = installed_versions({name: name for name in names})
+    return {"python": platform.python_version(), **found, "torch": torch.__version__}  # with its build, as +cpu
 
 
 def code_hash() -> str:
@@ -175,7 +170,8 @@ def collect(study: Study, records: Mapping[str, dict[str, Any]], about: dict[str
         labels, result = record["labels"], record["result"]
         moment = record["name"].split("/")[0]
         row = {"arm": labels.get("arm"), "seed": labels.get("seed")}
-        jobs.append({"name": record["name"], "phase": record["phase"], **row} | _of(record, "key", "seconds"))
+        told = {key: record[key] for key in ("key", "seconds")}
+        jobs.append({"name": record["name"], "phase": record["phase"], **row, **told})
         if record["phase"] == "evaluate":
             evaluations.append(row | {"moment": moment} | result)
         elif record["phase"] in ("sft", "rl"):
@@ -218,10 +214,6 @@ def collect(study: Study, records: Mapping[str, dict[str, Any]], about: dict[str
         jobs,
     )
     return Results(json_safe(described), *(json_safe(each) for each in rows))
-
-
-def _of(record: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: record[key] for key in keys}
 
 
 def _kept(key: str, value: Any) -> bool:
