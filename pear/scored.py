@@ -1,26 +1,42 @@
-"""Rows that `pear score` wrote, as a dataset for training: checked, and in the very tokens the student would make."""
+"""Rows that `pear score` or `pear import` wrote, as a dataset for training: checked, and in the student's tokens."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_scored_row, read_jsonl
-from pear.models import tokenizer_fingerprint, vocabulary_fingerprint
-from pear.rows import check_same_tokens, prompt_and_completion, tokenize_row
-
-logger = get_logger(__name__)
+from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, read_jsonl
+from pear.models import vocabulary_fingerprint
+from pear.rows import TokenizedRow
+from pear.scored_rows import (
+    NO_RATIO,
+    Behavior,
+    Reader,
+    check_kind,
+    is_byte_row,
+    own_blocks,
+    tokens_a_block,
+    without_nulls,
+)
+from pear.scored_summary import Found
+from pear.scored_top_k import check_top_k, check_top_k_vocabulary
+from pear_kernels.weights import DEFAULTS, PEAROptions
 
 COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")  # what every objective needs
+# What comes with them where a row has another tokenizer, or no behaviour policy: the block of each token, and how they
+# were cut: tokens a block, SPANS where the blocks are spans of another tokenizer, null without a behaviour policy.
+BLOCK_COLUMNS = ("block_ids", "block_tokens")
+SPANS = 0
 FEATURES = {  # of L tokens; the lists of K are empty at prompts
     "input_ids": ListOf(Value("int32")),
     "completion_mask": ListOf(Value("int8")),
     "behavior_logprobs": ListOf(Value("float32")),
+    "block_ids": ListOf(Value("int32")),
+    "block_tokens": Value("int64"),
     "ref_logprobs": ListOf(Value("float32")),
     "sequence_label": ListOf(Value("bool")),  # one answer, L times, so that packs can carry it
     "top_k_ids": ListOf(ListOf(Value("int32"))),
@@ -35,6 +51,7 @@ WRITTEN_BY = {
     "top_k_ids": "`pear score --column none --top-k K --top-k-temperature {temperature:g} --model <teacher> --data "
     "{file} --out {file}` writes it, and every log-prob stays as it is; or pass --teacher, which is held in memory",
 }
+UNALIGNED = ("error", "skip")
 
 
 def load_scored(
@@ -46,69 +63,95 @@ def load_scored(
     columns: Sequence[str] = (),
     temperature: float = 1.0,
     head_size: int | None = None,
+    options: PEAROptions = DEFAULTS,
+    unaligned: str = "error",
+    roles: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Rows written by `pear score`, checked, as a dataset with `input_ids`, `completion_mask`, `behavior_logprobs`.
+    """Rows of `pear score` and `pear import`, checked, as a dataset with the COLUMNS, in tokens of the student.
 
     `columns` are further keys of FEATURES that the objective needs (`PEARSFTConfig.more_columns`), of these the top-k
     ones at `temperature`, of a teacher with the student's vocabulary; where the two differ, the message names the
     `head_size` of the student, if given. Rows with `"label": false` are wrong answers: only with `sequence_label` among
     the columns are they no error.
 
+    A log-prob belongs to a token where the student's `tokenizer` makes the very ids that were scored: true if its
+    fingerprint is the stored one, else each row's text is tokenised again and compared. Rows of other tokens, and those
+    of servers that tell no ids, are aligned by bytes (`pear.align`; `roles` are its rule for structural tokens): the
+    sum of each common span stands at its first token. Rows without a behaviour policy have no log-ratio. If there is a
+    row of one of these kinds, the dataset has the BLOCK_COLUMNS too, with blocks by the level and block_size of
+    `options` (`PEARSFTConfig.pear_options`) in rows of the student's own tokens, by spans in aligned ones, and -1 at
+    tokens without a log-ratio. Which rows are of which kind is logged.
+
     Rows longer than `max_length` are counted, logged with their line numbers and left out (with `strict`: an error);
-    none is ever cut. The student's `tokenizer` must make the very ids that were scored: true if its fingerprint is
-    the stored one, else each row's text is tokenised again and compared.
+    none is ever cut. Rows that cannot be aligned are an error, or with `unaligned="skip"` treated likewise.
 
     Raises:
-        DataError: with file and line: a damaged row, a column that is not there, or ids that are not the student's
-            (first differing position and both tokens); wrong answers that nobody asked for; no row left.
+        DataError: with file and line: a row that is damaged, edited or of an older version, a file whose end is
+            missing, a column that is not there, a row that is neither scored nor said to have no behaviour policy,
+            rows that cannot be aligned, and columns that are of single tokens, which aligned rows cannot have; wrong
+            answers that nobody asked for; no row left.
     """
-    fingerprint, vocabulary = tokenizer_fingerprint(tokenizer), vocabulary_fingerprint(tokenizer)
+    if unaligned not in UNALIGNED:
+        raise DataError(f"unaligned must be one of {', '.join(UNALIGNED)}, got {unaligned!r}")
+    reader, vocabulary = Reader(tokenizer, roles), vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
-    too_long, wrong = [], []
+    found, behaviors = Found(), []
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
+        row = without_nulls(row)
+        check_kind(row, where)
         for name, how in WRITTEN_BY.items():
-            if name in columns and name not in row:
+            if name in columns and name not in row and not is_byte_row(row):
                 raise DataError(f"{where}: no `{name}`: {how.format(file=path, temperature=temperature)}")
-        check_scored_row(row, where, needs)
-        if row.get("tokenizer") != fingerprint:
-            _check_ids(row, tokenizer, where)
+        tokens, own = reader.tokens(row, where, needs)
+        if not own and (names := [name for name in needs if name != "behavior_logprobs"]):
+            raise DataError(f"{where}: {_single_tokens_message(names[0])}")
         if "top_k_ids" in columns:
-            _check_top_k_vocabulary(row, fingerprint, vocabulary, head_size, where)
-            _check_top_k(row, temperature, table["top_k_ids"], where)
-        if max_length is not None and len(row["input_ids"]) > max_length:
+            check_top_k_vocabulary(row, reader.fingerprint, vocabulary, head_size, where)
+            check_top_k(row, temperature, table["top_k_ids"], where)
+        if max_length is not None and len(tokens.input_ids) > max_length:
             if strict:
                 raise DataError(
-                    f"{where}: {len(row['input_ids'])} tokens, more than max_length = {max_length}. "
+                    f"{where}: {len(tokens.input_ids)} tokens, more than max_length = {max_length}. "
                     "Raise max_length, or leave strict_length off to train without such rows."
                 )
-            too_long.append(line)
+            found.too_long.append(line)
             continue
-        if not row.get("label", True):
-            wrong.append(line)
+        behavior = reader.behavior(row, where, tokens, own)
+        if isinstance(behavior, str):
+            found.unaligned[line] = behavior
+            continue
+        found.add(line, row, behavior)
+        behaviors.append(behavior)
         for name, values in table.items():
-            values.append(_read(name, row))
-    rows = len(table["input_ids"])
-    if too_long:
-        logger.warning(_too_long_message(path, too_long, rows, max_length))
-    if not rows:
-        raise DataError(f"{path}: no row to train on" + (f" within max_length = {max_length}" if too_long else ""))
-    if wrong and "sequence_label" not in columns:
-        raise DataError(
-            f'{path}: {len(wrong)} of {rows} rows have "label": false ({_lines(wrong)}): wrong answers, which would be '
-            "trained on like right ones. Pass --negatives to train away from them, or leave them out of the file."
-        )
+            values.append(_read(name, row, tokens, behavior))
+    found.check(
+        path,
+        max_length=max_length,
+        unaligned=unaligned,
+        negatives="sequence_label" in columns,
+        block_level=options.level == "block" and not getattr(options, "clip_blocks", False),
+    )
+    if found.aligned or found.no_policy:
+        masks = table["completion_mask"]
+        table["block_ids"] = [
+            _block_ids(behavior, mask, options) for behavior, mask in zip(behaviors, masks, strict=True)
+        ]
+        table["block_tokens"] = [_block_tokens(behavior, options) for behavior in behaviors]
+    found.tell(path, max_length)
     return Dataset.from_dict(table, features=Features({name: FEATURES[name] for name in table}))
 
 
-def _read(name: str, row: dict[str, Any]) -> Any:
+def _read(name: str, row: dict[str, Any], tokens: TokenizedRow, behavior: Behavior) -> Any:
     """A column of a checked row; nothing but zeros, or lists of nothing, where the mask is 0."""
-    mask = np.array(row["completion_mask"], dtype=np.int8)
+    mask = np.array(tokens.completion_mask, dtype=np.int8)
     if name == "completion_mask":
         return mask
     if name == "input_ids":
-        return np.array(row[name], dtype=np.int32)
+        return np.array(tokens.input_ids, dtype=np.int32)
+    if name == "behavior_logprobs":
+        return _at_completion(behavior.logprobs, mask, 0)
     if name == "sequence_label":
         return np.full(len(mask), row.get("label", True))
     if name == "top_k_temperature":
@@ -121,58 +164,28 @@ def _read(name: str, row: dict[str, Any]) -> Any:
     return np.where(mask == 1, np.array(row[name], dtype=np.float32), np.float32(0))
 
 
-def _too_long_message(path: str | os.PathLike, lines: list[int], rows: int, max_length: int) -> str:
+def _block_ids(behavior: Behavior, mask: np.ndarray, options: PEAROptions) -> np.ndarray:
+    if behavior.block_ids is None:
+        return own_blocks(mask, options)
+    return _at_completion(behavior.block_ids, mask, NO_RATIO)
+
+
+def _block_tokens(behavior: Behavior, options: PEAROptions) -> int | None:
+    if behavior.block_ids is None:
+        return tokens_a_block(options)
+    return SPANS if (behavior.block_ids != NO_RATIO).any() else None
+
+
+def _at_completion(values: np.ndarray, mask: np.ndarray, elsewhere: float) -> np.ndarray:
+    """(C,) -> (L,)."""
+    spread = np.full(len(mask), elsewhere, dtype=values.dtype)
+    spread[mask == 1] = values
+    return spread
+
+
+def _single_tokens_message(name: str) -> str:
     return (
-        f"{path}: left out {len(lines)} of {len(lines) + rows} rows, longer than max_length = {max_length} tokens "
-        f"({_lines(lines)})"
+        f"`{name}` is of single tokens, and this row has other tokens than the student's, or none: log-probs of other "
+        "tokens can be aligned as sums, of which this objective has no use. Leave such rows out, or give the model by "
+        "--teacher where the objective takes one."
     )
-
-
-def _lines(numbers: list[int]) -> str:
-    return "lines " + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
-
-
-def _check_top_k_vocabulary(
-    row: dict[str, Any], fingerprint: str, vocabulary: str, head_size: int | None, where: str
-) -> None:
-    """An id must mean one token to teacher and student, whose fingerprints these are."""
-    if (found := row.get("top_k_tokenizer")) is not None:
-        if found != vocabulary:
-            raise DataError(
-                f"{where}: teacher and student must have one vocabulary: the top-k log-probs are of the vocabulary "
-                f"with fingerprint {found!r} and of a head with {row.get('top_k_vocabulary', 'unknown')} rows, the "
-                f"student's vocabulary has {vocabulary!r} and its head {head_size or 'unknown'} rows: an id may mean "
-                "another token. Give a teacher of the student's tokenizer."
-            )
-    elif row.get("tokenizer") != fingerprint:
-        raise DataError(
-            f"{where}: the top-k log-probs are of the tokenizer with fingerprint {row.get('tokenizer')!r}, the "
-            f"student's is {fingerprint!r}: an id may mean another token. Give a teacher of the student's tokenizer; "
-            "of one that differs in its chat template alone, score the top-k again (`top_k_tokenizer` then tells its "
-            "vocabulary), or pass it as --teacher."
-        )
-
-
-def _check_top_k(row: dict[str, Any], temperature: float, earlier: list[list[np.ndarray]], where: str) -> None:
-    """The teacher's temperature and K; `earlier` are the ids of the rows before."""
-    if (found := row.get("top_k_temperature", 1.0)) != temperature:
-        raise DataError(
-            f"{where}: the top-k log-probs are at top_k_temperature = {found:g}, but distill_temperature = "
-            f"{temperature:g}: pass --distill_temperature {found:g}, or score again with `pear score "
-            f"--column none --top-k K --top-k-temperature {temperature:g}`"
-        )
-    k = len(row["top_k_ids"][row["completion_mask"].index(1)])
-    if earlier and k != (first := max(map(len, earlier[0]))):
-        raise DataError(f"{where}: the top-k log-probs are of K = {k} tokens, those of the first row of {first}")
-
-
-def _check_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """The student's tokenizer is another one: raise unless its ids for this row's text agree with the scored ones."""
-    if "prompt" not in row or "completion" not in row:
-        raise DataError(
-            f"{where}: scored with another tokenizer than the student's (fingerprint {row.get('tokenizer')!r}), and "
-            "the row has no `prompt` and `completion` to compare the ids by. Score the data again with a behaviour "
-            "policy of the student's tokenizer."
-        )
-    own = tokenize_row(prompt_and_completion(row, where), tokenizer, where)
-    check_same_tokens(row, own, tokenizer, where, whose="the student")

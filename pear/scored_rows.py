@@ -1,0 +1,170 @@
+"""One scored row, in the student's tokens: as they were scored, aligned by bytes, or without a behaviour policy.
+
+Three kinds of rows come from `pear score` and `pear import` (docs/scoring.md has every key):
+
+    token rows     ids and a log-prob each, of the behaviour policy's tokenizer
+    byte rows      log-probs of pieces of the text, from servers that tell no ids
+    without one    `"behavior_policy": "none"`: human text, every weight is 1
+
+Where the student's tokens are the behaviour policy's, a log-prob belongs to a token. Elsewhere it belongs to a span of
+bytes at whose ends both have a boundary (`pear.align`), and spans are the blocks of the weights.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pear.io import MAX_LOGPROB, DataError, check_label, check_scored_row
+from pear.models import tokenizer_fingerprint
+from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
+from pear_kernels.weights import PEAROptions
+
+NO_POLICY = "none"  # as `behavior_policy`
+NO_RATIO = -1  # as a token's block: it carries no log-ratio
+_NO_LOGPROBS = (
+    'no log-probs of a behaviour policy (`behavior_logprobs`), and no `"behavior_policy": "none"` that says there is '
+    "none. Score the row: `pear score --model <the model that wrote it>`; or, where nobody knows that model, `pear "
+    "score --fallback none` (human text: each of its tokens has weight 1) or `pear score --fallback MODEL` (that "
+    "model's estimate)"
+)
+
+
+class Behavior(NamedTuple):
+    """What a behaviour policy says of the C completion tokens of the student."""
+
+    logprobs: np.ndarray  # (C,) float32; a span's sum at its first token, 0 at its others and where there is no ratio
+    block_ids: np.ndarray | None  # (C,) int32, NO_RATIO where there is none; None: a log-prob a token, cut by the level
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the `null`s that `datasets` fills in for keys that other rows have."""
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in ("behavior_spans", "behavior_sampling"):
+        if isinstance(row.get(key), dict):
+            row[key] = {name: value for name, value in row[key].items() if value is not None}
+    marks = row.get("behavior_spans", {})
+    if isinstance(marks, dict) and isinstance(marks.get("marks"), dict):
+        row["behavior_spans"]["marks"] = {at: role for at, role in marks["marks"].items() if role is not None}
+    return row
+
+
+def has_policy(row: dict[str, Any]) -> bool:
+    return row.get("behavior_policy") != NO_POLICY
+
+
+def is_byte_row(row: dict[str, Any]) -> bool:
+    spans = row.get("behavior_spans")
+    return has_policy(row) and "input_ids" not in row and isinstance(spans, dict) and "logprobs" in spans
+
+
+def check_kind(row: dict[str, Any], where: str) -> None:
+    """Raise unless the row is one of the three kinds that a file for training holds."""
+    if has_policy(row) and "behavior_logprobs" not in row and not is_byte_row(row):
+        raise DataError(f"{where}: {_NO_LOGPROBS}. Keys found: {sorted(row)}")
+
+
+def tokens_a_block(options: PEAROptions) -> int:
+    """Of rows in the student's own tokens. One at level "sequence" too, where blocks are but what is clipped."""
+    return options.block_size if options.level == "block" else 1
+
+
+def own_blocks(mask: np.ndarray, options: PEAROptions) -> np.ndarray:
+    """(L,) int32: the block of each completion token; NO_RATIO elsewhere."""
+    place = np.cumsum(mask, dtype=np.int64) - 1
+    return np.where(mask == 1, place // tokens_a_block(options), NO_RATIO).astype(np.int32)
+
+
+class Reader:
+    """Rows as the student with this tokenizer sees them; `roles` are `pear.align`'s, None for its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, roles: Mapping[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.roles = roles
+
+    def tokens(self, row: dict[str, Any], where: str, needs: tuple[str, ...]) -> tuple[TokenizedRow, bool]:
+        """The student's tokens of a row, and whether the row's columns (checked: `needs`) are of these very tokens.
+
+        Raises:
+            DataError: damaged columns, or no text to make tokens of.
+        """
+        if "input_ids" in row or "behavior_logprobs" in row:
+            needs = needs if has_policy(row) else tuple(name for name in needs if name != "behavior_logprobs")
+            check_scored_row(row, where, needs)
+            stored = TokenizedRow(row["input_ids"], [int(bit) for bit in row["completion_mask"]], 0)
+            if row.get("tokenizer") == self.fingerprint:
+                return stored, True
+            if "prompt" not in row or "completion" not in row:
+                raise DataError(
+                    f"{where}: scored with another tokenizer than the student's (fingerprint "
+                    f"{row.get('tokenizer')!r}), and the row has no `prompt` and `completion` to compare the ids by. "
+                    "Score the data again, from rows that have them."
+                )
+            own = self._own(row, where)
+            return own, stored.input_ids == own.input_ids and stored.completion_mask == own.completion_mask
+        check_label(row, where)
+        return self._own(row, where), False
+
+    def _own(self, row: dict[str, Any], where: str) -> TokenizedRow:
+        return tokenize_row(prompt_and_completion(row, where), self.tokenizer, where)
+
+    def behavior(self, row: dict[str, Any], where: str, tokens: TokenizedRow, own: bool) -> Behavior | str:
+        """The behaviour policy's log-probs on the student's `tokens`; or, in words, why they cannot be aligned.
+
+        Raises:
+            DataError: damaged spans; or ids of another tokenizer without spans.
+        """
+        mask = np.array(tokens.completion_mask, dtype=bool)
+        if not has_policy(row):
+            count = int(mask.sum())
+            return Behavior(np.zeros(count, np.float32), np.full(count, NO_RATIO, np.int32))
+        if own:
+            return Behavior(np.array(row["behavior_logprobs"], dtype=np.float32)[mask], None)
+        spans = row.get("behavior_spans")
+        if spans is None:
+            check_same_tokens(row, tokens, self.tokenizer, where, whose="the student")  # raises: they are not
+        if isinstance(spans, dict) and "problem" in spans:
+            return f"its text and the tokens it was scored in do not match: {spans['problem']}"
+        return self._aligned(row, where, tokens)
+
+    def _aligned(self, row: dict[str, Any], where: str, tokens: TokenizedRow) -> Behavior | str:
+        from pear.align import ROLES, Spans, Unaligned, align, spans_of
+
+        row = prompt_and_completion(row, where)
+        behavior = Spans.from_json(row["behavior_spans"], where)
+        logprobs = _logprobs(row, where)
+        if len(logprobs) != len(behavior.extents):
+            raise DataError(
+                f"{where}: `behavior_spans` has {len(behavior.extents)} entries for {len(logprobs)} log-probs. Score "
+                "or import the row again."
+            )
+        try:
+            student = spans_of(row, tokens, self.tokenizer, self.roles or ROLES)
+            alignment = align(student, behavior, logprobs)
+        except Unaligned as reason:
+            return str(reason)
+        block_ids = np.asarray(alignment.block_ids, dtype=np.int32)
+        if not (block_ids != NO_RATIO).any():
+            return "the two tokenisations have no span of text in common"
+        return Behavior(np.asarray(alignment.behavior_logprobs, dtype=np.float32), block_ids)
+
+
+def _logprobs(row: dict[str, Any], where: str) -> list[float]:
+    """(C',) of the behaviour policy's own tokens: checked in token rows, and checked here in byte rows."""
+    if not is_byte_row(row):
+        return [value for value, bit in zip(row["behavior_logprobs"], row["completion_mask"], strict=True) if bit]
+    logprobs = row["behavior_spans"]["logprobs"]
+    if not isinstance(logprobs, list) or not logprobs:
+        raise DataError(
+            f"{where}: `behavior_spans.logprobs` must be a list of log-probs, got {logprobs!r:.100}. Import the row "
+            "again."
+        )
+    for i, value in enumerate(logprobs):
+        if type(value) not in (int, float) or not -np.inf < value <= MAX_LOGPROB:  # False for NaN too
+            raise DataError(
+                f"{where}: `behavior_spans.logprobs[{i}]` is {value!r}; a log-prob is finite and at most 0. Import the "
+                "row again."
+            )
+    return logprobs

@@ -1,0 +1,167 @@
+"""What the rows of a scored file were, in words: which were left out, have no ratio, or one that is in doubt."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from pear.io import DataError
+from pear.scored_rows import NO_RATIO, Behavior, has_policy
+
+logger = get_logger("pear.scored")
+
+FEW_SHARED = 0.5  # of a row's tokens with a log-ratio: below it, a warning is due
+# Settings of sampling that leave the distribution as it is; with others, log-probs are not what was drawn from.
+HARMLESS = {
+    "temperature": (1,),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+
+
+def line_list(numbers: Sequence[int]) -> str:
+    return "lines " + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+
+
+def spans_at_block_level(lines: Sequence[int] = ()) -> str:
+    """Why rows with spans need `clip_blocks` at level "block"."""
+    which = f" ({line_list(lines)})" if lines else ""
+    return (
+        f"there are rows of another tokenizer than the student's{which}. Their blocks are spans of bytes, of which the "
+        "sum is clipped, while of a block of block_size tokens each token is. Pass --clip_blocks true, by which the "
+        "sum of every block is clipped, in all rows; or --level token, where the blocks are single tokens, and spans."
+    )
+
+
+@dataclass
+class Found:
+    """Line numbers of a file's rows, by what was found of them; only rows that are trained on are told of by `add`."""
+
+    rows: int = 0
+    wrong: list[int] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    unaligned: dict[int, str] = field(default_factory=dict)  # with the reason
+    aligned: list[int] = field(default_factory=list)
+    few_shared: list[int] = field(default_factory=list)
+    no_policy: list[int] = field(default_factory=list)
+    estimated: list[int] = field(default_factory=list)
+    sampled: Counter[str] = field(default_factory=Counter)  # setting -> rows
+    biased: list[int] = field(default_factory=list)  # rows with one of these settings
+    tokens: int = 0  # of aligned rows, as the next two
+    ratio_tokens: int = 0
+    spans: int = 0
+
+    def add(self, line: int, row: dict[str, Any], behavior: Behavior) -> None:
+        self.rows += 1
+        if not row.get("label", True):
+            self.wrong.append(line)
+        if row.get("behavior_estimated"):
+            self.estimated.append(line)
+        if settings := sampling_in_words(row.get("behavior_sampling")):
+            self.biased.append(line)
+            self.sampled.update(settings)
+        if not has_policy(row):
+            self.no_policy.append(line)
+        elif behavior.block_ids is not None:
+            self.aligned.append(line)
+            with_ratio = int((behavior.block_ids != NO_RATIO).sum())
+            self.tokens += len(behavior.block_ids)
+            self.ratio_tokens += with_ratio
+            self.spans += int(behavior.block_ids.max()) + 1
+            if with_ratio < FEW_SHARED * len(behavior.block_ids):
+                self.few_shared.append(line)
+
+    def check(
+        self, path: str | os.PathLike, *, max_length: int | None, unaligned: str, negatives: bool, block_level: bool
+    ) -> None:
+        """Raise for what stops a run; `block_level` where aligned rows would be clipped unlike the others."""
+        if self.unaligned and unaligned == "error":
+            reasons = [f"line {line}: {reason}" for line, reason in list(self.unaligned.items())[:20]]
+            more = len(self.unaligned) - len(reasons)
+            raise DataError(
+                f"{path}: {len(self.unaligned)} of {self._all()} rows cannot be aligned with the student's tokens. "
+                + "; ".join(reasons)
+                + (f"; and {more} more" if more else "")
+                + ". Pass --unaligned skip to train without them, or score them by a policy of the student's tokenizer."
+            )
+        if not self.rows:
+            limits = [f"within max_length = {max_length}"] if self.too_long else []
+            limits += ["that can be aligned with the student's tokens"] if self.unaligned else []
+            raise DataError(f"{path}: no row to train on" + "".join(f" {limit}" for limit in limits))
+        if self.wrong and not negatives:
+            raise DataError(
+                f'{path}: {len(self.wrong)} of {self.rows} rows have "label": false ({line_list(self.wrong)}): wrong '
+                "answers, which would be trained on like right ones. Pass --negatives to train away from them, or "
+                "leave them out of the file."
+            )
+        if self.aligned and block_level:
+            raise DataError(f"{path}: {spans_at_block_level(self.aligned)}")
+
+    def tell(self, path: str | os.PathLike, max_length: int | None) -> None:
+        """Log what one may not expect of the file, once the rows are those to train on."""
+        for message in self.in_words(max_length):
+            logger.warning(f"{path}: {message}")
+
+    def in_words(self, max_length: int | None = None) -> list[str]:
+        said = []
+        if self.too_long:
+            said.append(
+                f"left out {len(self.too_long)} of {self._all()} rows, longer than max_length = {max_length} tokens "
+                f"({line_list(self.too_long)})"
+            )
+        if self.unaligned:
+            reasons = Counter(self.unaligned.values()).most_common(3)
+            said.append(
+                f"left out {len(self.unaligned)} of {self._all()} rows, which cannot be aligned with the student's "
+                f"tokens ({line_list(list(self.unaligned))}): " + "; ".join(f"{reason} ({n})" for reason, n in reasons)
+            )
+        if self.aligned:
+            said.append(
+                f"{len(self.aligned)} of {self.rows} rows are not in the student's tokens and were aligned by their "
+                f"bytes: {self.ratio_tokens / self.tokens:.1%} of their response tokens carry a log-ratio, in spans of "
+                f"{self.ratio_tokens / max(self.spans, 1):.2f} tokens, {self.spans / len(self.aligned):.1f} spans a "
+                "row. These spans are the blocks of the weights, at levels token and block alike"
+            )
+        if self.few_shared:
+            said.append(
+                f"in {len(self.few_shared)} aligned rows fewer than {FEW_SHARED:.0%} of the response tokens carry a "
+                f"log-ratio ({line_list(self.few_shared)}): the others train with the weight of their place"
+            )
+        if self.no_policy:
+            said.append(
+                f"{len(self.no_policy)} of {self.rows} rows have no behaviour policy: each of their tokens has weight "
+                "1, as in plain SFT"
+            )
+        if self.estimated:
+            said.append(
+                f"the log-probs of {len(self.estimated)} rows are an estimate, by a model that did not write them "
+                f"({line_list(self.estimated)})"
+            )
+        if self.biased:
+            settings = ", ".join(f"{setting}: {n} rows" for setting, n in self.sampled.most_common())
+            said.append(
+                f"{len(self.biased)} rows were sampled with settings by which their log-probs may not be those of the "
+                f"distribution that was sampled from, which biases their log-ratios ({settings})"
+            )
+        return said
+
+    def _all(self) -> int:
+        return self.rows + len(self.too_long) + len(self.unaligned)
+
+
+def sampling_in_words(settings: Any) -> list[str]:
+    """Of `behavior_sampling`, each setting that changed the distribution: "temperature 0.7", say."""
+    if not isinstance(settings, dict):
+        return []
+    return [
+        f"{name} {settings[name]:g}"
+        for name, harmless in HARMLESS.items()
+        if isinstance(settings.get(name), (int, float)) and settings[name] not in harmless
+    ]
