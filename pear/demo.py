@@ -38,6 +38,7 @@ from pear.pipeline import Tick, draw_traces
 from pear.pretrain import small_llama, teach
 from pear.report import LABELS, draw_pictures, write_report
 from pear.runs import evaluation_path, read_run, write_run
+from pear.seal import write_scored
 from pear.side_by_side import Job, Team, quiet
 from pear.tasks import Problem, load_task
 
@@ -395,8 +396,8 @@ def score_traces(tick: Tick, out: Path, settings: Settings) -> dict[str, Any]:
             tick(i + 1, len(files))
         rows = [row for _, row in read_jsonl(folder / "behavior.jsonl")]
         heldout = max(1, round(settings.heldout_share * len(rows)))
-        write_jsonl(folder / "heldout.jsonl", rows[:heldout])
-        write_jsonl(folder / "train.jsonl", rows[heldout:])
+        write_scored(folder / "heldout.jsonl", rows[:heldout])
+        write_scored(folder / "train.jsonl", rows[heldout:])
     example = min(
         rows[heldout:], key=lambda row: abs(len(row["input_ids"]) - 45)
     )  # neither the shortest nor the longest

@@ -18,6 +18,7 @@ from pear.pipeline import Tick, draw_traces, fine_tune, reinforce
 from pear.pretrain import mixture, small_llama, teach
 from pear.replicate.diagnostics import health, movement
 from pear.replicate.study import RL, SFT, Evaluation, Model, Taught, Traces
+from pear.seal import write_scored
 from pear.tasks import Problem, load_task
 from pear.worked import WORKED
 
@@ -121,8 +122,8 @@ def traces(
     )  # fmt: skip
     scored = [row for _, row in read_jsonl(folder / "scored.jsonl")]
     heldout = max(1, round(wanted.heldout_share * len(scored)))
-    write_jsonl(folder / "heldout.jsonl", scored[:heldout])
-    write_jsonl(folder / "train.jsonl", scored[heldout:])
+    write_scored(folder / "heldout.jsonl", scored[:heldout])
+    write_scored(folder / "train.jsonl", scored[heldout:])
     (folder / "traces.jsonl").unlink()
     (folder / "scored.jsonl").unlink()
     return {

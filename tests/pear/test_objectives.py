@@ -1,7 +1,6 @@
 """`pear sft --weighting`, `--negatives`, `--distill`: losses against full logits, in every layout; resume, errors."""
 
 import copy
-import json
 import math
 import shutil
 
@@ -17,6 +16,7 @@ from pear.models import vocabulary_fingerprint
 from pear.runs import read_run
 from pear.score import score
 from pear.scored import load_scored
+from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer, main
 from pear.teacher import HeldTeacher, _common_rows
 
@@ -88,6 +88,7 @@ def rows(tokenizer, student, teacher):
         }
         ids, mask, _ = tokenize_row(text, tokenizer, "here")
         row = {**text, "input_ids": ids, "completion_mask": mask, "tokenizer": tokenizer_fingerprint(tokenizer)}
+        row["behavior_policy"] = "behavior"
         with torch.no_grad():
             for name, model in (("behavior_logprobs", behavior), ("ref_logprobs", before)):
                 logprobs = logits_of(model, ids).log_softmax(-1)
@@ -108,7 +109,7 @@ def write(path, rows, options=None, **changes):
     """A file with the columns that `options` ask for."""
     options = options or {}
     warm = options.get("distill_temperature", 1.0) == 2.0
-    lines = []
+    made = []
     for row in rows:
         row = {**row, **changes}
         if warm:
@@ -116,8 +117,8 @@ def write(path, rows, options=None, **changes):
         row["top_k_temperature"] = 2.0 if warm else 1.0
         if not options.get("negatives"):
             row.pop("label", None)
-        lines.append(json.dumps({name: value for name, value in row.items() if "warm" not in name}))
-    path.write_text("\n".join(lines))
+        made.append({name: value for name, value in row.items() if "warm" not in name})
+    write_scored(path, made)
     return path
 
 

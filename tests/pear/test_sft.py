@@ -25,6 +25,7 @@ from pear.models import load_model, load_tokenizer
 from pear.save import save_final
 from pear.score import score
 from pear.scored import load_scored
+from pear.seal import seal
 from pear.sft import PEARSFTTrainer, main
 from pear.sft_data import PEARCollator
 
@@ -339,10 +340,12 @@ def test_load_scored_gives_back_what_score_wrote(scored, dataset):
 
 
 def change_row(scored, tmp_path, number: int, change) -> "os.PathLike":
+    """A file with one row changed and sealed anew, as a program would leave it that writes such rows."""
     rows = [row for _, row in read_jsonl(scored)]
     change(rows[number - 1])
     path = tmp_path / "changed.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sealed = (seal(row, file="0a1b2c3d", number=i, rows=len(rows)) for i, row in enumerate(rows, start=1))
+    path.write_text("".join(json.dumps(row) + "\n" for row in sealed))  # NaN too, which write_scored refuses
     return path
 
 
