@@ -19,9 +19,12 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = ("token", "block", "sequence")
+NORMALIZE = ("sequence", "batch")
 REDUCTIONS = ("mean", "sum", "sequence_mean")
 POLICY_REDUCTIONS = (*REDUCTIONS, "constant_length")
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
+NO_RATIO = -1  # the block id of a token without a log-ratio
+MAX_IDS = 2**31  # block ids are below this, so that a key of sequence and id is an int64
 POLICY_OF = {  # whose each kind of log-probs are
     "behavior_logprobs": "its behaviour policy",
     "old_logprobs": "the policy before the update",
@@ -36,7 +39,7 @@ VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 
 def check_options(options) -> None:
     """The PEAR options of `weights.PEAROptions`."""
-    level, block_size, gamma, log_ratio_clip, log_weight_clip = options
+    level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize = options
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
     if not (is_number(block_size, numbers.Integral) and block_size >= 1):
@@ -50,6 +53,21 @@ def check_options(options) -> None:
             raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds!r}: swap the two")
     if log_weight_clip[1] == math.inf:
         raise ValueError(f"log_weight_clip must have a finite upper end, got {log_weight_clip!r}")
+    for name, flag in (("clip_blocks", clip_blocks), ("center", center)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
+    if clip_length is not None and not (is_number(clip_length, numbers.Integral) and clip_length >= 1):
+        raise ValueError(
+            f"clip_length must be an integer of at least 1 (tokens with a log-ratio), or None, got {clip_length!r}"
+        )
+    if normalize is not None and normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be None or one of {', '.join(map(repr, NORMALIZE))}, got {normalize!r}")
+    for name, given in (("center", center), ("normalize", normalize == "sequence")):
+        if level == "sequence" and given:
+            raise ValueError(
+                f"{name} must be off at level 'sequence', got {normalize if name == 'normalize' else center!r}: a "
+                "sequence's tokens share one weight there, and all of them would be 1"
+            )
 
 
 def check_policy_options(options, objectives: Collection[str]) -> None:
@@ -251,6 +269,20 @@ def check_sequence_label(hidden: Tensor, target: Tensor, sequence_label: Tensor 
     same_device(hidden, sequence_label=sequence_label)
 
 
+def check_block_ids_kind(like: Tensor, what: str, block_ids: Tensor | None, level: str) -> None:
+    """The block of each token, where there are blocks at all."""
+    if block_ids is None:
+        return
+    same_shape("block_ids", block_ids, what, like.shape)
+    if block_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_ids must be torch.int32 or torch.int64, got {block_ids.dtype}: call block_ids.int()")
+    same_device(like, block_ids=block_ids)
+    if level == "token":
+        raise ValueError(
+            "block_ids must be None at level 'token', where every token is its own block: use level 'block'"
+        )
+
+
 def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None:
     """Weights of the caller's, a number a token."""
     same_shape("weights", weights, "target's shape", target.shape)
@@ -445,6 +477,32 @@ def check_logprobs(name: str, logprobs: Tensor, valid: Tensor) -> None:
             f"{logprobs[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such "
             f"tokens): score the data again under {POLICY_OF[name]}"
         ),
+    )
+
+
+def block_key(block_ids: Tensor, start: Tensor) -> Tensor:
+    """(n,) int64 that orders tokens by their sequences, which begin at `start` (n,), and then by their block's id."""
+    return start * 2 * MAX_IDS + (block_ids.long() - NO_RATIO)
+
+
+@value_check
+def check_block_ids(block_ids: Tensor, start: Tensor, index: Tensor) -> None:
+    """Of tokens that count, in compact order: in [-1, 2**31), and never descending within a sequence but for -1."""
+
+    def rule(bad: Tensor, words: str, found: Callable[[int], str]) -> None:
+        at = lambda: int(bad.nonzero()[0])  # noqa: E731
+        require(
+            ~bad.any(), words, lambda: f"{found(at())} at flat position {index[at()].item()} ({int(bad.sum())} such)"
+        )
+
+    outside = (block_ids < NO_RATIO) | (block_ids >= MAX_IDS)
+    rule(outside, f"block_ids must be in [0, {MAX_IDS}), or -1 for no log-ratio", lambda i: f"{block_ids[i].item()}")
+    key = block_key(block_ids, start)
+    highest = key.cummax(0).values
+    rule(
+        (block_ids > NO_RATIO) & (key < highest),
+        "block_ids must not descend within a sequence",
+        lambda i: f"{block_ids[i].item()} after {int(highest[i] - start[i] * 2 * MAX_IDS) + NO_RATIO}",
     )
 
 

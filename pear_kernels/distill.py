@@ -84,10 +84,14 @@ class DistillObjective(Objective):
         return self.both(self.weights.coefficients(begin, end))
 
     def own(self, begin: int, end: int) -> Coefficients:
-        return self.both(self.weights.token_scale.new_ones(end - begin))
+        own = self.weights.own(begin, end)
+        return self.both(self.weights.token_scale.new_ones(end - begin) if own is None else own)
 
     def factor(self, begin: int, end: int) -> Tensor:
-        return self.weights.coefficients(begin, end)
+        return self.weights.factor(begin, end)
+
+    def rescale(self) -> Tensor | None:
+        return self.weights.rescale()
 
     def both(self, factor: Tensor) -> Coefficients:
         return Coefficients(factor * self.nll_coef if self.nll_coef else None, None, factor)

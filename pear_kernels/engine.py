@@ -68,6 +68,10 @@ class Objective:
         """Of a coupled loss, which sequences have coefficients that depend on all their tokens; None: all of them."""
         return None
 
+    def rescale(self) -> Tensor | None:
+        """(): what all gradients are multiplied by when the walk is over; None for nothing."""
+        return None
+
 
 class Teacher(Protocol):
     """Whose distribution a `DenseWalk` compares with the head's; `pear_kernels.distill` has two of them."""
@@ -151,7 +155,7 @@ class Walk:
                 self.grads.add_head_(own)
             else:
                 self.visit_twice(objective, chunks)
-        self.finish()
+        self.finish(objective)
 
     def score_all(self, objective: Objective) -> None:
         """Fills `logprobs` (and `entropy`), and shows them to the objective. No gradient."""
@@ -187,8 +191,14 @@ class Walk:
         """The workspace of all chunks."""
         self.head.reserve(planned.rows, planned.gradient)
 
-    def finish(self) -> None:
+    def finish(self, objective: Objective) -> None:
         """What is left when every chunk has passed."""
+        scale = objective.rescale() if any(self.wanted) else None
+        if scale is not None and self.grads.written:
+            gathered = self.grads.hidden, self.grads.weight, self.grads.bias, self.target_scale
+            for values in gathered:
+                if values is not None:
+                    values.mul_(scale)
         if not self.grads.written:
             self.grads.weight.zero_()
         elif self.target_scale is not None:

@@ -59,6 +59,10 @@ class LinearPEARLoss(_LinearLoss):
         gamma: float = DEFAULTS.gamma,
         log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
         log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+        clip_blocks: bool = DEFAULTS.clip_blocks,
+        center: bool = DEFAULTS.center,
+        clip_length: int | None = DEFAULTS.clip_length,
+        normalize: str | None = DEFAULTS.normalize,
         negative_lambda: float = NEGATIVE_LAMBDA,
         logprob_floor: float = LOGPROB_FLOOR,
         reduction: str = "mean",
@@ -68,7 +72,9 @@ class LinearPEARLoss(_LinearLoss):
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
-        pear = PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip)
+        pear = PEAROptions(
+            level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+        )
         checks.check_options(pear)
         checks.check_negative_options(negative_lambda, logprob_floor)
         checks.check_reduction(reduction, None)
@@ -85,6 +91,7 @@ class LinearPEARLoss(_LinearLoss):
         target: Tensor,  # (N,) or (B, T)
         behavior_logprobs: Tensor,  # (N,) or (B, T)
         *,
+        block_ids: Tensor | None = None,  # (N,) or (B, T)
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
         sequence_label: Tensor | None = None,  # (S,)
@@ -92,7 +99,7 @@ class LinearPEARLoss(_LinearLoss):
         denominator: float | Tensor | None = None,
     ) -> LossOutput:
         return linear_pear_loss(
-            hidden, weight, target, behavior_logprobs, bias=bias, cu_seqlens=cu_seqlens,
+            hidden, weight, target, behavior_logprobs, block_ids=block_ids, bias=bias, cu_seqlens=cu_seqlens,
             sequence_label=sequence_label, sequence_scale=sequence_scale, denominator=denominator, **self.options,
         )  # fmt: skip
 
@@ -167,6 +174,10 @@ class LinearDistillLoss(_LinearLoss):
         gamma: float = DEFAULTS.gamma,
         log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
         log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+        clip_blocks: bool = DEFAULTS.clip_blocks,
+        center: bool = DEFAULTS.center,
+        clip_length: int | None = DEFAULTS.clip_length,
+        normalize: str | None = DEFAULTS.normalize,
         reduction: str = "mean",
         temperature: float = 1.0,
         softcap: float | None = None,
@@ -176,7 +187,9 @@ class LinearDistillLoss(_LinearLoss):
     ):
         options = DivergenceOptions(divergence, js_beta, distill_temperature)
         checks.check_divergence_options(options, DIVERGENCES, nll_coef)
-        pear = PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip)
+        pear = PEAROptions(
+            level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+        )
         checks.check_options(pear)
         checks.check_reduction(reduction, None)
         own = dict(divergence=divergence, js_beta=js_beta, distill_temperature=distill_temperature, nll_coef=nll_coef)
@@ -194,13 +207,14 @@ class LinearDistillLoss(_LinearLoss):
         target: Tensor,  # (N,) or (B, T)
         behavior_logprobs: Tensor | None = None,  # (N,) or (B, T)
         *,
+        block_ids: Tensor | None = None,  # (N,) or (B, T)
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
     ) -> LossOutput:
         return linear_distill_loss(
-            hidden, weight, teacher, target, behavior_logprobs, bias=bias, cu_seqlens=cu_seqlens,
+            hidden, weight, teacher, target, behavior_logprobs, block_ids=block_ids, bias=bias, cu_seqlens=cu_seqlens,
             sequence_scale=sequence_scale, denominator=denominator, **self.options,
         )  # fmt: skip
 

@@ -42,8 +42,8 @@ class LabelledObjective(Objective):
         negative_lambda: float,
         logprob_floor: float,
         weights: Callable[..., PEARWeights] = PEARWeights,
+        block_ids: Tensor | None = None,  # (n,)
     ):
-        self.behavior_logprobs = behavior_logprobs.double()
         self.pack = pack
         self.options = options
         self.token_scale = scale
@@ -52,12 +52,16 @@ class LabelledObjective(Objective):
         self.negative_lambda = negative_lambda
         self.logprob_floor = logprob_floor
         self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=pack.index.device)
-        self.of_right = weights(behavior_logprobs, pack, options)
-        self.of_wrong = weights(behavior_logprobs, pack, options._replace(level="sequence"))
+        self.separable = options.separable
+        of_wrong = options._replace(level="sequence", center=False, normalize=None)
+        if options.level == "token":
+            of_wrong = of_wrong._replace(block_size=1)  # the blocks, should `clip_blocks` ask
+        self.of_right = weights(behavior_logprobs, pack, options, block_ids)
+        self.of_wrong = weights(behavior_logprobs, pack, of_wrong, block_ids)
 
     def waits(self) -> list[bool]:
-        """Right sequences do at sequence level alone."""
-        return [self.options.level == "sequence" or not label for label in self.sequence_label.tolist()]
+        """Right sequences do at sequence level alone, or where an option of ours makes them."""
+        return [self.options.coupled or not label for label in self.sequence_label.tolist()]
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.logprobs[begin:end] = logprobs
@@ -69,14 +73,19 @@ class LabelledObjective(Objective):
         of_right, of_wrong = (of.weights(begin, end) for of in (self.of_right, self.of_wrong))
         return torch.where(self.right[begin:end], of_right, of_wrong)
 
-    def own(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) 1 for right tokens, -negative_lambda or 0 for wrong ones."""
+    def pushed(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) -negative_lambda, or 0 below the floor."""
         logprobs = self.logprobs[begin:end]
-        pushed = torch.where(logprobs <= self.logprob_floor, 0.0, logprobs.new_full((), -self.negative_lambda))
-        return torch.where(self.right[begin:end], 1.0, pushed)
+        return torch.where(logprobs <= self.logprob_floor, 0.0, logprobs.new_full((), -self.negative_lambda))
+
+    def own(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) 1 for right tokens (or what is known of their weights), what pushes wrong ones."""
+        of_right = self.of_right.own(begin, end)
+        return torch.where(self.right[begin:end], 1.0 if of_right is None else of_right, self.pushed(begin, end))
 
     def factor(self, begin: int, end: int) -> Tensor:
-        return self.weights(begin, end) * self.token_scale[begin:end]
+        of_right, of_wrong = (of.factor(begin, end) for of in (self.of_right, self.of_wrong))
+        return torch.where(self.right[begin:end], of_right, of_wrong) * self.token_scale[begin:end]
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.own(begin, end) * self.factor(begin, end)
@@ -84,14 +93,14 @@ class LabelledObjective(Objective):
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk: loss (), own * G (n,), `STATS` and `WRONG_STATS` (13,), all float64."""
         n, zero_ghosts = self.pack.tokens, self.pack.zero_ghosts
-        weights, own = self.weights(0, n), self.own(0, n)
+        weights = self.weights(0, n)
+        own = torch.where(self.right, 1.0, self.pushed(0, n))
         pushed_nll = torch.where(self.right, -logprobs, (-logprobs).clamp(max=-self.logprob_floor))
         factor = torch.where(self.right, 1.0, logprobs.new_full((), -self.negative_lambda)) * weights  # in float64
         loss = zero_ghosts(factor * self.token_scale * pushed_nll).sum()
         counts = torch.ones_like(self.right) if self.pack.counts is None else self.pack.counts
         right, wrong = counts & self.right, counts & ~self.right
-        log_g = self.of_right.log_weights(0, n)
-        of_right = pear_sums(logprobs - self.behavior_logprobs, -logprobs, log_g, weights, self.options)
+        of_right = pear_sums(self.of_right, logprobs, weights)
         sums = torch.stack([torch.where(right, value.double(), 0.0).sum() for value in of_right])
         of_wrong = -logprobs, weights, logprobs <= self.logprob_floor
         sums_wrong = torch.stack([torch.where(wrong, value.double(), 0.0).sum() for value in of_wrong])

@@ -11,11 +11,11 @@ from pear_kernels.weights import PEAROptions, PEARWeights
 
 STATS = (
     "nll",  # unweighted mean of -log pi
-    "log_ratio_mean",  # mean of log pi - log pi_b, before its clip
-    "ratio_clipped_low",  # share of tokens whose log-ratio is below log_ratio_clip
+    "log_ratio_mean",  # mean of log pi - log pi_b, before its clip (`PEARWeights.clipping` says of what)
+    "ratio_clipped_low",  # share of tokens whose log-ratio is below log_ratio_clip (as scaled by clip_length)
     "ratio_clipped_high",  # ... above it
     "weight_mean",  # mean of G
-    "weight_floor",  # share of tokens whose G is on the lower end of log_weight_clip
+    "weight_floor",  # share of tokens whose G is on the lower end of log_weight_clip (before it is normalised)
     "weight_ceiling",  # ... on the upper end
     "effective_sample_size",  # (sum G)^2 / (n sum G^2), the share of tokens that carry the gradient
     "tokens",  # n, the tokens that count
@@ -34,13 +34,13 @@ class PEARObjective(Objective):
         denominator: Tensor | None,  # () or (1,)
         sequence_scale: Tensor | None,  # (S,)
         weights: Callable[..., PEARWeights] = PEARWeights,  # the class, or a backend's own with the same interface
+        block_ids: Tensor | None = None,  # (n,)
     ):
-        self.behavior_logprobs = behavior_logprobs.double()
         self.pack = pack
         self.options = options
-        self.coupled = options.level == "sequence"
+        self.coupled, self.separable = options.coupled, options.separable
         self.token_scale = token_scale(pack, reduction, denominator, sequence_scale)  # (n,)
-        self.walk = weights(behavior_logprobs, pack, options)
+        self.walk = weights(behavior_logprobs, pack, options, block_ids)
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.walk.observe(begin, end, logprobs)
@@ -48,16 +48,25 @@ class PEARObjective(Objective):
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.walk.weights(begin, end) * self.token_scale[begin:end]
 
+    def own(self, begin: int, end: int) -> Tensor | None:
+        return self.walk.own(begin, end)
+
+    def factor(self, begin: int, end: int) -> Tensor:
+        return self.walk.factor(begin, end) * self.token_scale[begin:end]
+
+    def rescale(self) -> Tensor | None:
+        return self.walk.rescale()
+
     def finish(self, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the walk, from all log-probs (n,): loss (), weights (n,) and the `STATS` (9,), all float64."""
-        weights = self.pack.zero_ghosts(self.walk.weights(0, self.pack.tokens).double())
+        weights, scale = self.pack.zero_ghosts(self.walk.weights(0, self.pack.tokens).double()), self.rescale()
+        weights = weights if scale is None else weights * scale
         sums = self.sums(logprobs, weights)
         return sums[-1], weights, statistics(sums, self.pack.counted)
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         """(9,) over the tokens that count: what `statistics` takes, and the loss."""
-        log_g = self.walk.log_weights(0, self.pack.tokens)
-        values = pear_sums(logprobs - self.behavior_logprobs, -logprobs, log_g, weights, self.options)
+        values = pear_sums(self.walk, logprobs, weights)
         values += (weights * self.token_scale * -logprobs,)
         return torch.stack([self.pack.zero_ghosts(value.double()).sum() for value in values])
 
@@ -76,12 +85,12 @@ class FixedCoefficients(Objective):
         return parts[0] if len(parts) == 1 else Coefficients(*parts)
 
 
-def pear_sums(log_ratio: Tensor, nll: Tensor, log_g: Tensor, weights: Tensor, options: PEAROptions) -> tuple:
-    """What `statistics` takes the sums of, (n,) each."""
-    low, high = options.log_ratio_clip
-    floor, ceiling = options.log_weight_clip
-    counts = log_ratio < low, log_ratio > high
-    return nll, log_ratio, *counts, weights, log_g <= floor, log_g >= ceiling, weights.square()
+def pear_sums(walk: PEARWeights, logprobs: Tensor, weights: Tensor) -> tuple:
+    """What `statistics` takes the sums of, (n,) each, after the walk."""
+    log_ratio, below, above = walk.clipping(logprobs)
+    log_g = walk.log_weights(0, walk.pack.tokens)
+    floor, ceiling = walk.options.log_weight_clip
+    return -logprobs, log_ratio, below, above, weights, log_g <= floor, log_g >= ceiling, weights.square()
 
 
 def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:

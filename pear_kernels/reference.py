@@ -18,24 +18,44 @@ def naive_weights(
     gamma: float = 0.999,
     log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
     log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+    block_ids: Tensor | None = None,  # (T,)
+    clip_blocks: bool = False,
+    center: bool = False,
+    clip_length: int | None = None,
+    normalize: str | None = None,
 ) -> Tensor:
-    """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there)."""
+    """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there); "batch" is the caller's."""
     T = len(logprobs)
-    delta = [
-        min(max((p - q).item(), log_ratio_clip[0]), log_ratio_clip[1])
-        for p, q in zip(logprobs, behavior_logprobs, strict=True)
-    ]
+    if block_ids is not None:
+        places = [(t, block_ids[t - 1].item()) for t in range(1, T + 1) if block_ids[t - 1] != -1]
+    else:
+        places = [(t, t if level == "token" else (t - 1) // block_size) for t in range(1, T + 1)]
+    members = {}  # of each block, the positions of its log-ratios
+    for t, block in places:
+        members.setdefault(block, []).append(t)
+    low, high = log_ratio_clip
+    if clip_length is not None and len(places) > clip_length:
+        low, high = low * clip_length / len(places), high * clip_length / len(places)
+    rho = {}
+    for block, positions in members.items():
+        ratios = [(logprobs[t - 1] - behavior_logprobs[t - 1]).item() for t in positions]
+        if clip_blocks:
+            rho[block] = min(max(sum(ratios), len(ratios) * low), len(ratios) * high)
+        else:
+            rho[block] = sum(min(max(ratio, low), high) for ratio in ratios)
+    if center:
+        mean = sum(rho.values()) / max(len(places), 1)
+        rho = {block: rho[block] - len(positions) * mean for block, positions in members.items()}
     log_g = []
     for t in range(1, T + 1):
-        if level == "token":
-            value = (T - t) * math.log(gamma) + sum(delta[j - 1] for j in range(t + 1, T + 1))
-        elif level == "block":
-            e_k = min(-(-t // block_size) * block_size, T)  # the last position of t's block
-            value = (T - e_k) * math.log(gamma) + sum(delta[j - 1] for j in range(e_k + 1, T + 1))
+        later = [block for block, positions in members.items() if min(positions) > t]
+        if level == "sequence":
+            value = sum(rho.values())
         else:
-            value = sum(delta)
+            value = sum(rho[block] + len(members[block]) * math.log(gamma) for block in later)
         log_g.append(min(max(value, log_weight_clip[0]), log_weight_clip[1]))
-    return torch.tensor(log_g, dtype=torch.float64, device=logprobs.device).exp().to(logprobs.dtype)
+    G = torch.tensor(log_g, dtype=torch.float64, device=logprobs.device).exp()
+    return (G / G.mean() if normalize == "sequence" and T else G).to(logprobs.dtype)
 
 
 def naive_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=None) -> Tensor:
@@ -96,6 +116,11 @@ def naive_pear_loss(
     gamma: float = 0.999,
     log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
     log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+    block_ids: Tensor | None = None,  # (N,)
+    clip_blocks: bool = False,
+    center: bool = False,
+    clip_length: int | None = None,
+    normalize: str | None = None,
     sequence_scale: Tensor | None = None,
     reduction: str = "mean",
     denominator: float | None = None,
@@ -115,9 +140,11 @@ def naive_pear_loss(
     for s, response in enumerate(sequences):
         right = sequence_label is None or bool(sequence_label[s])
         lp = logprobs[response]
+        ids = None if block_ids is None else block_ids[response]
         G = naive_weights(
-            lp.detach(), behavior_logprobs[response].to(lp.dtype), level if right else "sequence", block_size, gamma,
-            log_ratio_clip, log_weight_clip,
+            lp.detach(), behavior_logprobs[response].to(lp.dtype), level if right else "sequence",
+            1 if level == "token" else block_size, gamma, log_ratio_clip, log_weight_clip, ids, clip_blocks,
+            center and right, clip_length, normalize if right else None,
         )  # fmt: skip
         if right:
             weights[response] = G
@@ -126,6 +153,9 @@ def naive_pear_loss(
             pushed = lp.detach() > logprob_floor
             weights[response] = -negative_lambda * G * pushed
             losses[response] = -negative_lambda * G * torch.where(pushed, -lp, -logprob_floor)
+    if normalize == "batch":
+        mean = torch.cat([weights[response] for response in sequences]).mean()
+        weights, losses = weights / mean, losses / mean
     loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
     return loss, logprobs.detach(), weights
 
@@ -244,6 +274,11 @@ def naive_distill_loss(
     gamma: float = 0.999,
     log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
     log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+    block_ids: Tensor | None = None,  # (N,)
+    clip_blocks: bool = False,
+    center: bool = False,
+    clip_length: int | None = None,
+    normalize: str | None = None,
     bias: Tensor | None = None,
     cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
     sequence_scale: Tensor | None = None,
@@ -278,8 +313,11 @@ def naive_distill_loss(
         if behavior_logprobs is not None:
             weights[response] = naive_weights(
                 logprobs[response].detach(), behavior_logprobs[response].to(logprobs.dtype), level, block_size, gamma,
-                log_ratio_clip, log_weight_clip,
+                log_ratio_clip, log_weight_clip, None if block_ids is None else block_ids[response], clip_blocks,
+                center, clip_length, normalize,
             )  # fmt: skip
+    if normalize == "batch" and behavior_logprobs is not None:
+        weights = weights / torch.cat([weights[response] for response in sequences]).mean()
     losses = weights * (divergences - nll_coef * logprobs)
     return reduced(losses, sequences, sequence_scale, reduction, denominator), logprobs.detach(), weights
 

@@ -37,6 +37,11 @@ def linear_distill_loss(
     gamma: float = DEFAULTS.gamma,
     log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
     log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    block_ids: Tensor | None = None,  # (N,) or (B, T)
+    clip_blocks: bool = DEFAULTS.clip_blocks,
+    center: bool = DEFAULTS.center,
+    clip_length: int | None = DEFAULTS.clip_length,
+    normalize: str | None = DEFAULTS.normalize,
     sequence_scale: Tensor | None = None,  # (S,)
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
@@ -76,7 +81,8 @@ def linear_distill_loss(
         distill_temperature: divides the logits of both in D alone, on top of what either head does to its own. (There
             is no factor of its square.)
         nll_coef: how much of the NLL is added.
-        level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
+        level, block_size, gamma, log_ratio_clip, log_weight_clip, block_ids, clip_blocks, center, clip_length,
+            normalize: see `pear_weights`.
 
     Returns:
         LossOutput. `weights` are G. `stats` begin with "divergence", the mean of D; the others are `objectives.STATS`
@@ -86,11 +92,19 @@ def linear_distill_loss(
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
     checks.check_divergence_options(DivergenceOptions(divergence, js_beta, distill_temperature), DIVERGENCES, nll_coef)
-    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+    options = PEAROptions(
+        level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+    )
+    checks.check_options(options)
     checks.check_reduction(reduction, denominator)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     columns = {"behavior_logprobs": behavior_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
+    checks.check_block_ids_kind(target, "target's shape", block_ids, level)
+    if block_ids is not None and behavior_logprobs is None:
+        raise ValueError(
+            "block_ids is given, but behavior_logprobs is None: there are no log-ratios to put into blocks"
+        )
     offline = (None, None)
     if isinstance(teacher, TopKTeacher):
         checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
@@ -105,6 +119,7 @@ def linear_distill_loss(
         bias,
         target.reshape(-1),
         flat(behavior_logprobs),
+        flat(block_ids),
         *flat_teacher(teacher),
         *offline,
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
@@ -116,10 +131,7 @@ def linear_distill_loss(
         js_beta,
         distill_temperature,
         nll_coef,
-        level,
-        block_size,
-        gamma,
-        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        *options.arguments(),
         reduction,
         temperature,
         softcap,

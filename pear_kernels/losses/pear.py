@@ -22,6 +22,11 @@ def linear_pear_loss(
     gamma: float = DEFAULTS.gamma,
     log_ratio_clip: tuple[float, float] = DEFAULTS.log_ratio_clip,
     log_weight_clip: tuple[float, float] = DEFAULTS.log_weight_clip,
+    block_ids: Tensor | None = None,  # (N,) or (B, T)
+    clip_blocks: bool = DEFAULTS.clip_blocks,
+    center: bool = DEFAULTS.center,
+    clip_length: int | None = DEFAULTS.clip_length,
+    normalize: str | None = DEFAULTS.normalize,
     sequence_label: Tensor | None = None,  # (S,)
     negative_lambda: float = NEGATIVE_LAMBDA,
     logprob_floor: float = LOGPROB_FLOOR,
@@ -54,10 +59,12 @@ def linear_pear_loss(
             data. What stands at ignored tokens does not matter.
         bias: (V,), the head's bias.
         cu_seqlens: (S+1,) int32 or int64 on hidden's device: the sequences of a pack; None means one sequence.
-        level, block_size, gamma, log_ratio_clip, log_weight_clip: see `pear_weights`.
+        level, block_size, gamma, log_ratio_clip, log_weight_clip, block_ids, clip_blocks, center, clip_length,
+            normalize: see `pear_weights`.
         sequence_label: (S,) or (B,) bool, False where the response is wrong. Its tokens have, at sequence level alone,
             the repulsive term of the paper's section 3.6 with a bound of ours,
             -negative_lambda G min(-log pi, -logprob_floor); right and wrong ones may be mixed. None: all are right.
+            center and normalize "sequence" are of right ones alone, and normalize "batch" is an error.
         negative_lambda: how strongly wrong responses are pushed away. The paper is silent; 0.1 is ours.
         logprob_floor: a wrong token whose log-prob is down to this is not pushed further; -inf: no bound. Ours.
         sequence_scale: (S,) or (B,), multiplies each sequence's loss; not part of G. Ours, not the paper's.
@@ -86,14 +93,23 @@ def linear_pear_loss(
         torch.OutOfMemoryError: naming the workspace's size. (On a CPU, where that is torch's error, RuntimeError.)
         RuntimeError: for a double backward.
     """
-    checks.check_options(PEAROptions(level, block_size, gamma, log_ratio_clip, log_weight_clip))
+    options = PEAROptions(
+        level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+    )
+    checks.check_options(options)
     checks.check_negative_options(negative_lambda, logprob_floor)
     checks.check_reduction(reduction, denominator)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
     checks.check_loss_arguments(
         hidden, target, {"behavior_logprobs": behavior_logprobs}, cu_seqlens, sequence_scale, denominator
     )
+    checks.check_block_ids_kind(target, "target's shape", block_ids, level)
     checks.check_sequence_label(hidden, target, sequence_label, cu_seqlens)
+    if sequence_label is not None and normalize == "batch":
+        raise ValueError(
+            "normalize must not be 'batch' beside sequence_label, as one factor of the whole call would scale wrong "
+            "sequences too: use 'sequence', which is of right ones alone"
+        )
     found = ops.linear_pear_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -101,15 +117,13 @@ def linear_pear_loss(
         target.reshape(-1),
         flat(sequence_label),
         flat(behavior_logprobs),
+        flat(block_ids),
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         flat(sequence_scale),
         as_tensor(denominator, hidden.device),
         negative_lambda,
         logprob_floor,
-        level,
-        block_size,
-        gamma,
-        [float(bound) for bound in (*log_ratio_clip, *log_weight_clip)],
+        *options.arguments(),
         reduction,
         temperature,
         softcap,

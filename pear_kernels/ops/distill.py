@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.backend import dense_head_class, objective_class
+from pear_kernels.blocks import checked_ids
 from pear_kernels.distill import DistillObjective, LoadedTeacher, OfflineTeacher
 from pear_kernels.divergence import DivergenceOptions
 from pear_kernels.engine import DenseWalk, Objective
@@ -41,6 +42,7 @@ def linear_distill_loss(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     behavior_logprobs: Tensor | None,  # (N,)
+    block_ids: Tensor | None,  # (N,)
     teacher_hidden: Tensor | None,  # (N, D'), of a teacher in memory
     teacher_weight: Tensor | None,  # (V, D')
     teacher_bias: Tensor | None,  # (V,)
@@ -58,7 +60,12 @@ def linear_distill_loss(
     level: str,
     block_size: int,
     gamma: float,
-    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+    log_ratio_clip: list[float],
+    log_weight_clip: list[float],
+    clip_blocks: bool,
+    center: bool,
+    clip_length: int | None,
+    normalize: str | None,
     reduction: str,
     temperature: float,
     softcap: float | None,
@@ -73,7 +80,10 @@ def linear_distill_loss(
     The statistics are the mean divergence and those of the weights: 10, or 8 without behaviour log-probs.
     """
     columns = {"behavior_logprobs": behavior_logprobs}
-    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    pack = checked_pack(
+        target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator, block_ids
+    )
+    ids = checked_ids(pack, block_ids)
     dense_head = dense_head_class(backend, hidden.device, compute_dtype)
     head = dense_head(weight, bias, temperature, softcap, compute_dtype)
     options = DivergenceOptions(divergence, js_beta, distill_temperature)
@@ -87,9 +97,12 @@ def linear_distill_loss(
         scale = token_scale(pack, reduction, denominator, sequence_scale)
         of_weights: Objective = WeightedObjective(pack, WEIGHTINGS["none"], scale)
     else:
-        pear = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
+        pear = PEAROptions(
+            level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+        )
         of_backend = objective_class(backend, hidden.device, compute_dtype)
-        of_weights = of_backend(pack.take(behavior_logprobs), pack, pear, reduction, denominator, sequence_scale)
+        behavior = pack.take(behavior_logprobs)
+        of_weights = of_backend(behavior, pack, pear, reduction, denominator, sequence_scale, block_ids=ids)
     objective = DistillObjective(of_weights, nll_coef)
     with explain_out_of_memory("linear_distill_loss", hidden, head, Wanted(*wanted), workspace_bytes):
         walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.backend import head_class, objective_class, weights_class
+from pear_kernels.blocks import checked_ids
 from pear_kernels.engine import Walk
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.negatives import WRONG_STATS, LabelledObjective
@@ -21,6 +22,7 @@ def linear_pear_loss(
     target: Tensor,  # (N,)
     sequence_label: Tensor | None,  # (S,)
     behavior_logprobs: Tensor,  # (N,)
+    block_ids: Tensor | None,  # (N,)
     cu_seqlens: Tensor,  # (S+1,)
     sequence_scale: Tensor | None,  # (S,)
     denominator: Tensor | None,  # ()
@@ -29,7 +31,12 @@ def linear_pear_loss(
     level: str,
     block_size: int,
     gamma: float,
-    clips: list[float],  # of the log-ratio, low and high, and of the log-weight
+    log_ratio_clip: list[float],
+    log_weight_clip: list[float],
+    clip_blocks: bool,
+    center: bool,
+    clip_length: int | None,
+    normalize: str | None,
     reduction: str,
     temperature: float,
     softcap: float | None,
@@ -44,17 +51,22 @@ def linear_pear_loss(
     9 statistics, or 13 with labels.
     """
     columns = {"behavior_logprobs": behavior_logprobs}
-    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    pack = checked_pack(
+        target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator, block_ids
+    )
+    ids = checked_ids(pack, block_ids)
     head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
-    options = PEAROptions(level, block_size, gamma, tuple(clips[:2]), tuple(clips[2:]))
+    options = PEAROptions(
+        level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
+    )
     behavior = pack.take(behavior_logprobs)
     if sequence_label is None:
         of_backend = objective_class(backend, hidden.device, compute_dtype)
-        objective = of_backend(behavior, pack, options, reduction, denominator, sequence_scale)
+        objective = of_backend(behavior, pack, options, reduction, denominator, sequence_scale, block_ids=ids)
     else:
         objective = LabelledObjective(
             behavior, pack, options, token_scale(pack, reduction, denominator, sequence_scale), sequence_label,
-            negative_lambda, logprob_floor, weights_class(backend, hidden.device, compute_dtype),
+            negative_lambda, logprob_floor, weights_class(backend, hidden.device, compute_dtype), ids,
         )  # fmt: skip
     with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
         walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
+from pear_kernels.blocks import carrying
 from pear_kernels.engine import Walk
 from pear_kernels.packing import Pack, pack_tokens, unpack
 
@@ -45,6 +46,7 @@ def checked_pack(
     logprobs: dict[str, Tensor | None],  # (N,) each
     sequence_scale: Tensor | None,  # (S,)
     denominator: Tensor | None,  # ()
+    block_ids: Tensor | None = None,  # (N,): a log-prob of a token without a log-ratio is not looked at
 ) -> Pack:
     """The tokens that count, once the values of what every loss takes are checked."""
     valid = target != ignore_index
@@ -52,7 +54,7 @@ def checked_pack(
     checks.check_target(target, valid, vocabulary, ignore_index)
     for name, column in logprobs.items():
         if column is not None:
-            checks.check_logprobs(name, column, valid)
+            checks.check_logprobs(name, column, carrying(valid, block_ids))
     if sequence_scale is not None:
         checks.check_sequence_scale(sequence_scale)
     if denominator is not None:

@@ -3,9 +3,11 @@
 The formulas are those of `pear_kernels.weights` and `pear_kernels.objectives`, where they are explained; tests hold the
 two together. One program walks a chunk's tokens from right to left, a block at a time. Within a block the sums of the
 log-ratios are a segmented scan, which a sequence's last token starts anew; from block to block and from chunk to chunk
-a sequence that goes on finds its sum so far in `suffix`. A NaN in one sequence stays there.
+a sequence that goes on finds its sum so far in `suffix`. A NaN in one sequence stays there. Where blocks of response
+tokens are clipped as a whole, a scan of the same kind within those comes first.
 """
 
+import functools
 import math
 
 import torch
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pear_kernels import objectives
+from pear_kernels import objectives, weights
 from pear_kernels.backend import interpreting
 from pear_kernels.packing import Pack
 from pear_kernels.triton.launch import launch
@@ -49,6 +51,12 @@ def scan_and_weigh(
     weights,  # (n,) float64 out, G
     coefficients,  # (n,) float64 out, G * token_scale
     sums,  # (9,) float64, added to; None where tokens are not to be counted
+    # the rest is None but with block_ids or an option of ours
+    limits,  # (n,) float64, how many times (low, high) bounds what stands at a token, 0 where nothing does
+    block_stop,  # (n,) int64, one past the last token of each token's block
+    left,  # (n,) float64, log-ratios from there to the sequence's end
+    carries,  # (n,) bool, whether a token has a log-ratio; None where blocks are not clipped
+    inside,  # (n + 1,) float64: sum of the log-ratios from a token to its block's end; the last stays 0
     begin: tl.int64,
     end: tl.int64,
     block_size: tl.int64,
@@ -70,7 +78,20 @@ def scan_and_weigh(
             ratio -= tl.load(behavior_logprobs + token, mask=live, other=0.0)
             its_stop = tl.load(stop + token, mask=live, other=0)
             starts = (its_stop == token + 1).to(tl.int32)
-            within, _ = tl.associative_scan((clamp(ratio, low, high), starts), 0, add_within_sequence, reverse=True)
+            if inside is not None:
+                ratio = tl.where(tl.load(carries + token, mask=live, other=0) != 0, ratio, 0.0)
+                block_ends = tl.load(block_stop + token, mask=live, other=0)
+                lasts = (block_ends == token + 1).to(tl.int32)
+                within, _ = tl.associative_scan((ratio, lasts), 0, add_within_sequence, reverse=True)
+                tl.debug_barrier()
+                ratio = within + tl.where(block_ends > right, tl.load(inside + right), 0.0)
+                tl.store(inside + token, ratio, mask=live)
+            if limits is None:
+                delta = clamp(ratio, low, high)
+            else:
+                limit = tl.load(limits + token, mask=live, other=0.0)
+                delta = tl.where(limit > 0, clamp(ratio, limit * low, limit * high), 0.0)
+            within, _ = tl.associative_scan((delta, starts), 0, add_within_sequence, reverse=True)
             # what was stored for the block to the right was stored by other threads of this program
             tl.debug_barrier()
             beyond = tl.load(suffix + right)
@@ -94,9 +115,14 @@ def scan_and_weigh(
             if SEQUENCE:
                 log_g = tl.load(suffix + its_start, mask=live, other=0.0)
             else:
-                first = tl.minimum(token + block_size - (token - its_start) % block_size, its_stop)
+                if block_stop is None:
+                    first = tl.minimum(token + block_size - (token - its_start) % block_size, its_stop)
+                    later = (its_stop - first).to(tl.float64)
+                else:
+                    first = tl.load(block_stop + token, mask=live, other=0)
+                    later = tl.load(left + token, mask=live, other=0.0)
                 log_g = tl.load(suffix + first, mask=live & (first < its_stop), other=0.0)
-                log_g += (its_stop - first).to(tl.float64) * log_gamma
+                log_g += later * log_gamma
             G = tl.exp(clamp(log_g, floor, ceiling))
             scale = tl.load(token_scale + token, mask=live, other=0.0)
             tl.store(log_weights + token, log_g, mask=live)
@@ -128,36 +154,49 @@ def scan_and_weigh(
             tl.store(sums + 8, tl.load(sums + 8) + tl.sum(loss, 0))
 
 
-class PEARWeights:
-    """The weights of one pack, made from its last token to its first: `pear_kernels.weights.PEARWeights` as kernels."""
+class PEARWeights(weights.PEARWeights):
+    """The same by kernels: the walk always, and the weights where they do not wait for their whole sequence.
 
-    def __init__(self, behavior_logprobs: Tensor, pack: Pack, options: PEAROptions, token_scale: Tensor | None = None):
-        n, device = pack.tokens, behavior_logprobs.device
-        self.pack = pack
-        self.options = options
-        self.behavior_logprobs = behavior_logprobs.double().contiguous()
-        self.logprobs = torch.zeros(n, dtype=torch.float64, device=device)
-        self.suffix = torch.zeros(n + 1, dtype=torch.float64, device=device)
+    What `center` and `normalize` do comes after, from the formulas of `pear_kernels.weights`.
+    """
+
+    def __init__(
+        self,
+        behavior_logprobs: Tensor,  # (n,)
+        pack: Pack,
+        options: PEAROptions,
+        block_ids: Tensor | None = None,  # (n,)
+        token_scale: Tensor | None = None,  # (n,)
+    ):
+        super().__init__(behavior_logprobs.contiguous(), pack, options, block_ids)
+        self.plain = block_ids is None and options.papers_own
+        self.waits = options.center or options.normalize == "sequence"  # for what the kernel does not do
+        self.logprobs = torch.zeros_like(self.behavior_logprobs)
         self.token_scale = torch.ones_like(self.logprobs) if token_scale is None else token_scale.contiguous()
-        self.log_g, self.g, self.scaled = (torch.empty_like(self.logprobs) for _ in range(3))
-        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=device)
+        # zeros where tokens that were not seen yet are among those that are added up
+        made = torch.zeros_like if self.waits else torch.empty_like
+        self.log_g, self.g, self.scaled = (made(self.logprobs) for _ in range(3))
+        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=self.logprobs.device) if self.plain else None
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         """Take the log-probs (end - begin,) of these tokens. Token and block weights follow at once, and count."""
         self.logprobs[begin:end] = logprobs
-        self._launch(begin, end, scan=True, weigh=self.options.level != "sequence")
+        self._launch(begin, end, scan=True, weigh=self.options.level != "sequence" and not self.options.center)
 
-    def log_weights(self, begin: int, end: int) -> Tensor:
+    def summed(self, begin: int, end: int) -> Tensor:
         """(end - begin,) float64: log G before its clip, of tokens whose weights were asked for or made."""
-        return self.log_g[begin:end]
+        return super().summed(begin, end) if self.options.center else self.log_g[begin:end]
 
-    def weights(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) float64: G."""
+    def clipped_weights(self, begin: int, end: int) -> Tensor:
+        if self.options.center:
+            return super().clipped_weights(begin, end)
         self._weigh_sequences(begin, end)
         return self.g[begin:end]
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         """(end - begin,) float64: G times the token's scale."""
+        if self.waits:
+            return self.weights(begin, end) * self.token_scale[begin:end]
         self._weigh_sequences(begin, end)
         return self.scaled[begin:end]
 
@@ -172,29 +211,44 @@ class PEARWeights:
         if self.options.level == "sequence":
             self._launch(begin, end, scan=False, weigh=True, count=False)
 
+    @functools.cached_property
+    def _of_blocks(self) -> tuple[Tensor | None, ...]:
+        """What the kernel takes of blocks and options: limits, block_stop, left, carries, inside."""
+        if self.plain:
+            return (None,) * 5
+        stop, _, carries = self.blocks
+        if self.inside is None:
+            carries = None
+        elif carries is None:
+            carries = torch.ones_like(stop, dtype=torch.bool)
+        return self.limits, stop, self.left, carries, self.inside
+
     def _launch(self, begin: int, end: int, *, scan: bool, weigh: bool, count: bool = True) -> None:
-        level, _, gamma, log_ratio_clip, log_weight_clip = self.options
+        level, _, gamma, log_ratio_clip, log_weight_clip, *_ = self.options
         launch(
             scan_and_weigh, (1 if end > begin else 0,),
             self.logprobs, self.behavior_logprobs, self.pack.start, self.pack.stop, self.token_scale, self.pack.counts,
-            self.suffix, self.log_g, self.g, self.scaled, self.sums if count else None,
+            self.suffix, self.log_g, self.g, self.scaled, self.sums if count else None, *self._of_blocks,
             begin, end, tokens_a_block(self.options, self.pack), math.log(gamma),
             *map(float, (*log_ratio_clip, *log_weight_clip)),
-            SCAN=scan, WEIGH=weigh, SEQUENCE=level == "sequence", BLOCK=BLOCK, num_warps=8,
+            SCAN=scan, WEIGH=weigh, SEQUENCE=level == "sequence" or not weigh, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
 
 class PEARObjective(objectives.PEARObjective):
-    """The same loss with weights, coefficients, loss and statistics from one kernel a chunk."""
+    """The same loss with weights and coefficients, and of the paper's own options loss and statistics, by a kernel."""
 
-    def __init__(self, behavior_logprobs, pack, options, reduction, denominator, sequence_scale):
-        super().__init__(behavior_logprobs, pack, options, reduction, denominator, sequence_scale, self.make_weights)
+    def __init__(self, behavior_logprobs, pack, options, reduction, denominator, sequence_scale, block_ids=None):
+        arguments = behavior_logprobs, pack, options, reduction, denominator, sequence_scale
+        super().__init__(*arguments, self.make_weights, block_ids)
 
-    def make_weights(self, behavior_logprobs: Tensor, pack: Pack, options: PEAROptions) -> PEARWeights:
-        return PEARWeights(behavior_logprobs, pack, options, self.token_scale)
+    def make_weights(
+        self, behavior_logprobs: Tensor, pack: Pack, options: PEAROptions, block_ids: Tensor | None
+    ) -> PEARWeights:
+        return PEARWeights(behavior_logprobs, pack, options, block_ids, self.token_scale)
 
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.walk.coefficients(begin, end)
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
-        return self.walk.count_all()
+        return self.walk.count_all() if self.walk.plain else super().sums(logprobs, weights)

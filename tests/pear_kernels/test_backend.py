@@ -165,8 +165,8 @@ def watched(monkeypatch):
             made.append("weights")
 
     class PEARObjective(objectives.PEARObjective):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, PEARWeights)
+        def __init__(self, *arguments, block_ids=None):
+            super().__init__(*arguments, PEARWeights, block_ids)
 
     class DenseHead(cpu_dense.DenseHead):
         def __init__(self, *arguments):

@@ -6,6 +6,7 @@ from problems import gradients, make_problem
 from torch.utils.checkpoint import checkpoint
 
 from pear_kernels import linear_logprobs, linear_pear_loss, ops, packing, pear_weights
+from pear_kernels.weights import DEFAULTS, PEAROptions
 from pear_kernels.weights import _pear_weights_op as pear_weights_op
 
 
@@ -104,8 +105,8 @@ def test_torch_library_opcheck(problem):
     bounds = problem.cu_seqlens
     torch.library.opcheck(
         ops.linear_pear_loss,
-        (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, bounds, None, None, 0.1, -5.0, "token",
-         4, 0.999, [-0.08, 0.3, -10.0, 5.0], "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
+        (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, None, bounds, None, None, 0.1, -5.0,
+         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
@@ -126,15 +127,15 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
     with torch.device("meta"):
         hidden, weight, bias, target = torch.randn(N, D), torch.randn(V, D), torch.randn(V), torch.zeros(N).long()
         bounds, scale, denominator = torch.zeros(3, dtype=torch.int32), torch.ones(2), torch.ones(())
-        clips = [-0.08, 0.3, -10.0, 5.0]
+        pear = PEAROptions(level).arguments()
         for divisor in (None, denominator):
             loss, *_, dx, dw, db = ops.linear_pear_loss._init_fn(
-                hidden, weight, bias, target, None, torch.zeros(N), bounds, scale, divisor, 0.1, -5.0, level, 4, 0.999,
-                clips, reduction, *head_options, *how, [True, True, True],
+                hidden, weight, bias, target, None, torch.zeros(N), None, bounds, scale, divisor, 0.1, -5.0, *pear,
+                reduction, *head_options, *how, [True, True, True],
             )  # fmt: skip
             assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
         both = ops.linear_logprobs._init_fn(hidden, weight, bias, target, *head_options, True, *how)
         ops.linear_logprobs_backward._init_fn(*both, hidden, weight, bias, target, *head_options, *how, [True] * 3)
-        assert pear_weights_op._init_fn(both[0], both[0], target == 0, bounds, level, 4, 0.999, clips, "torch").is_meta
+        assert pear_weights_op._init_fn(both[0], both[0], None, target == 0, bounds, *pear, "torch").is_meta
         with pytest.raises(RuntimeError, match="meta"):
             loss.item()  # as it would there
