@@ -25,9 +25,19 @@ def _fail(error: Exception) -> typer.Exit:
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Option(help="Behaviour policy: smollm2, a transformers folder or a hub name.")],
     data: Annotated[Path, typer.Option(help="JSONL rows: prompt and completion, or messages.")],
     out: Annotated[Path, typer.Option(help="JSONL to write: the rows with input_ids and behavior_logprobs.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Behaviour policy: smollm2, a transformers folder or a hub name. Without, each row names its own as "
+            "behavior_policy."
+        ),
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(help="Without --model, for rows that name no policy: none (weight 1), or a model to estimate by."),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch, at most.")] = 8192,
     max_length: Annotated[int | None, typer.Option(help="Leave out longer rows; default: the model's context.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
@@ -47,9 +57,14 @@ def score(
         float, typer.Option(help="Temperature of the top-k log-probs: that of the distillation.")
     ] = 1.0,
 ) -> None:
-    """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs."""
+    """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs.
+
+    Shared by several processes: accelerate launch -m pear score ...
+    """
     from pear.io import DataError, WriteError
     from pear.score import score as run
+    from pear.score import summary_text
+    from pear.scoring.processes import OtherProcessFailed, is_main, leave_group
 
     try:
         summary = run(
@@ -64,16 +79,15 @@ def score(
             column=column,
             top_k=top_k,
             top_k_temperature=top_k_temperature,
+            fallback=fallback,
         )
+    except OtherProcessFailed:  # which has told why
+        raise typer.Exit(1) from None
     except (DataError, WriteError) as error:
         raise _fail(error) from None
-    top = f", each with the {top_k} most likely at temperature {top_k_temperature:g}" if top_k else ""
-    typer.echo(
-        f"{summary['out']}: {summary['scored']} of {summary['rows']} rows scored ({summary['resumed']} of them by an "
-        f"earlier call), {summary['too_long']} left out as longer than {summary['max_length']} tokens; "
-        f"{summary['tokens']} response tokens{top}, mean log-prob {summary['mean_logprob']:.4f}, "
-        f"{summary['seconds']:.1f} s"
-    )
+    if is_main():
+        typer.echo(summary_text(summary))
+    leave_group()
 
 
 @app.command(

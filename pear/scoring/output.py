@@ -1,0 +1,134 @@
+"""The scored file: the data read once more, each row with its scores and its seal. Texts were not kept meanwhile."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pear.io import DataError, atomic_writer, read_jsonl
+from pear.rows import prompt_and_completion
+from pear.scoring.batches import Scores
+from pear.scoring.choice import NONE
+from pear.scoring.policies import Policy
+from pear.scoring.rows import Plan, Row, line_for_hash, scored_places
+from pear.scoring.side import SideFiles
+from pear.seal import file_id, seal
+
+MODEL_OF = {"behavior_logprobs": "model", "ref_logprobs": "ref_model"}  # the key that names whose log-probs they are
+
+
+@dataclass
+class Written:
+    """What the file holds."""
+
+    policies: Counter[str] = field(default_factory=Counter)  # rows of each behaviour policy
+    estimated: int = 0
+    tokens: int = 0  # scored now
+    total: float = 0.0  # of their log-probs
+    unaligned: dict[int, str] = field(default_factory=dict)  # line of the data -> why text and tokens do not match
+
+
+def write_out(
+    out: str | os.PathLike,
+    data: str | os.PathLike,
+    plan: Plan,
+    sides: Mapping[str, SideFiles],
+    column: str,
+    beside_top_k: dict[str, Any],
+    settings: dict[str, Any],
+) -> Written:
+    """Write `out`, whole or not at all.
+
+    Args:
+        sides: of each policy, by name.
+        beside_top_k: what tells of whom and at what the top-k are; empty without them.
+        settings: all else that the rows depend on, to name the file by in its seals.
+
+    Raises:
+        DataError: the data changed since `plan` was made of it.
+    """
+    places, too_long = scored_places(plan), set(plan.too_long)
+    headers = {name: side.header for name, side in sides.items()}
+    file = file_id(json.dumps([plan.hash, column, headers, settings], sort_keys=True))
+    written, digest, number = Written(), hashlib.sha256(), 0
+    with contextlib.ExitStack() as stack:
+        readers = {name: stack.enter_context(side.reader()) for name, side in sides.items()}
+        target = stack.enter_context(atomic_writer(out))
+        for line, row in read_jsonl(data):
+            digest.update(line_for_hash(line, row))
+            if line in too_long:
+                continue
+            row = prompt_and_completion(row, f"{data}:{line}")
+            if line in places:
+                share, where = places[line]
+                scores = readers[share.policy.name][line]
+                row = _scored(row, where, scores, share.policy, column, beside_top_k)
+                written.tokens += len(scores.logprobs)
+                written.total += float(scores.logprobs.sum(dtype=np.float64))
+                if column == "behavior_logprobs" and "problem" in row["behavior_spans"]:
+                    written.unaligned[line] = row["behavior_spans"]["problem"]
+            elif line in plan.none:
+                row = row | {"behavior_policy": NONE}
+            number += 1
+            if (policy := row.get("behavior_policy")) is not None:
+                written.policies[policy] += 1
+            written.estimated += row.get("behavior_estimated") is True
+            sealed = seal(row, file=file, number=number, rows=plan.written)
+            target.write(json.dumps(sealed, ensure_ascii=False) + "\n")
+        if digest.hexdigest() != plan.hash:
+            raise DataError(f"{data}: the file changed while it was being scored; nothing was written. Score it again.")
+    return written
+
+
+def _scored(
+    row: dict[str, Any], tokens: Row, scores: Scores, policy: Policy, column: str, beside_top_k: dict[str, Any]
+) -> dict[str, Any]:
+    tokenized, start = tokens.tokenized, tokens.start
+    scored = row | {"input_ids": tokenized.input_ids, "completion_mask": tokenized.completion_mask}
+    scored["tokenizer"] = policy.fingerprint
+    if column != "behavior_logprobs" and "input_ids" in row:  # the behaviour policy's words for the same tokens
+        scored |= {key: row[key] for key in ("input_ids", "completion_mask", "tokenizer") if key in row}
+    if column != "none":
+        scored |= {column: [0.0] * start + floats(scores.logprobs), MODEL_OF[column]: policy.name}
+    if column == "behavior_logprobs":
+        scored["behavior_spans"] = spans_of_row(row, tokens, policy.tokenizer)
+        scored["behavior_policy"] = policy.name
+        scored.pop("behavior_estimated", None)
+        if tokens.estimated:
+            scored["behavior_estimated"] = True
+    if beside_top_k:
+        scored |= {
+            "top_k_ids": [[]] * start + scores.top_k_ids.tolist(),
+            "top_k_logprobs": [[]] * start + floats(scores.top_k_logprobs),
+            **beside_top_k,
+        }
+    return scored
+
+
+def spans_of_row(row: dict[str, Any], tokens: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """`behavior_spans`: which bytes of the completion each of its tokens stands for, or why that cannot be told."""
+    from pear.align import Unaligned, spans_of
+
+    try:
+        return spans_of(row, tokens.tokenized, tokenizer).to_json()
+    except Unaligned as problem:
+        return {"problem": str(problem)}
+
+
+def floats(values: np.ndarray) -> list:
+    """float32 values, in an array of any shape, as the shortest decimal numbers that read back the same."""
+    values = values + np.float32(0)  # turns -0.0 into 0.0
+    found = np.full(values.shape, np.nan)
+    for decimals in range(9, -1, -1):  # rounding whole arrays takes a tenth of the time of str() of every number
+        rounded = np.rint(values.astype(np.float64) * 10.0**decimals) / 10.0**decimals
+        found = np.where(rounded.astype(np.float32) == values, rounded, found)
+    rest = np.isnan(found)  # so small that they need more decimals
+    found[rest] = [float(str(v)) for v in values[rest]]
+    return found.tolist()

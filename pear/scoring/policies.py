@@ -1,0 +1,78 @@
+"""The models that score: given loaded, or by name and then loaded when their turn comes."""
+
+import contextlib
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pear.fused_head import add_fused_head
+from pear.io import DataError
+from pear.models import load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+class Policy:
+    """A model that scores rows; its tokenizer and config are there from the start, its weights while they are used."""
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        dtype: str,
+        device: torch.device | None,
+    ):
+        """`device` None: where a loaded model is. `max_length` None: the model's own context length, if it tells."""
+        if dtype not in DTYPES:
+            raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self._device, self._given = device, None
+        if isinstance(model, str):
+            self.name = model
+            self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+            config = AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=False)
+            self._dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+        else:
+            self.name = model.config.name_or_path or type(model).__name__
+            if tokenizer is None:
+                raise DataError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=load_tokenizer(name)")
+            self._given, self.tokenizer, config = model, tokenizer, model.config
+        self.fingerprint = tokenizer_fingerprint(self.tokenizer)
+        if max_length is None:
+            max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = max_length
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[PreTrainedModel]:
+        """The model, ready to score; of one that came by name, memory is free again afterwards."""
+        if self._given is not None:
+            model = self._given if self._device is None else self._given.to(self._device)
+        else:
+            dtype = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
+            model = load_model(self.name, dtype=dtype).to(self._device)
+        add_fused_head(model)
+        was_training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(was_training)
+            del model
+            gc.collect()
+            if torch.accelerator.is_available():
+                torch.accelerator.memory.empty_cache()
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """Tells models of one name apart: a hash of the config, and of 16 values spread over each parameter; the dtype."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 16)][:16]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+    return {"weights": digest.hexdigest(), "dtype": str(model.dtype)}

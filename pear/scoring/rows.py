@@ -1,0 +1,180 @@
+"""The data read once before anything is scored: tokens, which model scores what, and whatever may be wrong."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, read_jsonl
+from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
+from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
+from pear.scoring.policies import Policy
+from pear.seal import Whole, check_seal
+
+
+class Row(NamedTuple):
+    line: int
+    input_ids: np.ndarray  # (L,) int32
+    start: int  # first token with a log-prob; everything from here on is completion
+    prompt_cut: int
+    estimated: bool  # by a policy that did not write it
+
+    @property
+    def tokenized(self) -> TokenizedRow:
+        mask = [0] * self.start + [1] * (len(self.input_ids) - self.start)
+        return TokenizedRow(self.input_ids.tolist(), mask, self.prompt_cut)
+
+
+@dataclass
+class Share:
+    """What one policy has to score."""
+
+    policy: Policy
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What becomes of each row of the data. Of the texts nothing is kept."""
+
+    hash: str  # of the data
+    shares: list[Share]
+    none: set[int]  # lines of nobody's words
+    passed: set[int]  # lines that keep the log-probs they have
+    too_long: list[int]
+
+    @property
+    def written(self) -> int:
+        return sum(len(share.rows) for share in self.shares) + len(self.none) + len(self.passed)
+
+
+def read_plan(
+    data: str | os.PathLike,
+    policy: Policy | None,
+    fallback: str | None,
+    column: str,
+    replaced: tuple[str, ...],
+    open_policy: Callable[[str], Policy],
+) -> Plan:
+    """Read every row, tokenise those that are to be scored, and find all errors, before the hours of scoring.
+
+    Args:
+        policy: scores every row, but for those of nobody where `column` is "behavior_logprobs". None: each row's own
+            does, from `open_policy`.
+        replaced: columns that will be written, so that what rows have there does not matter.
+
+    Raises:
+        DataError: a row that cannot be scored, was edited after it was scored before, or contradicts itself; rows that
+            name no policy, without `fallback`.
+    """
+    shares = {} if policy is None else {policy.name: Share(policy)}
+    plan = Plan("", [], set(), set(), [])
+    unnamed: list[int] = []
+    digest, whole = hashlib.sha256(), Whole()
+    for line, row in read_jsonl(data):
+        where = f"{data}:{line}"
+        digest.update(line_for_hash(line, row))
+        if row.get("scored") is not None:
+            check_seal(row, where)
+            whole.add(row, where)
+        row = prompt_and_completion(row, where)
+        check_label(row, where)
+        choice = _choose(row, where, policy, fallback, column)
+        if choice is None:
+            unnamed.append(line)
+        elif choice.what == "score":
+            if choice.policy not in shares:
+                try:
+                    shares[choice.policy] = Share(open_policy(choice.policy))
+                except (OSError, ValueError) as error:
+                    raise DataError(f"{where}: model {choice.policy!r} cannot be loaded: {error}") from error
+            _add(row, where, line, shares[choice.policy], choice, replaced, plan)
+        else:
+            if any(key in row for key in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS)):
+                check_scored_row(row, where, needs=())
+            (plan.none if choice.what == "none" else plan.passed).add(line)
+    if unnamed:
+        raise DataError(_unnamed_message(data, unnamed))
+    whole.finish(data)
+    plan.hash, plan.shares = digest.hexdigest(), [share for share in shares.values() if share.rows]
+    return plan
+
+
+def line_for_hash(line: int, row: dict[str, Any]) -> bytes:
+    return f"{line} {json.dumps(row, sort_keys=True)}\n".encode()
+
+
+def scored_places(plan: Plan) -> dict[int, tuple[Share, Row]]:
+    """Where the rows of these lines are."""
+    return {row.line: (share, row) for share in plan.shares for row in share.rows}
+
+
+def all_rows(plan: Plan) -> Iterator[Row]:
+    for share in plan.shares:
+        yield from share.rows
+
+
+def _choose(row: dict[str, Any], where: str, policy: Policy | None, fallback: str | None, column: str) -> Choice | None:
+    if column == "behavior_logprobs":
+        return behavior_choice(row, where, None if policy is None else policy.name, fallback)
+    if has_byte_logprobs(row):
+        raise DataError(
+            f"{where}: the behaviour log-probs are of bytes (`behavior_spans`), and {column!r} writes those of tokens "
+            "beside them, which would be taken for the behaviour policy's. Leave such rows out."
+        )
+    return Choice("score", policy.name)
+
+
+def _add(
+    row: dict[str, Any],
+    where: str,
+    line: int,
+    share: Share,
+    choice: Choice,
+    replaced: tuple[str, ...],
+    plan: Plan,
+) -> None:
+    tokenizer = share.policy.tokenizer
+    tokenized = tokenize_row(row, tokenizer, where)
+    _check_what_stays(row, tokenized, tokenizer, where, replaced)
+    limit = share.policy.max_length
+    if limit is not None and len(tokenized.input_ids) > limit:
+        plan.too_long.append(line)
+        return
+    ids, start = np.array(tokenized.input_ids, dtype=np.int32), tokenized.completion_mask.index(1)
+    share.rows.append(Row(line, ids, start, tokenized.prompt_cut, choice.estimated))
+
+
+def _check_what_stays(
+    row: dict[str, Any],
+    tokenized: TokenizedRow,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    replaced: tuple[str, ...],
+) -> None:
+    """Token columns that a row keeps must be whole and about the very tokens that are scored now."""
+    stays = {key: value for key, value in row.items() if key not in replaced}
+    token_columns = (*LOGPROB_COLUMNS, *TOP_K_COLUMNS)
+    if "behavior_logprobs" not in replaced:
+        token_columns += ("input_ids", "completion_mask")  # what is written goes beside them
+    if any(key in stays for key in token_columns):
+        check_scored_row(stays, where, needs=())
+        check_same_tokens(stays, tokenized, tokenizer, where, whose="this model")
+
+
+def _unnamed_message(data: str | os.PathLike, lines: list[int]) -> str:
+    return (
+        f"{data}: {len(lines)} rows name no behaviour policy ({some_lines(lines)}), and no model is given. Give "
+        "--model if one model wrote them all; or say what they are: --fallback none for text that no model wrote "
+        f'(each of its tokens has weight 1; `"behavior_policy": "{NONE}"` in a row says so too), or --fallback MODEL '
+        "to have their log-probs estimated by a model that did not write them."
+    )
+
+
+def some_lines(lines: list[int]) -> str:
+    return "lines " + ", ".join(map(str, lines[:20])) + (", ..." if len(lines) > 20 else "")
