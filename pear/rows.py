@@ -83,23 +83,14 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
     """
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
-        eos = tokenizer.eos_token
-        if eos is None:
+        if tokenizer.eos_token is None:
             raise DataError(f"{where}: the tokenizer has no EOS token to end a completion; set `eos_token` in it")
-        if not completion.endswith(eos):
-            completion += eos
         prompt_ids = tokenizer(text=prompt)["input_ids"]
-        ids = tokenizer(text=prompt + completion)["input_ids"]
+        ids = tokenizer(text=rendered(row, tokenizer))["input_ids"]
     else:
         if tokenizer.chat_template is None:
             raise DataError(f"{where}: the row is a chat, but the tokenizer has no chat template")
-        tools = row.get("tools")
-        kwargs = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            "tokenize": True,
-            "return_dict": True,
-            **(row.get("chat_template_kwargs") or {}),
-        }
+        kwargs = {**_template_arguments(row), "tokenize": True, "return_dict": True}
         try:
             prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
             ids = tokenizer.apply_chat_template(prompt + completion, **kwargs)["input_ids"]
@@ -113,6 +104,23 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
     if 1 not in mask:
         raise DataError(f"{where}: no completion: the tokens of prompt and of prompt + completion are the same")
     return TokenizedRow(list(ids), mask, len(prompt_ids) - start)
+
+
+def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that `tokenize_row` tokenizes: prompt, completion and EOS, or what the chat template makes of a chat."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token or ""
+        return prompt + completion + ("" if completion.endswith(eos) else eos)
+    return tokenizer.apply_chat_template(prompt + completion, **{**_template_arguments(row), "tokenize": False})
+
+
+def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    tools = row.get("tools")
+    return {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
 
 
 def _common_prefix_length(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,114 @@
+"""A text as a normalizer leaves it, and which bytes of the one are which bytes of the other."""
+
+import functools
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pear.align.errors import Unaligned
+
+
+@dataclass
+class Normalized:
+    """The bytes of a text after normalization and, for every cluster that it changed, both its places.
+
+    A cluster is a run of characters that is normalized as one. Its inside has no counterpart in the original text, so
+    no boundary there means anything.
+    """
+
+    data: bytes
+    starts: list[int]  # of the runs in `data`, ascending
+    ends: list[int]
+    originals: list[int]  # where each run starts in the original bytes
+    original_ends: list[int]
+    same: list[bool]  # the run is the same bytes on both sides
+
+    def original(self, at: int) -> int | None:
+        """The place in the original bytes of the place `at` in `data`; None inside a cluster that was changed."""
+        i = bisect_right(self.starts, at) - 1
+        if i < 0:
+            return 0
+        if at >= self.ends[i]:
+            return self.original_ends[i]
+        if at == self.starts[i] or self.same[i]:
+            return self.originals[i] + at - self.starts[i]
+        return None
+
+
+def normalize(text: str, change: Callable[[str], str] | None, keep: list[str]) -> Normalized:
+    """`text` after `change`, with `keep` (contents of added tokens) untouched.
+
+    A normalizer may change how characters are written - composed or decomposed, compatible forms, upper or lower case -
+    and runs of bytes stay matched through that. Where it drops or replaces characters, the tokens stand for another
+    text than the row's.
+
+    Raises:
+        Unaligned: the normalizer drops or replaces something, or does not work cluster by cluster.
+    """
+    runs = Normalized(b"", [], [], [], [], [])
+    data, original = [], 0
+    at = 0
+    for part, kept in _parts(text, keep):
+        first = len(data)
+        for old in [part] if kept or change is None else _cluster_pattern().findall(part):
+            new = old if kept or change is None else change(old)
+            whole = new == old or not old.isascii()  # what changes within a run of ASCII changes character by character
+            for old_piece, new_piece in [(old, new)] if whole else [(c, change(c)) for c in old]:
+                if new_piece != old_piece and _skeleton(new_piece) != _skeleton(old_piece):
+                    raise Unaligned(
+                        f"the tokenizer's normalizer writes {new_piece!r:.40} for {old_piece!r:.40}: text is lost"
+                    )
+                data.append(new_piece.encode())
+                runs.starts.append(at)
+                runs.originals.append(original)
+                at, original = at + len(data[-1]), original + len(old_piece.encode())
+                runs.ends.append(at)
+                runs.original_ends.append(original)
+                runs.same.append(old_piece == new_piece)
+        if not kept and change is not None and change(part).encode() != b"".join(data[first:]):
+            raise Unaligned("the tokenizer's normalizer changes characters by what stands around them")
+    runs.data = b"".join(data)
+    return runs
+
+
+def _parts(text: str, keep: list[str]) -> Iterator[tuple[str, bool]]:
+    """The text cut around the strings of `keep`, and whether a part is one of them."""
+    if not keep:
+        yield text, False
+        return
+    pattern = "(" + "|".join(map(re.escape, sorted(keep, key=len, reverse=True))) + ")"
+    for i, part in enumerate(re.split(pattern, text)):
+        if part:
+            yield part, bool(i % 2)
+
+
+def _skeleton(text: str) -> str:
+    """What is left of a text when composition, compatible forms and case do not count."""
+    return unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+
+
+@functools.cache
+def _cluster_pattern() -> re.Pattern:
+    joiners = "".join(map(re.escape, sorted(_joiners())))
+    # ASCII followed by a joiner belongs to that joiner's cluster
+    return re.compile(rf"[\x00-\x7f]+(?![{joiners}])|[\s\S][{joiners}]*")
+
+
+def _joiners() -> set[str]:
+    """Characters that may combine with the one before: marks, and second halves of canonical compositions."""
+    seconds, first_of = set(), {}
+    for c in map(chr, range(0x80, 0x30000)):
+        parts = unicodedata.decomposition(c).split()
+        if not parts:
+            continue
+        if parts[0].startswith("<"):
+            first_of[c] = chr(int(parts[1], 16))
+        else:
+            first_of[c] = chr(int(parts[0], 16))
+            if len(parts) == 2:
+                seconds.add(chr(int(parts[1], 16)))
+    seconds.update(map(chr, (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))))  # Hangul vowels and finals
+    joins = seconds | {c for c in map(chr, range(0x80, 0x30000)) if unicodedata.combining(c)}
+    return joins | {c for c, first in first_of.items() if first in joins}
