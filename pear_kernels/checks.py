@@ -495,7 +495,7 @@ def check_block_ids(block_ids: Tensor, start: Tensor, index: Tensor) -> None:
             ~bad.any(), words, lambda: f"{found(at())} at flat position {index[at()].item()} ({int(bad.sum())} such)"
         )
 
-    outside = (block_ids < NO_RATIO) | (block_ids >= MAX_IDS)
+    outside = (block_ids < NO_RATIO) | (block_ids > MAX_IDS - 1)  # int32 has no MAX_IDS
     rule(outside, f"block_ids must be in [0, {MAX_IDS}), or -1 for no log-ratio", lambda i: f"{block_ids[i].item()}")
     key = block_key(block_ids, start)
     highest = key.cummax(0).values

@@ -120,6 +120,30 @@ def make_problem(
     return Problem(hidden, weight, target, behavior, cu_seqlens, options)
 
 
+def random_blocks(
+    lengths,
+    counts: Tensor | None = None,  # (N,) bool, tokens that count; None: all
+    *,
+    seed: int = 0,
+    longest: int = 4,
+    without: float = 0.2,  # share of tokens without a log-ratio
+    dtype: torch.dtype = torch.int32,
+) -> Tensor:
+    """(N,) block ids of sequences of these lengths, and nonsense at tokens that do not count."""
+    rng = torch.Generator().manual_seed(seed + 5)
+    ids = torch.full((sum(lengths),), -12345, dtype=dtype)
+    begin = 0
+    for length in lengths:
+        token, id_ = begin, int(torch.randint(3, (), generator=rng))
+        while token < begin + length:
+            size = 1 + int(torch.randint(longest, (), generator=rng))
+            ids[token : min(token + size, begin + length)] = id_
+            token, id_ = token + size, id_ + 1 + int(torch.randint(4, (), generator=rng))
+        begin += length
+    ids[torch.rand(len(ids), generator=rng) < without] = -1
+    return ids if counts is None else ids.masked_fill(~counts, -12345)
+
+
 def make_policy_problem(
     lengths=(7, 1, 0, 12, 5), *, by_token: bool = False, ref: bool = False, sampler: bool = False, **options
 ) -> PolicyProblem:
