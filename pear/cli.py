@@ -171,6 +171,80 @@ def compare(
 
 
 @app.command()
+def inspect(
+    data: Annotated[Path, typer.Option(help="Scored rows, of `pear score` or `pear import`.")],
+    model: Annotated[str, typer.Option(help="The student: smollm2, a transformers folder or a hub name.")],
+    level: Annotated[str, typer.Option(help="token, block or sequence, as `pear sft --level`.")] = "token",
+    block_size: Annotated[int, typer.Option(help="Response tokens in a block, at level block.")] = 4,
+    gamma: Annotated[float, typer.Option(help="Discount in (0, 1], at levels token and block.")] = 0.999,
+    log_ratio_clip: Annotated[
+        tuple[float, float], typer.Option(help="Clip of each token's log-ratio.", metavar="LOW HIGH")
+    ] = (-0.08, 0.3),
+    log_weight_clip: Annotated[
+        tuple[float, float], typer.Option(help="Clip of each weight's logarithm.", metavar="LOW HIGH")
+    ] = (-10.0, 5.0),
+    clip_blocks: Annotated[bool, typer.Option("--clip-blocks", help="Clip blocks, not tokens (ours).")] = False,
+    center: Annotated[bool, typer.Option("--center", help="Subtract each response's mean delta (ours).")] = False,
+    clip_length: Annotated[
+        int | None, typer.Option(help="Narrow the log-ratio's clip in responses longer than this (ours).")
+    ] = None,
+    normalize: Annotated[
+        str | None, typer.Option(help="Weights of mean 1 over each 'sequence' or the 'batch' (ours).")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Page with pictures and coloured text to write.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON report to write.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to show with their text.")] = 12,
+    max_length: Annotated[int | None, typer.Option(help="Leave out longer rows; default: the model's context.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Look at so many rows only, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    roles: Annotated[
+        Path | None, typer.Option(help="YAML of structural tokens that mean the same, as `pear sft --roles`.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch, at most.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
+) -> None:
+    """Before any training: what PEAR's weights will do to scored data, in numbers, pictures and advice."""
+    from pear.align import read_roles
+    from pear.inspecting import inspect as run
+    from pear.io import DataError, WriteError
+    from pear_kernels.weights import PEAROptions
+
+    try:
+        run(
+            data,
+            model,
+            options=PEAROptions(
+                level,
+                block_size,
+                gamma,
+                log_ratio_clip,
+                log_weight_clip,
+                clip_blocks=clip_blocks,
+                center=center,
+                clip_length=clip_length,
+                normalize=normalize,
+            ),
+            html=html,
+            json_report=json,
+            rows=rows,
+            max_length=max_length,
+            sample=sample,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+            device=device,
+            console=Console(),
+            **({} if roles is None else {"roles": read_roles(roles)}),
+        )
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    for path in (html, json):
+        if path is not None:
+            typer.echo(f"written: {path}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, report and pictures.")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option(help="A much smaller run that only shows that everything works.")] = False,

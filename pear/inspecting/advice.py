@@ -1,0 +1,303 @@
+"""What the numbers mean, in words: which failure of PEAR's weights they show, and what each way out would change."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pear.health import FEW, MOST
+from pear.inspecting.data import Data
+from pear.inspecting.finding import Finding, Option, count, listed, share, worst_first
+from pear.inspecting.statistics import TRAINS, Summary, at_level
+from pear.inspecting.suspicions import View, suspicions, unaligned
+from pear.inspecting.tokens import Tokens, weights
+from pear.sft_data import WRONG_TO_RIGHT
+from pear_kernels.negatives import NEGATIVE_LAMBDA
+from pear_kernels.weights import PEAROptions
+
+SOME = 0.1  # a share of tokens that is worth a warning where it should be none
+LARGE = 10.0  # a mean weight that most learning rates cannot bear
+GAIN = 0.1  # what an option must add to `_works` to be worth its name
+ENOUGH = 0.9  # of what the strongest of a kind would do: then a milder one is named
+DATA_IS_WRONG = ("zeros", "floored", "shifted")  # whatever the weights do then, is no fault of theirs
+CLIP_LENGTHS = (512, 256, 128, 64, 32, 16)
+NARROWER = (2, 4, 8, 16, 32)
+GAMMAS = (0.998, 0.995, 0.99, 0.98, 0.9999, 1.0)  # against weights that rise, and against those that fall
+
+
+class Case(NamedTuple):
+    """What is judged."""
+
+    data: Data
+    tokens: Tokens
+    seen: View
+    options: PEAROptions
+    summary: Summary
+    predict: Callable[[PEAROptions], Summary]  # the same numbers under other options
+
+
+def advise(case: Case) -> list[Finding]:
+    """Everything worth saying, the worst first; if there is nothing to warn of, that it looks fine."""
+    found = [*unaligned(case.data.rows, case.tokens, case.data.unaligned), *suspicions(case.seen)]
+    wrong = [finding.kind for finding in found if finding.kind in DATA_IS_WRONG]
+    if case.tokens.has_ratio.any():
+        found += _weights(case, first_repair=bool(wrong))
+    found += _negatives(case)
+    if case.data.too_long:
+        found.append(_too_long(case.data))
+    if not any(finding.severity in ("problem", "warning") for finding in found):
+        found.append(_fine(case))
+    return worst_first(found)
+
+
+def _weights(case: Case, first_repair: bool) -> Iterator[Finding]:
+    summary = case.summary
+    few = summary.trains < MOST
+    if summary.floor > MOST or few and summary.floor > 0.2:
+        yield _finding(case, "floor", "problem", _floor_text(case), first_repair)
+    elif few and summary.last_tenth > 0.3:
+        yield _finding(case, "last_tokens", "warning", _last_tokens_text(case), first_repair)
+    elif few or summary.ess < FEW:
+        yield _finding(case, "few", "warning", _few_text(case), first_repair)
+    elif summary.floor > SOME:
+        yield _finding(case, "floor", "warning", _floor_text(case), first_repair)
+    if summary.ceiling > SOME or summary.weight_mean > LARGE:
+        severity = "problem" if summary.ceiling > MOST else "warning"
+        yield _finding(case, "ceiling", severity, _ceiling_text(case), first_repair)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def _floor_text(case: Case) -> str:
+    summary, options = case.summary, case.options
+    text = (
+        f"{share(summary.floor)} of the tokens will sit on the floor, exp({options.log_weight_clip[0]:g}), and "
+        f"{share(summary.trains)} will train (have at least {TRAINS:g} of the mean weight)."
+    )
+    if (summary.delta_mean or 0.0) < 0:
+        few = " almost everywhere" if _negative(case) > 0.8 else " on average"
+        text += (
+            f" delta is negative{few} (mean {summary.delta_mean:+.3f} a token, {share(summary.clipped_low)} at the low "
+            "end of its clip), as when a much larger or more confident teacher wrote the data."
+        )
+    elif options.gamma < 1 and options.level != "sequence":
+        text += f" delta is not to blame (mean {summary.delta_mean:+.3f} a token): gamma = {options.gamma:g} is."
+    return text + _reached(case, options.log_weight_clip[0], "floor")
+
+
+def _ceiling_text(case: Case) -> str:
+    summary, options = case.summary, case.options
+    text = (
+        f"{share(summary.ceiling)} of the tokens will sit on the ceiling, exp({options.log_weight_clip[1]:g}); the "
+        f"mean weight is {summary.weight_mean:.3g}, and gradients are so many times as large (Adam hides it; SGD and a "
+        "clip of their norm do not)."
+    )
+    if (summary.delta_mean or 0.0) > 0:
+        text += (
+            f" delta is positive on average (mean {summary.delta_mean:+.3f} a token, {share(summary.clipped_high)} at "
+            "the high end of its clip): the student is surer of this data than the policy that wrote it, as after "
+            "training on it, or when it was drawn at a high temperature or by a weaker model."
+        )
+    return text + _reached(case, options.log_weight_clip[1], "ceiling")
+
+
+def _last_tokens_text(case: Case) -> str:
+    summary = case.summary
+    middle = int(np.median(case.tokens.lengths))
+    return (
+        f"Only {share(summary.trains)} of the tokens will train: the last tenth of each response has "
+        f"{share(summary.last_tenth)} of all weight. The median response has {middle} tokens, and log G loses "
+        f"{-_drift(case):.3g} a token on its way to the front (delta {summary.delta_mean:+.4f}"
+        + (f", gamma {math.log(case.options.gamma):+.4f}" if case.options.level != "sequence" else "")
+        + ")."
+    )
+
+
+def _few_text(case: Case) -> str:
+    summary, tokens = case.summary, case.tokens
+    per_row = np.add.reduceat(weights(tokens, case.options), tokens.starts[:-1])
+    ordered = np.sort(per_row)[::-1].cumsum()
+    rows = int(np.searchsorted(ordered, ordered[-1] / 2)) + 1
+    return (
+        f"Few tokens carry the gradient: half of all weight lies on {share(summary.half)} of the tokens, in "
+        f"{rows} of {count(len(per_row), 'row')}; {share(summary.trains)} of the tokens will train, and the effective "
+        f"sample size is {share(summary.ess)}. The weights differ between rows more than within them."
+    )
+
+
+def _reached(case: Case, bound: float, name: str) -> str:
+    """After how many tokens, and how long responses are."""
+    middle, longest = int(np.median(case.tokens.lengths)), int(case.tokens.lengths.max())
+    drift = _drift(case)
+    if case.options.level == "sequence":
+        return f" A weight is the whole response's here; the median response has {middle} tokens."
+    if drift * bound <= 0 or not math.isfinite(bound / drift):
+        return f" The median response has {middle} tokens, the longest {longest}."
+    return (
+        f" At this rate ({drift:+.3f} a token with gamma) the {name} comes after {math.ceil(bound / drift)} tokens; "
+        f"the median response has {middle}, the longest {longest}."
+    )
+
+
+def _drift(case: Case) -> float:
+    """What log G changes by with each token further from the end, on average."""
+    gamma = 0.0 if case.options.level == "sequence" else math.log(case.options.gamma)
+    return gamma + (0.0 if case.options.center else case.summary.delta_mean or 0.0)
+
+
+def _negative(case: Case) -> float:
+    ratio = case.seen.ratio[case.tokens.has_ratio]
+    return float((ratio < 0).mean())
+
+
+def _fine(case: Case) -> Finding:
+    summary = case.summary
+    ratio = "no token has a ratio" if summary.delta_mean is None else f"mean delta {summary.delta_mean:+.4f} a token"
+    return Finding(
+        "fine",
+        "fine",
+        f"Looks fine: {share(summary.trains)} of the tokens will train, the effective sample size is "
+        f"{share(summary.ess)}, {share(summary.floor)} of the weights lie on the floor and {share(summary.ceiling)} on "
+        f"the ceiling; {ratio}, mean weight {summary.weight_mean:.3g}.",
+    )
+
+
+def _too_long(data: Data) -> Finding:
+    return Finding(
+        "too_long",
+        "note",
+        f"{count(len(data.too_long), 'row')} longer than --max-length are not looked at ({listed(data.too_long)}); "
+        "`pear sft` leaves them out by its own --max_length.",
+    )
+
+
+def _negatives(case: Case) -> Iterator[Finding]:
+    """Wrong answers beside right ones."""
+    right = np.array([row.right for row in case.data.rows])
+    if right.all():
+        return
+    of_token = right[case.tokens.rows]
+    wrong_tokens, right_tokens = int((~of_token).sum()), int(of_token.sum())
+    # right ones at the level asked for, wrong ones by the weight of the whole response
+    pull = float(weights(case.tokens, case.options)[of_token].sum())
+    at_sequence = PEAROptions(
+        level="sequence",
+        log_ratio_clip=case.options.log_ratio_clip,
+        log_weight_clip=case.options.log_weight_clip,
+        clip_blocks=case.options.clip_blocks,
+    )
+    push = float(weights(case.tokens, at_sequence)[~of_token].sum())
+    text = (
+        f"{count(int((~right).sum()), 'row')} of {len(right)} are wrong answers: {wrong_tokens} tokens against "
+        f"{right_tokens} of right ones. Trained with --negatives, their weights sum to {push:.4g} against {pull:.4g}: "
+    )
+    outweigh = NEGATIVE_LAMBDA * push > pull
+    if wrong_tokens > WRONG_TO_RIGHT * right_tokens or outweigh:
+        balance = (
+            f" At --negative_lambda {0.5 * pull / push:.2g} they would push half as hard as the right ones pull."
+            if pull
+            else ""
+        )
+        yield Finding(
+            "negatives",
+            "problem" if outweigh else "warning",
+            text
+            + f"at --negative_lambda {NEGATIVE_LAMBDA:g} the wrong ones "
+            + (
+                "push harder than the right ones pull"
+                if outweigh
+                else "are held back, yet the student is mostly told what not to say"
+            )
+            + f".{balance} Add right answers, or leave wrong ones out.",
+        )
+        return
+    yield Finding(
+        "negatives_present",
+        "note",
+        text
+        + f"at --negative_lambda {NEGATIVE_LAMBDA:g} the right ones prevail. `pear sft` wants --negatives for them.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways out
+
+
+def _finding(case: Case, kind: str, severity: str, text: str, first_repair: bool) -> Finding:
+    """The text with the options that help, each with what it is predicted to change."""
+    if first_repair:
+        text += " The behaviour log-probs look wrong (see above), and that may be all of it: repair them first."
+        return Finding(kind, severity, text)
+    options, vain = ways_out(case)
+    if options:
+        text += " Options, with what they would change:"
+    else:
+        text += " No single option of the loss repairs that: take shorter responses, or data from a closer policy."
+    if vain:
+        text = text.removesuffix(" Options, with what they would change:")
+        text += f" Of little help here: {', '.join(vain)}."
+        text += " Options, with what they would change:" if options else ""
+    return Finding(kind, severity, text, tuple(options))
+
+
+def ways_out(case: Case) -> tuple[list[Option], list[str]]:
+    """Options that help, the best first; and those that were tried and do not."""
+    now = _works(case.summary)
+    helpful, vain = [], []
+    for tried in _families(case.options, rising=_drift(case) > 0):
+        best = max(_works(case.predict(options)) for _, options in tried)
+        flags, options = next(one for one in tried if _works(case.predict(one[1])) >= ENOUGH * best)
+        summary = case.predict(options)
+        if _works(summary) >= now + GAIN:
+            helpful.append(
+                (_works(summary), Option(flags, _effect(summary, case.summary), summary.trains, summary.ess))
+            )
+        else:
+            vain.append(f"{flags} ({share(summary.trains)} would train)")
+    return [option for _, option in sorted(helpful, key=lambda one: -one[0])], vain
+
+
+def _families(options: PEAROptions, rising: bool) -> Iterator[list[tuple[str, PEAROptions]]]:
+    """Each way out, at several strengths where it has one, mildest first; `rising`: log G grows towards the front."""
+    low, high = options.log_ratio_clip
+    if not options.center and options.level != "sequence":
+        yield [("--center", options._replace(center=True))]
+    lengths = [n for n in CLIP_LENGTHS if options.clip_length is None or n < options.clip_length]
+    if lengths:
+        yield [(f"--clip_length {n}", options._replace(clip_length=n)) for n in lengths]
+    clips = [(_two_digits(low / k), _two_digits(high / k)) for k in NARROWER]
+    yield [(f"--log_ratio_clip {a:g} {b:g}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
+    if options.normalize is None and options.level != "sequence":
+        yield [("--normalize sequence", options._replace(normalize="sequence"))]
+    if options.normalize is None:
+        yield [("--normalize batch", options._replace(normalize="batch"))]
+    if options.level != "sequence" and (rising or options.gamma < 1):
+        gammas = [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]
+        yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
+    if options.level == "token":
+        yield [("--level block", options._replace(level="block"))]
+    if options.level == "sequence":
+        yield [("--level token", at_level(options, "token"))]
+
+
+def _works(summary: Summary) -> float:
+    """How much of the data trains, off the bounds and not by far too much; 1 at best."""
+    return min(1.0, LARGE / summary.weight_mean) * summary.trains * (1 - summary.floor) * (1 - summary.ceiling)
+
+
+def _effect(then: Summary, now: Summary) -> str:
+    text = (
+        f"{share(then.trains)} of the tokens train (now {share(now.trains)}), effective sample size {share(then.ess)}"
+    )
+    text += f" (now {share(now.ess)})"
+    for name in ("floor", "ceiling"):
+        if getattr(now, name) > 0.01 or getattr(then, name) > 0.01:
+            text += f", {share(getattr(then, name))} on the {name}"
+    return text + f", mean weight {then.weight_mean:.2g}"
+
+
+def _two_digits(x: float) -> float:
+    return float(f"{x:.1g}") if abs(float(f"{x:.1g}") - x) < 0.1 * abs(x) else float(f"{x:.2g}")

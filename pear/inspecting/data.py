@@ -1,0 +1,147 @@
+"""The rows of a scored file as the student sees them, and what is left out of it and why."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pear.align import ROLES, Roles
+from pear.inspecting.tokens import Tokens
+from pear.io import DataError, check_label, read_jsonl
+from pear.scored_rows import Reader, check_kind, has_policy, without_nulls
+from pear.seal import Whole, check_seal
+
+UNNAMED = "(unnamed)"
+NEUTRAL = {  # sampling settings that draw from the model's own distribution
+    "temperature": (1,),
+    "top_p": (1,),
+    "min_p": (0,),
+    "top_k": (0, -1),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+
+
+class Row(NamedTuple):
+    """L tokens of the student's, C of them of the completion."""
+
+    line: int
+    input_ids: np.ndarray  # (L,) int32
+    mask: np.ndarray  # (L,) bool: tokens of the completion
+    behavior_logprobs: np.ndarray  # (C,) float32, a span's total at its first token
+    spans: np.ndarray | None  # (C,) int32, -1 where there is none; None: a log-prob a token
+    aligned: bool  # of another tokenizer, by bytes
+    policy: str | None  # who wrote it; None: nobody that could be scored
+    estimated: bool  # the policy is an estimate of who wrote it
+    sampling: dict[str, float]  # settings it was drawn with, those that change the distribution alone
+    right: bool  # False: a wrong answer
+
+
+class Data(NamedTuple):
+    rows: list[Row]
+    total: int  # in the file
+    too_long: list[int]  # lines left out
+    unaligned: dict[int, str]  # lines left out, and why
+
+    def tokens(self, logprobs: list[np.ndarray]) -> Tokens:
+        """All rows' tokens, with the student's log-probs (C,) of each row."""
+        starts = np.cumsum([0, *(len(row.behavior_logprobs) for row in self.rows)])
+        aligned = np.array([row.aligned for row in self.rows])
+        spans = None
+        if any(row.spans is not None for row in self.rows):
+            every = [np.arange(len(row.behavior_logprobs)) if row.spans is None else row.spans for row in self.rows]
+            spans = np.concatenate(every).astype(np.int32)
+        behavior = np.concatenate([row.behavior_logprobs for row in self.rows]).astype(np.float64)
+        return Tokens(np.concatenate(logprobs).astype(np.float64), behavior, starts, spans, aligned)
+
+
+def read(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    roles: Roles = ROLES,
+) -> Data:
+    """Rows that `pear score` or `pear import` wrote, checked as `pear sft` checks them.
+
+    Rows longer than `max_length` student tokens, and rows that cannot be aligned, are left out and counted. With
+    `sample`, so many rows are looked at, drawn by `seed`; the seals of all are checked.
+
+    Raises:
+        DataError: a damaged, edited or older row, a file whose end is missing, no row left.
+    """
+    total = _checked(path)
+    chosen = _choose(total, sample, seed)
+    reader = Reader(tokenizer, roles)
+    rows, too_long, unaligned = [], [], {}
+    for number, (line, row) in enumerate(read_jsonl(path)):
+        if chosen is not None and number not in chosen:
+            continue
+        found = _read(reader, without_nulls(row), line, f"{path}:{line}")
+        if isinstance(found, str):
+            unaligned[line] = found
+        elif max_length is not None and len(found.input_ids) > max_length:
+            too_long.append(line)
+        else:
+            rows.append(found)
+    if not rows:
+        raise DataError(
+            f"{path}: no row to look at: of {total}, {len(too_long)} are longer than max_length = {max_length}, "
+            f"{len(unaligned)} cannot be aligned" + (f" ({next(iter(unaligned.values()))})" if unaligned else "")
+        )
+    return Data(rows, total, too_long, unaligned)
+
+
+def _read(reader: Reader, row: dict[str, Any], line: int, where: str) -> Row | str:
+    """The row; or, in words, why it cannot be aligned."""
+    check_kind(row, where)
+    check_label(row, where)
+    tokens, own = reader.tokens(row, where, ("behavior_logprobs",))
+    behavior = reader.behavior(row, where, tokens, own)
+    if isinstance(behavior, str):
+        return behavior
+    mask = np.array(tokens.completion_mask, dtype=bool)
+    return Row(
+        line=line,
+        input_ids=np.array(tokens.input_ids, dtype=np.int32),
+        mask=mask,
+        behavior_logprobs=behavior.logprobs,
+        spans=behavior.block_ids,
+        aligned=has_policy(row) and behavior.block_ids is not None,
+        policy=(row.get("behavior_policy") or row.get("model") or UNNAMED) if has_policy(row) else None,
+        estimated=bool(row.get("behavior_estimated")),
+        sampling=_telling(row.get("behavior_sampling")),
+        right=row.get("label", True),
+    )
+
+
+def _telling(sampling: Any) -> dict[str, float]:
+    """Of the settings that a row was drawn with, those that change the distribution."""
+    if not isinstance(sampling, dict):
+        return {}
+    return {
+        name: sampling[name]
+        for name, neutral in NEUTRAL.items()
+        if isinstance(sampling.get(name), (int, float)) and sampling[name] not in neutral
+    }
+
+
+def _checked(path: str | os.PathLike) -> int:
+    """How many rows there are; their seals hold."""
+    whole, count = Whole(), 0
+    for line, row in read_jsonl(path):
+        check_seal(row, f"{path}:{line}")
+        whole.add(row, f"{path}:{line}")
+        count += 1
+    whole.finish(path)
+    return count
+
+
+def _choose(count: int, sample: int | None, seed: int) -> set[int] | None:
+    if sample is None or sample >= count:
+        return None
+    return set(np.random.default_rng(seed).choice(count, sample, replace=False).tolist())

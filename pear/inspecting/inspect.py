@@ -1,0 +1,147 @@
+"""From a scored file and a student to the report: on the terminal, as JSON and as a page."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pear.align import ROLES, Roles
+from pear.fused_head import add_fused_head
+from pear.inspecting import terminal
+from pear.inspecting.data import read
+from pear.inspecting.page import page
+from pear.inspecting.report import make_report
+from pear.inspecting.student import logprobs
+from pear.io import DataError
+from pear.models import load_model, load_tokenizer
+from pear.pictures import write_whole
+from pear_kernels.checks import check_options
+from pear_kernels.weights import DEFAULTS, PEAROptions
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def inspect(
+    data: str | os.PathLike,
+    model: str | PreTrainedModel,
+    *,
+    options: PEAROptions = DEFAULTS,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    html: str | os.PathLike | None = None,
+    json_report: str | os.PathLike | None = None,
+    rows: int = 12,
+    max_length: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    roles: Roles = ROLES,
+    batch_tokens: int = 8192,
+    dtype: str = "auto",
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score `data` (JSONL of `pear score` or `pear import`) with the student and say what the weights will do.
+
+    Nothing is trained, and no logits are made: the student's log-probs cost one product a token for the head.
+
+    Args:
+        model: the student, a name for `load_model`, or a loaded model, which then needs `tokenizer`.
+        options: as `pear sft` would be given them.
+        html: where a page with pictures and coloured text goes; None: nowhere.
+        json_report: where the returned report goes as JSON; None: nowhere. Both are written, or none.
+        rows: how many rows to show with their text, the worst ones and an ordinary one.
+        max_length: longer rows are left out and counted. None: the model's own context length, if its config tells.
+        sample: look at so many rows only, drawn by `seed`.
+        roles: `pear.align`'s rule for structural tokens.
+        batch_tokens: rows are padded in batches of at most this many tokens.
+        dtype: of the student: "float32", "bfloat16", or "auto": float32 on a CPU, as stored elsewhere. For names only.
+        device: where to run; None takes the accelerator if there is one.
+        console: where tables go; None prints nothing.
+
+    Returns:
+        The report, plain JSON: see `pear.inspecting.report`.
+
+    Raises:
+        DataError: damaged, edited or older rows, no row to look at; options out of range.
+        WriteError: a file cannot be written.
+    """
+    for name, value, least in (("rows", rows, 0), ("sample", sample, 1), ("batch_tokens", batch_tokens, 1)):
+        if value is not None and value < least:
+            raise DataError(f"{name} must be at least {least}, got {value}")
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length must be at least 2 (one token to predict another from), got {max_length}")
+    try:
+        check_options(options)
+    except (ValueError, TypeError) as error:
+        raise DataError(str(error)) from None
+    model, name, tokenizer = _load(model, tokenizer, dtype, device)
+    if max_length is None:
+        max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = read(data, tokenizer, max_length=max_length, sample=sample, seed=seed, roles=roles)
+    with _progress(console, len(found.rows)) as advance:
+        scored = logprobs(model, found.rows, batch_tokens, advance)
+    report = make_report(
+        found,
+        scored,
+        options,
+        tokenizer,
+        names={"file": Path(data).name, "student": name},
+        rows=rows,
+        half=model.dtype in (torch.bfloat16, torch.float16),
+    )
+    write_outputs(report, html, json_report)
+    if console is not None:
+        terminal.show(report, console)
+    return report
+
+
+def write_outputs(
+    report: dict[str, Any], html: str | os.PathLike | None = None, json_report: str | os.PathLike | None = None
+) -> None:
+    """Write the report as a page and as JSON, both or none.
+
+    Raises:
+        WriteError: names the file that failed; older files are as they were.
+    """
+    files = {}
+    if html is not None:
+        files[Path(html)] = page(report).encode()
+    if json_report is not None:  # ASCII, since a name may hold half of a surrogate pair
+        files[Path(json_report)] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
+    write_whole(files)
+
+
+def _load(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str, device: str | None
+) -> tuple[PreTrainedModel, str, PreTrainedTokenizerBase]:
+    if dtype not in DTYPES:
+        raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if isinstance(model, str):
+        name = model
+        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        place = torch.device(device) if device else accelerator or torch.device("cpu")
+        if dtype == "auto" and place.type == "cpu":
+            dtype = "float32"
+        model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(place)
+    else:
+        name = model.config.name_or_path or type(model).__name__
+        if tokenizer is None:
+            raise DataError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=load_tokenizer(name)")
+        model = model if device is None else model.to(device)
+    add_fused_head(model)
+    return model, name, tokenizer
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None, rows: int):
+    columns = TextColumn("student's log-probs"), BarColumn(), MofNCompleteColumn(), TextColumn("rows")
+    shown = Console(stderr=True, quiet=console is None)
+    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=shown.quiet, transient=True) as bar:
+        task = bar.add_task("", total=rows)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,328 @@
+"""Behaviour log-probs that look wrong, whatever the options: each check looks for one mistake that people made."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pear.health import COPY_MAX_RATIO
+from pear.inspecting.data import Row
+from pear.inspecting.finding import Finding, count, listed, share
+from pear.inspecting.tokens import Tokens, log_ratios
+from pear.scored_summary import FEW_SHARED
+
+# log(softmax + eps), and numbers that servers write for "not among the top k"
+FLOORS = {f"log(softmax + 1e-{k})": -k * math.log(10) for k in (5, 6, 7, 8, 9, 10, 12, 15, 16, 20, 30, 38)} | {
+    f"a filler of {value:g}": float(value) for value in (-50, -100, -1000, -9999, -10000, -100000)
+}
+HUGE = 5.0  # nats: a log-ratio that no two models have at a token that both know
+LAGS = (-3, -2, -1, 1, 2, 3)
+FEW_DISTINCT = 32  # values, too few to say how numbers were rounded
+
+
+class View(NamedTuple):
+    """What the checks look at."""
+
+    rows: list[Row]
+    tokens: Tokens
+    ratio: np.ndarray  # (N,) as `log_ratios`
+    single: np.ndarray  # (N,) bool: the log-prob of one token as it was scored, not a sum over a span
+    half: bool  # the student ran in half precision
+    special: frozenset[int]  # ids that are no text
+    show: Callable[[int], str]  # a token's text
+
+
+def view(rows: list[Row], tokens: Tokens, half: bool, special: Iterable[int], show: Callable[[int], str]) -> View:
+    single = [
+        row.policy is not None and (row.spans is None or not (np.diff(row.spans[row.spans >= 0]) == 0).any())
+        for row in rows
+    ]
+    single = np.array(single)[tokens.rows] & tokens.has_ratio
+    return View(rows, tokens, log_ratios(tokens), single, half, frozenset(special), show)
+
+
+def suspicions(seen: View) -> Iterator[Finding]:
+    """Everything that looks wrong, and nothing else."""
+    for check in (_zeros, _floored, _quantised, _shifted, _copy, _template, _outliers, _sampled, _estimated):
+        if (found := check(seen)) is not None:
+            yield found
+
+
+def _zeros(seen: View) -> Finding | None:
+    """Rows whose log-probs are all 0."""
+    has = seen.tokens.has_ratio
+    ratios = _per_row(has, seen.tokens)
+    zeros = _per_row(has & (seen.tokens.behavior_logprobs == 0), seen.tokens)
+    if seen.tokens.spans is not None:  # a span's total stands at its first token alone
+        zeros = np.where(_per_row(has & (seen.tokens.behavior_logprobs != 0), seen.tokens) == 0, ratios, 0)
+    lines = [row.line for row, z, n in zip(seen.rows, zeros, ratios, strict=True) if n >= 3 and z == n]
+    if not lines:
+        return None
+    return Finding(
+        "zeros",
+        "problem",
+        f"{count(len(lines), 'row')} of {len(seen.rows)} have a behaviour log-prob of exactly 0 at every token "
+        f"({listed(lines)}): a policy that was certain of everything. That is what greedy decoding, a server that "
+        "reports processed log-probs, or a column that was never filled leaves behind. Score the rows with the model "
+        'that wrote them, or mark them `"behavior_policy": "none"`.',
+    )
+
+
+def _floored(seen: View) -> Finding | None:
+    """Many log-probs on a number that is some program's bound."""
+    values = seen.tokens.behavior_logprobs[seen.single]
+    if not len(values):
+        return None
+    lowest = values.min()
+    for what, floor in FLOORS.items():
+        # p + eps is a little above eps; a tail that ends there by chance is no pile
+        pile = np.count_nonzero(values <= floor + 0.05)
+        if floor - 1e-2 <= lowest <= floor + 0.05 and pile >= 3 and pile > np.count_nonzero(values <= floor + 1) - pile:
+            return Finding(
+                "floored",
+                "problem",
+                f"{count(int(pile), 'behaviour log-prob')} of {len(values)} "
+                f"({share(pile / len(values))}) lie at {lowest:.2f} and none lies below: {what}. The true ones are "
+                "lower, so these tokens' ratios are too low. Score the data with `pear score`, or import log-probs of "
+                "the tokens that were drawn and not of the top k.",
+            )
+    return None
+
+
+def _quantised(seen: View) -> Finding | None:
+    """Numbers that went through a narrow dtype or were rounded."""
+    values = np.unique(seen.tokens.behavior_logprobs[seen.single])
+    values = values[values != 0]
+    if len(values) < FEW_DISTINCT:
+        return None
+    tensor = torch.from_numpy(values.astype(np.float32))
+    mean_size = float(np.abs(seen.tokens.behavior_logprobs[seen.single]).mean())
+    for name, dtype, error in (("bfloat16", torch.bfloat16, 2.0**-9), ("float16", torch.float16, 2.0**-12)):
+        if torch.equal(tensor.to(dtype).float(), tensor):
+            return Finding(
+                "half_precision",
+                "warning",
+                f"Every behaviour log-prob is a {name} number: they were computed or stored in half precision, each "
+                f"off by up to {error:.2%} of itself (of this data about {error * mean_size:.1g} nats a token), "
+                "and errors add up over all later tokens of a response. Take the log-softmax in float32, as "
+                "`pear score` does.",
+            )
+    for places in (1, 2, 3):
+        if np.allclose(values, np.round(values, places), rtol=0, atol=1e-6 + 1e-7 * np.abs(values).max()):
+            return Finding(
+                "rounded",
+                "warning",
+                f"Every behaviour log-prob is rounded to {count(places, 'decimal')}: errors of up to "
+                f"{0.5 * 10**-places:g} nats a token, against a clip of about a tenth. Import them unrounded, or score "
+                "the data.",
+            )
+    return None
+
+
+def _shifted(seen: View) -> Finding | None:
+    """The student's log-probs go with those of a neighbouring token."""
+    here = _correlation(seen, 0)
+    if here is None:
+        return None
+    found = {lag: value for lag in LAGS if (value := _correlation(seen, lag)) is not None}
+    lag = max(found, key=lambda lag: found[lag], default=0)
+    if not found or found[lag] < 0.5 or found[lag] - here < 0.3:
+        return None
+    return Finding(
+        "shifted",
+        "problem",
+        f"The behaviour log-probs stand {count(abs(lag), 'token')} too {'late' if lag > 0 else 'early'}: the student's "
+        f"go with those {count(abs(lag), 'position')} {'after' if lag > 0 else 'before'} (correlation "
+        f"{found[lag]:.2f}) and not with those of the same token ({here:.2f}). Two tokenisations or templates were "
+        "mixed up, or logits were not shifted by one. Score or import the data again.",
+    )
+
+
+def _correlation(seen: View, lag: int, least: int = 100) -> float | None:
+    """Of the student's log-prob at t and the behaviour policy's at t + lag, over all rows; None for too few tokens."""
+    n = len(seen.ratio)
+    a, b = np.arange(max(0, -lag), n - max(0, lag)), np.arange(max(0, lag), n - max(0, -lag))
+    rows = seen.tokens.rows
+    pair = (rows[a] == rows[b]) & seen.single[a] & seen.single[b]
+    x = np.maximum(seen.tokens.logprobs[a][pair], -20.0)
+    y = np.maximum(seen.tokens.behavior_logprobs[b][pair], -20.0)
+    if len(x) < least or x.std() < 1e-6 or y.std() < 1e-6:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _copy(seen: View) -> Finding | None:
+    """Policies that are the student itself."""
+    bound = COPY_MAX_RATIO["half" if seen.half else "full"]
+    largest: dict[str, float] = {}
+    tokens: Counter[str] = Counter()
+    for row, begin, end in zip(seen.rows, seen.tokens.starts[:-1], seen.tokens.starts[1:], strict=True):
+        if row.policy is not None and len(ratio := seen.ratio[begin:end][seen.tokens.has_ratio[begin:end]]):
+            largest[row.policy] = max(largest.get(row.policy, 0.0), float(np.abs(ratio).max()))
+            tokens[row.policy] += len(ratio)
+    if not (copies := [policy for policy, value in largest.items() if value < bound]):
+        return None
+    part = sum(tokens[policy] for policy in copies) / sum(tokens.values())
+    most = max(largest[policy] for policy in copies)
+    named = ", ".join(copies[:3]) + (", ..." if len(copies) > 3 else "")
+    return Finding(
+        "copy",
+        "problem" if part > 0.5 else "warning",
+        f"The behaviour policy is a copy of the student ({named}; {share(part)} of the tokens with a ratio): every "
+        f"log-ratio is near 0, the largest {most:.1e}. Only gamma is left in the weights: PEAR does nothing. Score the "
+        "data with the model that wrote it; if the student wrote it, plain SFT (--weighting none) is the same and "
+        "cheaper.",
+    )
+
+
+def _template(seen: View) -> Finding | None:
+    """Tokens at the ends of responses, or that are no text, with ratios unlike those of all others."""
+    has, lengths = seen.tokens.has_ratio, seen.tokens.lengths
+    if not has.any():
+        return None
+    usual = float(np.median(np.abs(seen.ratio[has])))
+    ids = np.concatenate([row.input_ids[row.mask] for row in seen.rows])
+    following = seen.tokens.following
+    before = np.repeat(lengths, lengths) - 1 - following
+    long = np.repeat(lengths >= 8, lengths) & has
+    found = []
+    places = [(before, k, _ordinal(k)) for k in range(3)] + [(following, k, _ordinal_from_end(k)) for k in range(3)]
+    for where, k, name in places:
+        at = long & (where == k)
+        if at.sum() >= 3 and _unlike(median := float(np.median(seen.ratio[at])), usual):
+            token, times = Counter(ids[at].tolist()).most_common(1)[0]
+            which = f" ({seen.show(token)!r} in {share(times / at.sum())})" if times >= 0.2 * at.sum() else ""
+            found.append(f"the {name} token of the responses{which} has a median log-ratio of {median:+.1f}")
+    taken = " ".join(found)
+    for token in sorted(seen.special & set(ids[has].tolist())):
+        at = has & (ids == token)
+        name = repr(seen.show(token))
+        if at.sum() >= 3 and name not in taken and _unlike(median := float(np.median(seen.ratio[at])), usual):
+            found.append(f"the token {name} ({count(int(at.sum()), 'time')}) has a median log-ratio of {median:+.1f}")
+    if not found:
+        return None
+    return Finding(
+        "template",
+        "warning",
+        f"Some structural tokens do not fit: {'; '.join(found[:4])}; half of all tokens are within {usual:.2g}. So it "
+        "looks when the data was scored under another chat template or tokenizer than it was written with, or when the "
+        "student does not know a marker. Each counts as no more than the clip, but look at them in the rows below, and "
+        "compare both templates.",
+    )
+
+
+def _unlike(median: float, usual: float) -> bool:
+    return abs(median) > HUGE and abs(median) > 5 * usual
+
+
+def _ordinal(k: int) -> str:
+    return ("first", "second", "third")[k]
+
+
+def _ordinal_from_end(k: int) -> str:
+    return ("last", "last but one", "last but two")[k]
+
+
+def _outliers(seen: View) -> Finding | None:
+    """A few rows that another model than the named one seems to have written."""
+    has = seen.tokens.has_ratio
+    counts = _per_row(has, seen.tokens)
+    sums = np.add.reduceat(np.where(has, seen.ratio, 0.0), seen.tokens.starts[:-1])
+    enough = counts >= 16
+    if enough.sum() < 8:
+        return None
+    means = sums / np.maximum(counts, 1)
+    usual = float(np.median(means[enough]))
+    odd = enough & (np.abs(means) > 3) & (np.abs(means - usual) > 10 * max(abs(usual), 0.1))
+    if not odd.any():
+        return None
+    lines = [row.line for row, is_odd in zip(seen.rows, odd, strict=True) if is_odd]
+    return Finding(
+        "outliers",
+        "warning",
+        f"{count(len(lines), 'row')} of {len(seen.rows)} are unlike the others ({listed(lines)}): a mean log-ratio "
+        f"beyond 3 nats a token, against {usual:+.2f} in the usual row. Another model than the named one may have "
+        "written them, or their text was changed after it was written. Look at them, and leave them out if so.",
+    )
+
+
+def _sampled(seen: View) -> Finding | None:
+    """Settings that changed the distribution that tokens were drawn from."""
+    found: Counter[str] = Counter()
+    for row in seen.rows:
+        found.update(f"{name} {value:g}" for name, value in row.sampling.items())
+    if not found:
+        return None
+    rows = sum(bool(row.sampling) for row in seen.rows)
+    settings = ", ".join(f"{setting} ({count(times, 'row')})" for setting, times in sorted(found.items()))
+    return Finding(
+        "sampling",
+        "warning",
+        f"{count(rows, 'row')} of {len(seen.rows)} were not drawn from the model's own distribution: {settings}. If "
+        "the log-probs are the model's own, the policy that drew was sharper than they say: ratios of tokens it took "
+        "are too high, a little at each token. Draw at temperature 1 without truncation, or import log-probs of the "
+        "distribution that was drawn from.",
+    )
+
+
+def _estimated(seen: View) -> Finding | None:
+    rows = [row for row in seen.rows if row.estimated]
+    if not rows:
+        return None
+    names = ", ".join(sorted({str(row.policy) for row in rows})[:3])
+    return Finding(
+        "estimated",
+        "note",
+        f"The log-probs of {count(len(rows), 'row')} of {len(seen.rows)} are an estimate by {names}, which did not "
+        "write them. Their ratios say how the student differs from that model, and no more.",
+    )
+
+
+def unaligned(rows: list[Row], tokens: Tokens, left_out: dict[int, str]) -> Iterator[Finding]:
+    """Rows and tokens that could not be brought onto the student's tokens, and those that nobody scored."""
+    seen = len(rows) + len(left_out)
+    if left_out:
+        reasons = Counter(left_out.values()).most_common(2)
+        yield Finding(
+            "unaligned",
+            "problem" if len(left_out) > 0.1 * seen else "warning",
+            f"{count(len(left_out), 'row')} of {seen} cannot be aligned with the student's tokens ("
+            f"{listed(list(left_out))}) and are not looked at here; `pear sft` refuses them, or leaves them out with "
+            "--unaligned skip. Most often: " + "; ".join(f"{reason} ({times})" for reason, times in reasons) + ".",
+        )
+    aligned = [row for row in rows if row.aligned]
+    shared = [float(np.mean(row.spans >= 0)) for row in aligned]
+    if aligned and (mean := float(np.mean(shared))) < 0.85:
+        lines = [row.line for row, value in zip(aligned, shared, strict=True) if value < FEW_SHARED]
+        yield Finding(
+            "few_shared",
+            "warning" if mean < FEW_SHARED else "note",
+            f"Only {share(mean)} of the tokens of {count(len(aligned), 'row')} of another tokenizer carry a ratio; the "
+            "others are left out on both sides."
+            + (f" Rows with less than half: {listed(lines)}." if lines else "")
+            + " Markers that both sides write differently can be matched by role: --roles.",
+        )
+    human = sum(row.policy is None for row in rows)
+    if human == len(rows):
+        yield Finding(
+            "no_policy",
+            "warning",
+            "No row has a behaviour policy: every weight is gamma's alone or 1, and this is plain SFT. Score the rows "
+            "with the model that wrote them, or with --fallback MODEL for an estimate, if PEAR is what you want.",
+        )
+    elif human:
+        mine = float(np.mean(np.array([row.policy is None for row in rows])[tokens.rows]))
+        yield Finding(
+            "some_without_policy",
+            "note",
+            f"{count(human, 'row')} of {len(rows)} ({share(mine)} of the tokens) have no behaviour policy: their "
+            "weight is 1, as in plain SFT. Compare it with the mean weight of the others, or they drown each other.",
+        )
+
+
+def _per_row(values: np.ndarray, tokens: Tokens) -> np.ndarray:
+    """(S,) how many of the (N,) are true in each row."""
+    return np.add.reduceat(values.astype(np.int64), tokens.starts[:-1])
