@@ -1,0 +1,116 @@
+"""What is checked of imported log-probs, counted in a form that side files and reports can carry (JSON)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pear.importing.generation import Generation, Reject
+from pear.io import MAX_LOGPROB
+
+FLOOR = -9999.0  # what OpenAI and vLLM write for "less likely than I can say"
+_MANY = 100  # values below which nothing is said about their grid
+
+# The checks with a yes and a no, and what a "no" means.
+CHECKS = {
+    "ids are the text": "the ids do not spell the text",
+    "completion re-encodes to the ids": "the policy wrote tokens that its tokenizer would have cut otherwise (as "
+    "sampling does at times); the log-probs are of the tokens as written",
+    "prompt re-encodes to the ids": "the policy saw a prompt of other tokens than --tokenizer makes of the row's: "
+    "another chat template, system prompt or start token",
+    "prompt tokens as the server counted": "the server counted another number of prompt tokens than the row has: "
+    "another chat template, system prompt or start token",
+    "sum is the cumulative log-prob": "the log-probs do not add up to the total beside them",
+    "every row's spans": "text and tokens cannot be matched by bytes, so a student with another tokenizer cannot use "
+    "them",
+}
+
+
+def check_logprobs(generation: Generation) -> list[float]:
+    """The log-probs as floats.
+
+    Raises:
+        Reject: one is missing, no number, NaN, infinite, above 0 by more than rounding, or a floor such as -9999; their
+            sum is not the source's total.
+    """
+    values = []
+    for number, token in enumerate(generation.tokens):
+        value = token.logprob
+        if type(value) not in (int, float):
+            raise Reject(f"no log-prob of token {number}: got {value!r:.60}", again=True)
+        if not math.isfinite(value):
+            raise Reject(f"the log-prob of token {number} is {value!r}", again=True)
+        if value > MAX_LOGPROB:
+            raise Reject(f"the log-prob of token {number} is {value!r}, above 0: is it a logit or a probability?")
+        if value <= FLOOR:
+            raise Reject(f"the log-prob of token {number} is {value!r}: a floor that the server writes, not the value")
+        values.append(float(value))
+    total = generation.total
+    if type(total) in (int, float) and math.isfinite(total):
+        own = math.fsum(values)
+        if abs(own - total) > 0.01 + 1e-3 * len(values):
+            raise Reject(
+                f"the log-probs add up to {own:.4f}, `cumulative_logprob` says {total:.4f}: some are missing, or of "
+                "other tokens"
+            )
+    return values
+
+
+def grid(values: Sequence[float]) -> dict[str, Any]:
+    """Counts by which rounded or floored log-probs show; `add` joins those of several rows."""
+    inside = np.array([value for value in values if value != 0.0], dtype=np.float64)
+    bits = inside.astype(np.float32).view(np.uint32)
+    lowest = float(inside.min()) if inside.size else 0.0
+    return {
+        "values": int(inside.size),
+        "zeros": len(values) - int(inside.size),
+        "bfloat16": int(((bits & 0xFFFF) == 0).sum()),
+        "decimals": int((np.abs(inside * 1000 - np.rint(inside * 1000)) < 1e-6).sum()),  # three
+        "lowest": {"value": lowest, "count": int((inside == lowest).sum())},
+    }
+
+
+def grid_in_words(found: dict[str, Any]) -> list[str]:
+    """Notes on log-probs that look rounded or floored."""
+    said, values, lowest = [], found.get("values", 0), found.get("lowest", {"value": 0.0, "count": 0})
+    if values >= _MANY and found["bfloat16"] >= 0.99 * values:
+        said.append(
+            "the log-probs look rounded to bfloat16 (off by up to 0.4%): errors add up along a response. Serve with "
+            "float32 log-probs if you can"
+        )
+    elif values >= _MANY and found["decimals"] >= 0.99 * values:
+        said.append("the log-probs look rounded to three decimals or fewer: errors add up along a response")
+    if lowest["count"] >= 3 and lowest["value"] < -5:
+        said.append(
+            f"the lowest log-prob, {lowest['value']:g}, stands {lowest['count']} times: it may be a floor, not a value"
+        )
+    if found.get("zeros", 0) >= max(_MANY, 0.5 * (values + found["zeros"])):
+        said.append(
+            f"{found['zeros']} of {values + found['zeros']} log-probs are exactly 0: of greedy decoding by processed "
+            "log-probs, perhaps, or values that are missing"
+        )
+    return said
+
+
+def answer(value: bool | None, why: str | None = None) -> dict[str, Any]:
+    """One row's answer to a check: yes, no, or not checkable and why."""
+    if value is None:
+        return {"not checkable": {why or "": 1}}
+    return {"yes" if value else "no": 1}
+
+
+def add(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Join two counts, in place: numbers add up, dicts join; `lowest` keeps the lower value."""
+    for key, value in more.items():
+        if key == "lowest":
+            before = total.get(key)
+            if before is None or value["count"] and (not before["count"] or value["value"] < before["value"]):
+                total[key] = dict(value)
+            elif value["count"] and value["value"] == before["value"]:
+                before["count"] += value["count"]
+        elif isinstance(value, dict):
+            add(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+    return total

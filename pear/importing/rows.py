@@ -1,0 +1,325 @@
+"""From a generation to a scored row: with the policy's tokens where its ids and tokenizer are known, else by bytes."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pear.align import Spans, Unaligned, spans_of, spans_of_text
+from pear.align.pieces import pieces_of
+from pear.align.spans import JOINT, NO_BYTES
+from pear.importing import checks
+from pear.importing.generation import Generation, Reject, completion_pieces, completion_text
+from pear.importing.spelling import kept_of, roles_of, without_dummy_prefix
+from pear.io import DataError, check_label
+from pear.models import tokenizer_fingerprint
+from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
+
+_NO_IDS = "the source gives no ids"
+_NO_TOKENIZER = "no --tokenizer"
+
+
+class Converter:
+    """Makes scored rows (unsealed), and the counts of `checks` for each.
+
+    Args:
+        tokenizer: the behaviour policy's; None gives byte rows.
+        policy: its name where the data has none.
+        settings: sampling settings that the data does not tell.
+        stage: one of generation.STAGES; None: as the source knows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        policy: str | None = None,
+        settings: dict[str, float] | None = None,
+        stage: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.policy = policy
+        self.settings = settings or {}
+        self.stage = stage
+        self.fingerprint = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        self.roles = None if tokenizer is None else roles_of(tokenizer)
+
+    def row(self, generation: Generation, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The scored row, and its counts.
+
+        Raises:
+            Reject: this row cannot be imported.
+            DataError: no row can: nobody says whose log-probs they are.
+        """
+        policy = generation.policy or self.policy
+        if not policy:
+            raise DataError(
+                f"{where}: the data does not name the model that wrote it; give --policy NAME, or `behavior_policy` in "
+                "each row"
+            )
+        if policy == "none":
+            raise Reject('"behavior_policy": "none" means that no model wrote the text, but the row has log-probs')
+        if self.tokenizer is not None and generation.prompt is None:
+            generation.prompt = self.tokenizer.decode(generation.prompt_ids, skip_special_tokens=False)
+        if generation.prompt is None:
+            raise Reject("the prompt's text is not in the data, only its ids: give --tokenizer")
+        text = self._text(generation)
+        if generation.whole:
+            made, counts = self._scored_row(generation, text, where)
+        elif self.tokenizer is not None and all(token.id is not None for token in generation.tokens):
+            made, counts = self._token_row(generation, text, where)
+        elif self.tokenizer is not None and all(token.data is None for token in generation.tokens):
+            made, counts = self._encoded_row(generation, text, where)
+        else:
+            made, counts = self._byte_row(generation)
+        row = {**text, **made, "behavior_policy": policy}
+        if "input_ids" in row:
+            row["model"] = policy
+        if noted := self._sampling(generation):
+            row["behavior_sampling"] = noted
+            counts["sampling"] = {json.dumps(noted, sort_keys=True): 1}
+        elif generation.written:
+            counts["sampling"] = {"unknown": 1}
+        counts["policies"] = {policy: 1}
+        counts["rows"] = 1
+        if generation.finish == "length":
+            counts["cut at their length"] = 1
+        return row, counts
+
+    def _text(self, generation: Generation) -> dict[str, Any]:
+        """The row's own keys, `prompt` and `completion`, in the form that everything else reads."""
+        own = {key: value for key, value in generation.extra.items() if key not in _MADE}
+        row = own | {"prompt": generation.prompt, "completion": generation.completion}
+        try:
+            check_label(row, "row")
+            return prompt_and_completion(row, "row")
+        except DataError as error:
+            raise Reject(str(error).removeprefix("row: ")) from None
+
+    def _sampling(self, generation: Generation) -> dict[str, Any]:
+        if not generation.written:
+            return {}
+        noted: dict[str, Any] = self.settings | generation.sampling
+        stage = self.stage or generation.stage
+        return noted | {"logprobs": stage} if noted and stage else noted
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _byte_row(self, generation: Generation) -> tuple[dict[str, Any], dict[str, Any]]:
+        if missing := [number for number, token in enumerate(generation.tokens) if token.data is None]:
+            what = "an id and no text" if generation.tokens[missing[0]].id is not None else "neither text nor id"
+            raise Reject(f"token {missing[0]} has {what}: give --tokenizer, or a source that tells the tokens' text")
+        values = checks.check_logprobs(generation)
+        text = completion_text(generation.completion)
+        data = without_dummy_prefix([token.data or b"" for token in generation.tokens], text)
+        kept = kept_of(data, text, generation.cut)
+        try:
+            spans = spans_of_text(data[:kept], completion_pieces(generation.completion))
+        except Unaligned as error:
+            raise Reject(str(error)) from None
+        why = _NO_TOKENIZER if generation.tokens[0].id is not None else _NO_IDS
+        asked = {name: checks.answer(None, why) for name in _OF_IDS} | {_SPANS: checks.answer(True)}
+        made = {"behavior_spans": spans.to_json() | {"logprobs": values[:kept]}}
+        return made, self._counts(generation, "byte", values, kept, spans, asked)
+
+    def _token_row(
+        self, generation: Generation, text: dict[str, Any], where: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        tokenizer = self.tokenizer
+        ids = [token.id for token in generation.tokens if token.id is not None]
+        if ids and max(ids) >= len(tokenizer):
+            raise Reject(
+                f"token {max(ids)} is not in the vocabulary of {len(tokenizer)}: is --tokenizer that of the behaviour "
+                "policy?"
+            )
+        values = checks.check_logprobs(generation)
+        pieces = pieces_of(tokenizer)
+        content = completion_text(text["completion"])
+        data = [pieces.surface(token) for token in ids]
+        if pieces.dummy_prefix:
+            data = without_dummy_prefix(data, content)
+        kept = kept_of(data, content, generation.cut)
+        ids, data, values_kept = ids[:kept], data[:kept], values[:kept]
+        prompt_ids, asked = self._prompt(generation, text, ids, where)
+        spans = self._spans(prompt_ids, ids, data, text, asked)
+        mask = [0] * len(prompt_ids) + [1] * kept
+        if not prompt_ids:  # nothing predicts the first token of all
+            if kept < 2:
+                raise Reject("a prompt without tokens and a completion of one: nothing predicts it")
+            mask[0], values_kept = 0, values_kept[1:]
+            if spans is not None:
+                spans = Spans(spans.extents[1:], {number - 1: mark for number, mark in spans.marks.items() if number})
+        row = {
+            "input_ids": prompt_ids + ids,
+            "completion_mask": mask,
+            "behavior_logprobs": [0.0] * (len(mask) - len(values_kept)) + values_kept,
+            "tokenizer": self.fingerprint,
+            "behavior_spans": {"problem": asked.pop("problem")} if spans is None else spans.to_json(),
+        }
+        return row, self._counts(generation, "token", values, kept, spans, asked)
+
+    def _spans(
+        self, prompt_ids: list[int], ids: list[int], data: list[bytes], text: dict[str, Any], asked: dict[str, Any]
+    ) -> Spans | None:
+        """Where the ids stand in the text: as they are spelled, or by what the tokenizer's normalizer made of the text.
+
+        Raises:
+            Reject: the ids do not spell the text, and are not what the tokenizer makes of it either.
+        """
+        pieces = completion_pieces(text["completion"])
+        asked[_OF_IDS[0]], asked[_SPANS] = checks.answer(True), checks.answer(True)
+        try:
+            return spans_of_text(data, pieces, self.roles)
+        except Unaligned as error:
+            reason = str(error)
+        tokenized = TokenizedRow(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids), 0)
+        try:
+            return spans_of(text, tokenized, self.tokenizer)
+        except Unaligned as error:
+            if "yes" in asked[_OF_IDS[1]]:
+                asked[_SPANS] = checks.answer(False)
+                asked["problem"] = str(error)
+                return None
+        raise Reject(f"{reason} (the ids as --tokenizer spells them: is it that of the behaviour policy?)")
+
+    def _prompt(
+        self, generation: Generation, text: dict[str, Any], ids: list[int], where: str
+    ) -> tuple[list[int], dict[str, Any]]:
+        """The prompt's ids, the policy's own if known; and what the tokenizer makes of the row's text beside them."""
+        try:
+            own = tokenize_row(text, self.tokenizer, where)
+        except DataError as error:
+            if generation.prompt_ids is None:
+                raise Reject(str(error).removeprefix(f"{where}: ")) from None
+            why = "the tokenizer cannot encode the row"
+            return generation.prompt_ids, {name: checks.answer(None, why) for name in _OF_IDS[1:]}
+        start = own.completion_mask.index(1)
+        prompt, completion = own.input_ids[:start], own.input_ids[start:]
+        same = _re_encodes(completion, ids, pieces_of(self.tokenizer).added)
+        asked = {"completion re-encodes to the ids": checks.answer(same)}
+        given, count = generation.prompt_ids, generation.prompt_count
+        asked["prompt re-encodes to the ids"] = (
+            checks.answer(None, "the source gives no ids of the prompt")
+            if given is None
+            else checks.answer(given == prompt)
+        )
+        if given is None:
+            made = (
+                checks.answer(None, "the source tells no count")
+                if count is None
+                else checks.answer(count == len(prompt))
+            )
+            asked["prompt tokens as the server counted"] = made
+        return prompt if given is None else given, asked
+
+    def _scored_row(
+        self, generation: Generation, text: dict[str, Any], where: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A given text that was scored: exactly what `pear score` would have written."""
+        if self.tokenizer is None:
+            raise Reject("log-probs of prompt and completion in one list: give --tokenizer, to tell them apart")
+        own = self._tokenized(text, where)
+        start = own.completion_mask.index(1)
+        tokens = generation.tokens
+        if len(tokens) < len(own.input_ids):
+            raise Reject(f"{len(tokens)} log-probs for the {len(own.input_ids)} tokens of the row", again=True)
+        tokens = tokens[: len(own.input_ids)]  # behind them stands what had to be generated
+        given = [token.id for token in tokens]
+        if None not in given and given != own.input_ids:
+            at = next(t for t, pair in enumerate(zip(given, own.input_ids, strict=True)) if pair[0] != pair[1])
+            raise Reject(
+                f"the server scored other tokens than --tokenizer makes: at position {at} token {given[at]}, not "
+                f"{own.input_ids[at]}"
+            )
+        generation.tokens = tokens[start:]
+        asked = {name: checks.answer(True if None not in given else None, _NO_IDS) for name in _OF_IDS}
+        return self._own_row(generation, text, own, asked)
+
+    def _encoded_row(
+        self, generation: Generation, text: dict[str, Any], where: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Log-probs alone, of a completion that the tokenizer cuts into as many tokens (but for those that end it)."""
+        own = self._tokenized(text, where)
+        start, count = own.completion_mask.index(1), len(generation.tokens)
+        length = len(own.input_ids) - start
+        added = pieces_of(self.tokenizer).added
+        least = length
+        while least > 0 and own.input_ids[start + least - 1] in added:
+            least -= 1
+        if not least <= count <= length:
+            raise Reject(
+                f"{count} log-probs for {length} tokens ({least} without those that end the turn), as --tokenizer cuts "
+                "the completion"
+            )
+        own = TokenizedRow(own.input_ids[: start + count], own.completion_mask[: start + count], own.prompt_cut)
+        asked = {name: checks.answer(None, _NO_IDS) for name in _OF_IDS}
+        return self._own_row(generation, text, own, asked)
+
+    def _tokenized(self, text: dict[str, Any], where: str) -> TokenizedRow:
+        try:
+            return tokenize_row(text, self.tokenizer, where)
+        except DataError as error:
+            raise Reject(str(error).removeprefix(f"{where}: ")) from None
+
+    def _own_row(
+        self, generation: Generation, text: dict[str, Any], own: TokenizedRow, asked: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        values = checks.check_logprobs(generation)
+        start = own.completion_mask.index(1)
+        try:
+            spans: Spans | None = spans_of(text, own, self.tokenizer)
+            written = spans.to_json()
+        except Unaligned as error:
+            spans, written = None, {"problem": str(error)}
+        asked[_SPANS] = checks.answer(spans is not None)
+        row = {
+            "input_ids": own.input_ids,
+            "completion_mask": own.completion_mask,
+            "behavior_logprobs": [0.0] * start + values,
+            "tokenizer": self.fingerprint,
+            "behavior_spans": written,
+        }
+        return row, self._counts(generation, "token", values, len(values), spans, asked)
+
+    def _counts(
+        self,
+        generation: Generation,
+        kind: str,
+        values: list[float],
+        kept: int,
+        spans: Spans | None,
+        asked: dict[str, Any],
+    ) -> dict[str, Any]:
+        known = type(generation.total) in (int, float)
+        asked["sum is the cumulative log-prob"] = checks.answer(True if known else None, "the source tells no total")
+        counts: dict[str, Any] = {
+            "kinds": {kind: 1},
+            "tokens": kept,
+            "logprob": sum(values[:kept]),
+            "checks": asked,
+            "grid": checks.grid(values[:kept]),
+            "marks": {} if spans is None else _special(spans),
+        }
+        if len(values) > kept:
+            counts["behind a stop string"] = len(values) - kept
+        return counts
+
+
+# Keys that an import makes; a row that has them already is given them anew.
+_MADE = {
+    "input_ids", "completion_mask", "behavior_logprobs", "behavior_spans", "behavior_policy", "behavior_estimated",
+    "behavior_sampling", "tokenizer", "model", "scored", "prompt", "completion",
+}  # fmt: skip
+_SPANS = "every row's spans"
+_OF_IDS = ("ids are the text", "completion re-encodes to the ids", "prompt re-encodes to the ids")
+
+
+def _re_encodes(own: list[int], ids: list[int], added: Any) -> bool:
+    """Whether the tokenizer cuts a completion as the policy did; it may add an end of turn that the policy did not."""
+    rest = own[len(ids) :]
+    return own[: len(ids)] == ids and (not rest or rest[0] in added or bool(ids) and ids[-1] in added)
+
+
+def _special(spans: Spans) -> dict[str, int]:
+    """How often each structural token stands among the marks."""
+    return dict(Counter(mark for mark in spans.marks.values() if not mark.startswith((NO_BYTES, JOINT))))

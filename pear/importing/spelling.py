@@ -1,0 +1,53 @@
+"""Tokens of a response that a stop string ended, or that a server spelled: as many, and as, the text has them."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from pear.align import ROLES, Roles
+from pear.importing.generation import Reject
+
+
+def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
+    """How many tokens the text has. All; but where a stop string `cut` it, the tokens of that stand behind its end.
+
+    Raises:
+        Reject: the stop string began inside a token.
+    """
+    wanted = text.encode("utf-8", "surrogatepass")
+    joined = b"".join(data)
+    at = joined.find(wanted)
+    if not cut or at < 0 or not joined[at + len(wanted) :].strip():
+        return len(data)
+    end = 0
+    for number, token in enumerate(data, start=1):
+        end += len(token)
+        if end == at + len(wanted):
+            return number
+        if end > at + len(wanted):
+            raise Reject(
+                f"the text ends inside token {number - 1} ({token.decode('utf-8', 'replace')!r}): a stop string cut it"
+            )
+    return len(data)
+
+
+def without_dummy_prefix(data: Sequence[bytes], text: str) -> list[bytes]:
+    """SentencePiece's first token says a space that the text does not start with."""
+    data = list(data)
+    if data and data[0][:1] == b" " and not text.startswith(" ") and b"".join(data)[1:].startswith(text[:1].encode()):
+        data[0] = data[0][1:]
+    return data
+
+
+def roles_of(tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """`pear.align`'s roles, with the tokenizer's own EOS and every other of its added tokens, under its own name."""
+    named = {token for tokens in ROLES.values() for token in tokens}
+    roles = dict(ROLES)
+    eos = tokenizer.eos_token
+    if eos and eos not in named:
+        roles["end_of_turn"] = (*roles["end_of_turn"], eos)
+        named.add(eos)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content not in named and token.content.strip():
+            roles[token.content] = (token.content,)
+    return roles
