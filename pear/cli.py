@@ -1,4 +1,4 @@
-"""The command `pear`: score, sft, rl, eval, compare, demo, replicate.
+"""The command `pear`: score, import, sft, rl, eval, compare, demo, replicate.
 
 Heavy imports wait inside, so that --help is quick.
 """
@@ -88,6 +88,87 @@ def score(
     if is_main():
         typer.echo(summary_text(summary))
     leave_group()
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Option(help="What the data is of: vllm, sglang, openai or jsonl (docs/import.md).")],
+    data: Annotated[Path, typer.Option(help="JSONL: a record a line; with --url, rows to generate from or to score.")],
+    out: Annotated[Path, typer.Option(help="JSONL of scored rows to write; rejects and report go beside it.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The behaviour policy's: smollm2, a transformers folder or a hub name.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="The behaviour policy's name, where the data has none.")] = None,
+    strict: Annotated[bool, typer.Option(help="Stop at the first record that fails a check.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from what an earlier, killed call has imported.")] = True,
+    prompt_column: Annotated[str | None, typer.Option(help="jsonl: default prompt.")] = None,
+    completion_column: Annotated[str | None, typer.Option(help="jsonl: default completion.")] = None,
+    logprobs_column: Annotated[str | None, typer.Option(help="jsonl: default logprobs.")] = None,
+    ids_column: Annotated[str | None, typer.Option(help="jsonl: the completion's token ids, one a log-prob.")] = None,
+    tokens_column: Annotated[str | None, typer.Option(help="jsonl: the completion's tokens as text or bytes.")] = None,
+    policy_column: Annotated[str | None, typer.Option(help="jsonl: who wrote it; default behavior_policy.")] = None,
+    logprobs_of: Annotated[
+        str | None,
+        typer.Option(help="raw, tempered or processed: what the log-probs are of, if not the source's usual."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server, up to /v1: ask it for each row.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="The server's name for the model; default: the one that it lists.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling: asked for (1), or what the data had.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling: asked for (1), or what the data had.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of sampling: what the data had.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Of sampling: what the data had.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response asked for; default 1024.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling; the row on line i is asked for with seed + i.")] = None,
+    n: Annotated[int, typer.Option(help="Responses to ask for, for each prompt.")] = 1,
+    extra_body: Annotated[
+        str | None, typer.Option(help='Further fields of each request, as JSON: {"stop": ["END"]}.')
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Requests at once.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds for one whole answer.")] = 600.0,
+    retries: Annotated[int, typer.Option(help="Tries after the first; then the row is set aside.")] = 5,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key; default OPENAI_API_KEY, if set.")
+    ] = None,
+) -> None:
+    """Log-probs that came with a generation, or that a server gives: checked, and written as scored rows."""
+    from pear.importing.command import run
+    from pear.io import DataError, WriteError
+
+    columns = {"prompt": prompt_column, "completion": completion_column, "logprobs": logprobs_column}
+    columns |= {"ids": ids_column, "tokens": tokens_column, "policy": policy_column}
+    try:
+        lines, rejected = run(
+            source,
+            data,
+            out,
+            columns={name: column for name, column in columns.items() if column is not None},
+            sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
+            url=url,
+            api_key_env=api_key_env,
+            timeout=timeout,
+            retries=retries,
+            max_tokens=max_tokens,
+            seed=seed,
+            extra_body=extra_body,
+            tokenizer=tokenizer,
+            policy=policy,
+            strict=strict,
+            resume=resume,
+            logprobs_of=logprobs_of,
+            server_model=server_model,
+            n=n,
+            jobs=jobs,
+        )
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    for line in lines:
+        typer.echo(line)
+    if rejected:
+        raise typer.Exit(3)
 
 
 @app.command(
