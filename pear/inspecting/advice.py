@@ -44,6 +44,8 @@ def advise(case: Case) -> list[Finding]:
     if case.tokens.has_ratio.any():
         found += _weights(case, first_repair=bool(wrong))
     found += _negatives(case)
+    if case.tokens.aligned is not None and case.tokens.aligned.any() and case.options.level == "block":
+        found.append(_needs_clip_blocks())
     if case.data.too_long:
         found.append(_too_long(case.data))
     if not any(finding.severity in ("problem", "warning") for finding in found):
@@ -174,6 +176,15 @@ def _too_long(data: Data) -> Finding:
     )
 
 
+def _needs_clip_blocks() -> Finding:
+    return Finding(
+        "clip_blocks",
+        "note",
+        "Some rows are of another tokenizer, so at level block the sum of each block is clipped here, and `pear sft` "
+        "wants --clip_blocks true; or take level token, where their blocks are the shared spans just as well.",
+    )
+
+
 def _negatives(case: Case) -> Iterator[Finding]:
     """Wrong answers beside right ones."""
     right = np.array([row.right for row in case.data.rows])
@@ -247,7 +258,7 @@ def ways_out(case: Case) -> tuple[list[Option], list[str]]:
     """Options that help, the best first; and those that were tried and do not."""
     now = _works(case.summary)
     helpful, vain = [], []
-    for tried in _families(case.options, rising=_drift(case) > 0):
+    for tried in _families(case, rising=_drift(case) > 0):
         best = max(_works(case.predict(options)) for _, options in tried)
         flags, options = next(one for one in tried if _works(case.predict(one[1])) >= ENOUGH * best)
         summary = case.predict(options)
@@ -260,8 +271,9 @@ def ways_out(case: Case) -> tuple[list[Option], list[str]]:
     return [option for _, option in sorted(helpful, key=lambda one: -one[0])], vain
 
 
-def _families(options: PEAROptions, rising: bool) -> Iterator[list[tuple[str, PEAROptions]]]:
+def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]]]:
     """Each way out, at several strengths where it has one, mildest first; `rising`: log G grows towards the front."""
+    options = case.options
     low, high = options.log_ratio_clip
     if not options.center and options.level != "sequence":
         yield [("--center", options._replace(center=True))]
@@ -272,13 +284,14 @@ def _families(options: PEAROptions, rising: bool) -> Iterator[list[tuple[str, PE
     yield [(f"--log_ratio_clip {a:g} {b:g}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
     if options.normalize is None and options.level != "sequence":
         yield [("--normalize sequence", options._replace(normalize="sequence"))]
-    if options.normalize is None:
+    if options.normalize is None and all(row.right for row in case.data.rows):  # negatives refuse it
         yield [("--normalize batch", options._replace(normalize="batch"))]
     if options.level != "sequence" and (rising or options.gamma < 1):
         gammas = [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]
         yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
     if options.level == "token":
-        yield [("--level block", options._replace(level="block"))]
+        flags = "--level block" + (" --clip_blocks true" if options.clip_blocks else "")
+        yield [(flags, options._replace(level="block"))]
     if options.level == "sequence":
         yield [("--level token", at_level(options, "token"))]
 

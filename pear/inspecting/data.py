@@ -10,18 +10,10 @@ from pear.align import ROLES, Roles
 from pear.inspecting.tokens import Tokens
 from pear.io import DataError, check_label, read_jsonl
 from pear.scored_rows import Reader, check_kind, has_policy, without_nulls
+from pear.scored_summary import sampling_in_words
 from pear.seal import Whole, check_seal
 
 UNNAMED = "(unnamed)"
-NEUTRAL = {  # sampling settings that draw from the model's own distribution
-    "temperature": (1,),
-    "top_p": (1,),
-    "min_p": (0,),
-    "top_k": (0, -1),
-    "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-}
 
 
 class Row(NamedTuple):
@@ -35,7 +27,7 @@ class Row(NamedTuple):
     aligned: bool  # of another tokenizer, by bytes
     policy: str | None  # who wrote it; None: nobody that could be scored
     estimated: bool  # the policy is an estimate of who wrote it
-    sampling: dict[str, float]  # settings it was drawn with, those that change the distribution alone
+    sampling: tuple[str, ...]  # settings it was drawn with that changed the distribution: "temperature 0.7"
     right: bool  # False: a wrong answer
 
 
@@ -114,20 +106,9 @@ def _read(reader: Reader, row: dict[str, Any], line: int, where: str) -> Row | s
         aligned=has_policy(row) and behavior.block_ids is not None,
         policy=(row.get("behavior_policy") or row.get("model") or UNNAMED) if has_policy(row) else None,
         estimated=bool(row.get("behavior_estimated")),
-        sampling=_telling(row.get("behavior_sampling")),
+        sampling=tuple(sampling_in_words(row.get("behavior_sampling"))),
         right=row.get("label", True),
     )
-
-
-def _telling(sampling: Any) -> dict[str, float]:
-    """Of the settings that a row was drawn with, those that change the distribution."""
-    if not isinstance(sampling, dict):
-        return {}
-    return {
-        name: sampling[name]
-        for name, neutral in NEUTRAL.items()
-        if isinstance(sampling.get(name), (int, float)) and sampling[name] not in neutral
-    }
 
 
 def _checked(path: str | os.PathLike) -> int:

@@ -253,7 +253,7 @@ def _sampled(seen: View) -> Finding | None:
     """Settings that changed the distribution that tokens were drawn from."""
     found: Counter[str] = Counter()
     for row in seen.rows:
-        found.update(f"{name} {value:g}" for name, value in row.sampling.items())
+        found.update(row.sampling)
     if not found:
         return None
     rows = sum(bool(row.sampling) for row in seen.rows)

@@ -51,7 +51,6 @@ def choose(tokens: Tokens, judged: Judged, rows: int) -> dict[int, list[str]]:
         -largest,
     ]
     orders = [np.argsort(values, kind="stable").tolist() for values in by_reason]
-    ordinary = orders[0][len(orders[0]) // 2]
     places = min(rows, len(orders[0]))
     chosen: dict[int, list[str]] = {}
     for rank in range(places):
@@ -61,6 +60,8 @@ def choose(tokens: Tokens, judged: Judged, rows: int) -> dict[int, list[str]]:
                 chosen.setdefault(row, [])
                 if rank < TOLD or not chosen[row]:
                     chosen[row].append(f"{reason} (no. {rank + 1})" if rank else reason)
-    if len(chosen) < places and ordinary not in chosen:
-        chosen[ordinary] = [TYPICAL]
+    middle = len(orders[0]) // 2
+    ordinary = sorted(range(len(orders[0])), key=lambda rank: abs(rank - middle))
+    if len(chosen) < places:
+        chosen[next(row for rank in ordinary if (row := orders[0][rank]) not in chosen)] = [TYPICAL]
     return chosen
