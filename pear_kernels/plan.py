@@ -11,8 +11,9 @@ from pear_kernels.backend import check_backend
 from pear_kernels.cpu import temporary_bytes
 from pear_kernels.head import torch_row_bytes, triton_row_bytes
 from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.weights import PEAROptions
 
-TOKEN_BYTES = 24 * 8  # of the two dozen numbers kept of each token: positions, log-probs, ratios, sums, weights
+TOKEN_BYTES = 28 * 8  # of the numbers kept of each token: positions, blocks, log-probs, ratios, sums, weights
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def plan(
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     level: str | None = "token",
+    center: bool = False,
+    normalize: str | None = None,
     gradient: bool = True,
     train_head: bool = True,
     bias: bool = False,
@@ -141,12 +144,13 @@ def plan(
         tokens: N, the tokens that count (ignored ones cost a row of dX alone).
         vocabulary: V.
         hidden_size: D.
-        lengths: the tokens that count in each sequence, which sum to `tokens`; None: one sequence. They matter to level
-            "sequence".
+        lengths: the tokens that count in each sequence, which sum to `tokens`; None: one sequence. They matter where
+            weights wait for their whole sequence: at level "sequence", with center, or with normalize "sequence".
         dtype: of hidden and weight.
         level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
             `linear_policy_loss` and `linear_weighted_loss`: "token", but "sequence" for "gspo" and "iw-sft". (Losses of
             a `DenseWalk`, with a teacher or an entropy bonus, have other chunks: not planned yet.)
+        center, normalize: those of `linear_pear_loss`, whose other options cost nothing here.
         gradient: False: no gradient at all, as under `torch.no_grad()`.
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
         bias: whether the head has one.
@@ -170,6 +174,8 @@ def plan(
         raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
     if level is not None and level not in checks.LEVELS:
         raise ValueError(f"level must be None or one of {', '.join(map(repr, checks.LEVELS))}, got {level!r}")
+    options = PEAROptions(level or "token", center=center, normalize=normalize)
+    checks.check_options(options)
     checks.check_head_options(1.0, None, workspace_bytes)
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
@@ -200,7 +206,8 @@ def plan(
             wanted,
             row_bytes=row_bytes(any(wanted)),
             workspace_bytes=workspace_bytes or default_workspace(weight, sums.itemsize),
-            coupled=level == "sequence",
+            coupled=options.coupled,
+            separable=options.separable,
             lengths=None if static else lengths,
             head_bytes=head_bytes,
         )

@@ -76,17 +76,18 @@ def tokens_a_block(options: PEAROptions, pack: Pack) -> int:
 def suffix_sums(values: Tensor, stop: Tensor) -> Tensor:
     """(n,) sum of `values` (n,) over [i, stop[i]), for segments that end at `stop` (n,).
 
-    It is the difference of two sums, which NaN or an infinity would spoil in other segments: these are counted apart.
+    A difference of two sums, in which -inf or NaN would spoil other segments: where these are is counted apart.
     """
-    kinds = torch.stack(
-        [values.where(values.isfinite(), 0.0), values == torch.inf, values == -torch.inf, values.isnan()]
-    )
-    to_end = torch.zeros(4, len(values) + 1, dtype=values.dtype, device=values.device)
-    to_end[:, :-1] = kinds.flip(1).cumsum(1).flip(1)
-    sums, *others = to_end[:, :-1] - to_end[:, stop]
-    for count, value in zip(others, (torch.inf, -torch.inf, torch.nan), strict=True):
-        sums = torch.where(count > 0, sums + value, sums)
-    return sums
+
+    def sums(of: Tensor) -> Tensor:
+        to_end = torch.zeros(len(of) + 1, dtype=values.dtype, device=values.device)
+        to_end[:-1] = of.flip(0).cumsum(0, dtype=values.dtype).flip(0)
+        return to_end[:-1] - to_end[stop]
+
+    total = sums(values.where(values.isfinite(), 0.0))
+    for spoilt, by in ((values == -torch.inf, -torch.inf), (~(values < torch.inf), torch.nan)):
+        total = torch.where(sums(spoilt) > 0, by, total)
+    return total
 
 
 class PEARWeights:

@@ -122,6 +122,55 @@ BAD = {
     "temperature": (dict(temperature=0.0), "temperature must be a positive number"),
     "softcap": (dict(softcap=-1.0), "softcap must be a positive number"),
     "workspace_bytes": (dict(workspace_bytes=0), "workspace_bytes must be a positive integer"),
+    "clip_blocks": (dict(clip_blocks=1), "clip_blocks must be True or False, got 1"),
+    "center": (dict(center="yes"), "center must be True or False, got 'yes'"),
+    "center at sequence level": (
+        dict(center=True, level="sequence"),
+        "center must be off at level 'sequence', got True.*all of them would be 1",
+    ),
+    "clip_length": (dict(clip_length=0), "clip_length must be an integer of at least 1.*or None, got 0"),
+    "clip_length of a float": (dict(clip_length=64.0), "clip_length must be an integer.*got 64.0"),
+    "normalize": (dict(normalize="token"), "normalize must be None or one of 'sequence', 'batch', got 'token'"),
+    "normalize at sequence level": (
+        dict(normalize="sequence", level="sequence"),
+        "normalize must be off at level 'sequence', got 'sequence'",
+    ),
+    "normalize batch and labels": (
+        dict(normalize="batch", sequence_label=torch.tensor([True])),
+        "normalize must not be 'batch' beside sequence_label.*use 'sequence'",
+    ),
+    **{
+        f"block_ids, {name}": (dict(level="block", block_ids=ids), message)
+        for name, ids, message in (
+            ("another length", torch.arange(N + 1), r"block_ids must have target's shape \(6,\), got \(7,\)"),
+            ("a list", [0] * N, "block_ids must be a tensor, got list"),
+            ("floats", torch.zeros(N), r"block_ids must be torch.int32 or torch.int64, got torch.float32.*int\(\)"),
+            ("meta", torch.zeros(N, device="meta").int(), "block_ids must be on the device of .*cpu, got meta"),
+            (
+                "descending",
+                torch.tensor([0, 4, -1, 2, 2, 5]),
+                "block_ids must not descend .*got 2 after 4 at flat pos.*3",
+            ),
+            (
+                "too small",
+                torch.tensor([0, 1, -2, 3, 4, 5]),
+                r"block_ids must be in \[0, 2147483648\).*got -2 at flat.*2",
+            ),
+            (
+                "too large",
+                torch.tensor([0, 1, 2, 3, 4, 2**31]),
+                "block_ids must be in .*got 2147483648 at flat position 5",
+            ),
+        )
+    },
+    "block_ids at token level": (
+        dict(block_ids=torch.arange(N)),
+        "block_ids must be None at level 'token'.*use level 'block'",
+    ),
+    "behavior nan where a block has a ratio": (
+        dict(level="block", block_ids=torch.arange(N), behavior_logprobs=with_value(3, math.nan)),
+        "behavior_logprobs must be finite and at most 0, got nan at flat position 3",
+    ),
 }
 
 
@@ -149,6 +198,26 @@ def test_what_stands_at_ignored_tokens_does_not_matter():
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_nor_where_a_token_has_no_ratio():
+    torch.manual_seed(0)
+    arguments = dict(hidden=torch.randn(N, D), weight=torch.randn(V, D), level="block")
+    arguments["block_ids"] = with_value(3, -1, torch.arange(N))
+    losses = [
+        call(**arguments, behavior_logprobs=with_value(3, value), clip_blocks=clip_blocks).loss.item()
+        for value in (-1.0, math.nan, 7.0, -math.inf)
+        for clip_blocks in (False, True)
+    ]
+    assert len(set(losses)) == 1  # in blocks of one token
+
+
+def test_ids_may_start_anew_in_each_sequence_and_hold_anything_at_ignored_tokens():
+    bounds, target = torch.tensor([0, 3, N]), with_value(4, -100, torch.arange(N))
+    options = dict(level="block", target=target, cu_seqlens=bounds)
+    assert call(**options, block_ids=torch.tensor([1, 1, 2**31 - 1, 0, -77, 1])).loss.isfinite()
+    with pytest.raises(ValueError, match="block_ids must not descend .*got 0 after 1 at flat position 5"):
+        call(**options, block_ids=torch.tensor([0, 0, 0, 1, 0, 0]).int())
+
+
 def test_rounding_just_above_zero_is_no_error():
     assert call(behavior_logprobs=with_value(3, 5e-5)).loss.isfinite()
 
@@ -158,6 +227,8 @@ def test_linear_logprobs_and_module_check_too():
         linear_logprobs(torch.randn(N, D), torch.randn(V, D), torch.full((N,), V))
     with pytest.raises(ValueError, match="gamma must be in"):
         LinearPEARLoss(gamma=2.0)
+    with pytest.raises(ValueError, match="clip_length must be"):
+        LinearPEARLoss(clip_length=-1)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +242,11 @@ def test_linear_logprobs_and_module_check_too():
         (dict(behavior_logprobs=torch.full((N,), math.nan)), "behavior_logprobs must be finite"),
         (dict(cu_seqlens=torch.tensor([0, 3])), "cu_seqlens must begin with 0 and end at N"),
         (dict(gamma=0), "gamma must be in"),
+        (dict(center=None), "center must be True or False"),
+        (dict(block_ids=torch.zeros(N)), "block_ids must be torch.int32 or torch.int64"),
+        (dict(block_ids=torch.zeros(N + 1).int()), "block_ids must have logprobs' shape"),
+        (dict(block_ids=torch.zeros(N).int()), "block_ids must be None at level 'token'"),
+        (dict(block_ids=-torch.arange(N), level="sequence"), "block_ids must be in"),
     ],
 )
 def test_pear_weights(changes, message):
@@ -237,7 +313,9 @@ def test_checks_of_values_read_nothing_off_the_cpu():
         checks.check_logprobs("behavior_logprobs", floats, ids == 0)
         checks.check_denominator(floats[0])
         checks.check_sequence_scale(floats)
+        checks.check_block_ids(ids, ids, ids)
     names = ["cu_seqlens", "cu_seqlens", "target", "behavior_logprobs", "denominator", "sequence_scale"]
+    names += ["block_ids", "block_ids"]
     assert [message.split()[1] for message in asserts.messages] == names
     # CUDA's assert takes no longer message
     assert all(message.startswith("pear_kernels: ") and len(message.encode()) < 255 for message in asserts.messages)
@@ -254,7 +332,8 @@ def test_checks_of_arguments_read_nothing(denominator, padded):
         bounds = None if padded else torch.zeros(3, dtype=torch.int32)
         out = linear_pear_loss(
             **head, behavior_logprobs=behavior, cu_seqlens=bounds, sequence_scale=torch.ones(2),
-            denominator=denominator(()) if callable(denominator) else denominator,
+            denominator=denominator(()) if callable(denominator) else denominator, level="block",
+            block_ids=torch.zeros(shape).int(), center=True, normalize="sequence",
         )  # fmt: skip
         results = [out.logprobs, linear_logprobs(**head), pear_weights(behavior, behavior, behavior < 1)]
         assert all(result.is_cuda and result.shape == shape for result in results)

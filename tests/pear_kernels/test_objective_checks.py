@@ -261,6 +261,10 @@ BAD_DISTILL = BAD_DIVERGENCE | {
         "teacher.hidden must be on the device of .*cpu, got meta",
     ),
     "teacher of a list": (dict(teacher=teacher(hidden=[1.0])), "teacher.hidden must be a tensor, got list"),
+    "block_ids without log-ratios": (
+        dict(teacher=teacher(), level="block", block_ids=torch.arange(N), behavior_logprobs=None),
+        "block_ids is given, but behavior_logprobs is None",
+    ),
     "no teacher": (dict(teacher=None), "teacher must be .*got NoneType"),
     "logits for a teacher": (dict(teacher=torch.randn(N, V)), "teacher must be .*got Tensor"),
     "ids out of range": (

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from problems import gradients, make_distill_problem, make_problem, make_weighted_problem, relative_error, workspace
+from problems import (
+    gradients,
+    make_distill_problem,
+    make_problem,
+    make_weighted_problem,
+    random_blocks,
+    relative_error,
+    workspace,
+)
 from test_layouts import BACKENDS, HERE, expanded, misaligned, rows_apart, strided, transposed
 from torch.utils.checkpoint import checkpoint
 
 from pear_kernels import linear_topk_logprobs, ops, packing
 
+BLOCKS = dict(level="block", block_ids=random_blocks((7, 1, 0, 12, 5)))
+OF_OURS = dict(clip_blocks=True, center=True, clip_length=5)
 LABELS = dict(sequence_label=torch.tensor([True, False, True, False, True]))
 PROBLEMS = {
     **{
@@ -15,6 +25,10 @@ PROBLEMS = {
         for name in ("tensor", "iw-sft", "idft", "anchored")
     },
     **{f"negatives, {level}": (make_problem, {"level": level, **LABELS}) for level in ("token", "sequence")},
+    "blocks": (make_problem, {**BLOCKS, "normalize": "sequence"}),
+    "blocks, options of ours": (make_problem, {**BLOCKS, **OF_OURS, "normalize": "batch"}),
+    "blocks, negatives": (make_problem, {**BLOCKS, **OF_OURS, **LABELS}),
+    "distill, blocks": (make_distill_problem, {**BLOCKS, **OF_OURS, "normalize": "batch"}),
     "distill, forward": (make_distill_problem, {"divergence": "forward"}),
     "distill, reverse, without weights": (make_distill_problem, {"divergence": "reverse", "weighted": False}),
     "distill, js, top-k": (make_distill_problem, {"divergence": "js", "top_k": 5, "level": "block", "nll_coef": 0.1}),

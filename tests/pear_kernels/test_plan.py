@@ -20,12 +20,12 @@ from pear_kernels.weights import PEAROptions
 PACKS = [(100,), (10, 100, 5), (100, 100, 100), (1,) * 60, (0, 3, 90, 0, 40, 7)]
 
 
-def counted_walk(problem, level, wanted, workspace_bytes, static=False):
+def counted_walk(problem, level, wanted, workspace_bytes, static=False, **options):
     """(flops, chunks scored) of a walk, counted where the products are taken."""
     head = Head(problem.weight, None, 1.0, None, torch.float64)
     pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static)
     behavior = pack.take(problem.behavior_logprobs)
-    objective = PEARObjective(behavior, pack, PEAROptions(level or "token"), "mean", None, None)
+    objective = PEARObjective(behavior, pack, PEAROptions(level or "token", **options), "mean", None, None)
     if level is None:
         objective = FixedCoefficients(torch.ones(pack.tokens))
     scored, original = [], Walk.softmax
@@ -51,14 +51,23 @@ def test_products_and_chunks_are_those_of_the_walk(level, gradient, train_head, 
         check_products_and_chunks(lengths, level, gradient, train_head, D, rows, static)
 
 
-def check_products_and_chunks(lengths, level, gradient, train_head, D, rows, static):
+@pytest.mark.parametrize("options", [{"center": True}, {"normalize": "sequence"}, {"normalize": "batch"}])
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("D, rows", [(4, 20), (64, 20)])
+def test_products_and_chunks_where_weights_wait(options, train_head, D, rows):
+    for lengths, static in itertools.product(PACKS, (False, True)):
+        check_products_and_chunks(lengths, "token", True, train_head, D, rows, static, **options)
+
+
+def check_products_and_chunks(lengths, level, gradient, train_head, D, rows, static, **options):
     problem = make_problem(lengths, D=D, V=37, ignored=0.0)
     budget = workspace(rows, 37)
     planned = plan(
         sum(lengths), 37, D, lengths=lengths, dtype=torch.float64, level=level, gradient=gradient,
-        train_head=train_head, workspace_bytes=budget, static=static, device="cpu",
+        train_head=train_head, workspace_bytes=budget, static=static, device="cpu", **options,
     )  # fmt: skip
-    flops, scored = counted_walk(problem, level, Wanted(gradient, gradient and train_head, False), budget, static)
+    wanted = Wanted(gradient, gradient and train_head, False)
+    flops, scored = counted_walk(problem, level, wanted, budget, static, **options)
     assert planned.flops == flops == round(planned.products * 2 * sum(lengths) * 37 * D)
     assert planned.chunks == scored
 
@@ -200,6 +209,8 @@ def test_the_table_shows_the_numbers():
         ({"lengths": [3, 4]}, r"lengths must be 0 or more and sum to tokens = 8, got \[3, 4\], sum 7"),
         ({"lengths": [-1, 9]}, "lengths must be 0 or more"),
         ({"level": "document"}, "level must be None or one of 'token', 'block', 'sequence', got 'document'"),
+        ({"level": "sequence", "center": True}, "center must be off at level 'sequence'"),
+        ({"normalize": "mean"}, "normalize must be None or one of 'sequence', 'batch', got 'mean'"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive integer"),
         ({"device": "tpu"}, 'device must be "cuda" or "cpu", got \'tpu\''),
         ({"backend": "jax"}, "backend must be 'triton' or 'torch'"),
