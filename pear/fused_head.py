@@ -34,7 +34,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
 TOP_K = ("top_k_ids", "top_k_logprobs")
-COLUMNS = (*LOGPROBS, *TOP_K, "advantages", "sequence_label")  # (B, T) each, TOP_K (B, T, K), unshifted
+COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted
 
 
 def add_fused_head(
@@ -50,7 +50,8 @@ def add_fused_head(
             -> those log-probs, and a TopKTeacher of ids and log-probs (B, T, K): the K most likely tokens in the place
             of labels[t], at that temperature (which the log-probs before are not at); anything where it is -100
         model(input_ids=..., labels=labels, behavior_logprobs=b, pear={"level": "token", ...})
-            -> LossOutput of `linear_pear_loss`, given what `pear` holds; `logprobs` and `weights` are (B, T) too
+            -> LossOutput of `linear_pear_loss`, given what `pear` holds; `logprobs` and `weights` are (B, T) too. With
+            `block_ids` (B, T), which here and below may stand beside `behavior_logprobs`, those are the blocks
         model(input_ids=..., labels=labels, behavior_logprobs=b, sequence_label=l, pear={"negative_lambda": 0.1, ...})
             -> the same with wrong answers: `sequence_label` is bool (B, T), False at all tokens of a wrong one
         model(input_ids=..., labels=labels, pear={"weighting": "dft", ...})

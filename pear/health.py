@@ -22,8 +22,8 @@ COPY_DIVERGENCE = {"full": 1e-6, "half": 1e-3}  # likewise of a teacher
 OTHER_REFERENCE = 0.2  # nats a token from a reference that is the student itself; neither rounding nor dropout does it
 
 
-def names_logged(args: PEARSFTConfig, teacher_in_memory: bool = False) -> tuple[str, ...]:
-    """The statistics that say something about the loss of these options."""
+def names_logged(args: PEARSFTConfig, teacher_in_memory: bool = False, blocks: bool = False) -> tuple[str, ...]:
+    """The statistics that say something about the loss of these options; `blocks`: the data has block_ids."""
     names: tuple[str, ...] = ("nll", "log_ratio_mean")
     if args.weighting == "pear":
         names = STATS + (WRONG_STATS if args.negatives else ())
@@ -32,7 +32,27 @@ def names_logged(args: PEARSFTConfig, teacher_in_memory: bool = False) -> tuple[
         names += ("weight_mean", "weight_max", "weight_zero")
         names += ("weight_floor", "weight_ceiling") if args.weighting == "iw-sft" else ()
         names += (ESS,)
+    names += ("ratio_tokens",) if blocks else ()
     return names + (("divergence",) if args.distill != "none" else ()) + (() if "tokens" in names else ("tokens",))
+
+
+def block_sums(
+    values: torch.Tensor,  # (B, T)
+    block_ids: torch.Tensor,  # (B, T)
+    counted: torch.Tensor,  # (B, T) bool
+    cu_seqlens: torch.Tensor | None = None,  # (S+1,) of a pack, B = 1
+) -> torch.Tensor:
+    """(B T + 1,): the sum of each block's counted values, in some order, and zeros."""
+    if cu_seqlens is None:
+        sequence = torch.arange(len(values), device=values.device)[:, None]
+    else:
+        sequence = torch.bucketize(torch.arange(values.shape[1], device=values.device), cu_seqlens[1:], right=True)
+    key = torch.where(counted, (sequence << 31) + block_ids, -1).flatten()
+    latest = key.cummax(0).values
+    before = torch.cat([latest.new_full((1,), -1), latest[:-1]])
+    place = (key > before).cumsum(0)  # uncounted tokens may join any block: they add nothing
+    values = torch.where(counted, values, 0).flatten()
+    return values.new_zeros(len(values) + 1).index_add(0, place, values)
 
 
 class Statistics:
@@ -127,11 +147,11 @@ def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
 def first_step_in_words(args: PEARSFTConfig, largest: dict[str, float], half: bool) -> dict[str, str]:
     """What the first optimiser step, before any update, says of whose log-probs there are; `half`: in half precision.
 
-    `largest` are over micro-batches: `log_ratio`, the largest of a token; `divergence`, `ref_log_ratio` and
-    `teacher_log_ratio` (asft with a teacher in memory), mean sizes.
+    `largest` are over micro-batches: `log_ratio`, the largest of a token or block, and `ratio_tokens`, 0 if no token
+    has one; `divergence`, `ref_log_ratio` and `teacher_log_ratio` (asft with a teacher in memory), mean sizes.
     """
     precision, found = "half" if half else "full", {}
-    if largest.get("log_ratio", torch.inf) < COPY_MAX_RATIO[precision]:
+    if largest.get("ratio_tokens", 1.0) > 0 and largest.get("log_ratio", torch.inf) < COPY_MAX_RATIO[precision]:
         found["copy"] = (
             f"PEAR: before the first update every log-ratio is near 0 (largest {largest['log_ratio']:.1e}): the "
             "behaviour policy is a copy of the student, and only gamma is left in the weights. Score the data with the "

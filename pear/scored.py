@@ -1,7 +1,7 @@
 """Rows that `pear score` or `pear import` wrote, as a dataset for training: checked, and in the student's tokens."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from pear.align import ROLES, Roles
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, read_jsonl
 from pear.models import vocabulary_fingerprint
 from pear.rows import TokenizedRow
@@ -24,6 +25,7 @@ from pear.scored_rows import (
 )
 from pear.scored_summary import Found
 from pear.scored_top_k import check_top_k, check_top_k_vocabulary
+from pear.seal import Whole, check_seal
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")  # what every objective needs
@@ -65,7 +67,7 @@ def load_scored(
     head_size: int | None = None,
     options: PEAROptions = DEFAULTS,
     unaligned: str = "error",
-    roles: Mapping[str, Any] | None = None,
+    roles: Roles = ROLES,
 ) -> Dataset:
     """Rows of `pear score` and `pear import`, checked, as a dataset with the COLUMNS, in tokens of the student.
 
@@ -96,11 +98,13 @@ def load_scored(
     reader, vocabulary = Reader(tokenizer, roles), vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
-    found, behaviors = Found(), []
+    found, whole, behaviors = Found(), Whole(), []
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         row = without_nulls(row)
         check_kind(row, where)
+        check_seal(row, where)
+        whole.add(row, where)
         for name, how in WRITTEN_BY.items():
             if name in columns and name not in row and not is_byte_row(row):
                 raise DataError(f"{where}: no `{name}`: {how.format(file=path, temperature=temperature)}")
@@ -126,12 +130,13 @@ def load_scored(
         behaviors.append(behavior)
         for name, values in table.items():
             values.append(_read(name, row, tokens, behavior))
+    whole.finish(path)
     found.check(
         path,
         max_length=max_length,
         unaligned=unaligned,
         negatives="sequence_label" in columns,
-        block_level=options.level == "block" and not getattr(options, "clip_blocks", False),
+        block_level=options.level == "block" and not options.clip_blocks,
     )
     if found.aligned or found.no_policy:
         masks = table["completion_mask"]

@@ -10,12 +10,15 @@ Where the student's tokens are the behaviour policy's, a log-prob belongs to a t
 bytes at whose ends both have a boundary (`pear.align`), and spans are the blocks of the weights.
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pear.align import ROLES, Roles, Spans, Unaligned, align, spans_of
+from pear.align.contents import contents_of
+from pear.align.roles import names_of
 from pear.io import MAX_LOGPROB, DataError, check_label, check_scored_row
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
@@ -77,12 +80,13 @@ def own_blocks(mask: np.ndarray, options: PEAROptions) -> np.ndarray:
 
 
 class Reader:
-    """Rows as the student with this tokenizer sees them; `roles` are `pear.align`'s, None for its own."""
+    """Rows as the student with this tokenizer sees them; `roles` say which structural tokens mean the same."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, roles: Mapping[str, Any] | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, roles: Roles = ROLES):
         self.tokenizer = tokenizer
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.roles = roles
+        self._names = names_of(roles)
 
     def tokens(self, row: dict[str, Any], where: str, needs: tuple[str, ...]) -> tuple[TokenizedRow, bool]:
         """The student's tokens of a row, and whether the row's columns (checked: `needs`) are of these very tokens.
@@ -122,33 +126,41 @@ class Reader:
             return Behavior(np.zeros(count, np.float32), np.full(count, NO_RATIO, np.int32))
         if own:
             return Behavior(np.array(row["behavior_logprobs"], dtype=np.float32)[mask], None)
-        spans = row.get("behavior_spans")
-        if spans is None:
+        if "behavior_spans" not in row:
             check_same_tokens(row, tokens, self.tokenizer, where, whose="the student")  # raises: they are not
-        if isinstance(spans, dict) and "problem" in spans:
-            return f"its text and the tokens it was scored in do not match: {spans['problem']}"
         return self._aligned(row, where, tokens)
 
     def _aligned(self, row: dict[str, Any], where: str, tokens: TokenizedRow) -> Behavior | str:
-        from pear.align import ROLES, Spans, Unaligned, align, spans_of
-
         row = prompt_and_completion(row, where)
-        behavior = Spans.from_json(row["behavior_spans"], where)
-        logprobs = _logprobs(row, where)
-        if len(logprobs) != len(behavior.extents):
-            raise DataError(
-                f"{where}: `behavior_spans` has {len(behavior.extents)} entries for {len(logprobs)} log-probs. Score "
-                "or import the row again."
-            )
         try:
-            student = spans_of(row, tokens, self.tokenizer, self.roles or ROLES)
-            alignment = align(student, behavior, logprobs)
+            behavior = Spans.from_json(row["behavior_spans"], where)
+            logprobs = _logprobs(row, where)
+            if len(logprobs) != len(behavior.extents):  # one log-prob at least, so one extent
+                raise DataError(
+                    f"{where}: `behavior_spans` has {len(behavior.extents)} entries for {len(logprobs)} log-probs. "
+                    "Score or import the row again."
+                )
+            student = spans_of(row, tokens, self.tokenizer, self.roles)
+            _check_within(behavior, row["completion"])
+            alignment = align(student, self._renamed(behavior), logprobs, self.roles)
         except Unaligned as reason:
             return str(reason)
-        block_ids = np.asarray(alignment.block_ids, dtype=np.int32)
+        block_ids = alignment.block_ids
         if not (block_ids != NO_RATIO).any():
             return "the two tokenisations have no span of text in common"
-        return Behavior(np.asarray(alignment.behavior_logprobs, dtype=np.float32), block_ids)
+        # each may exceed zero by rounding, so their sums may by more
+        return Behavior(np.minimum(alignment.behavior_logprobs, MAX_LOGPROB).astype(np.float32), block_ids)
+
+    def _renamed(self, spans: Spans) -> Spans:
+        """Marks that were written as surfaces, by the roles there are now."""
+        return replace(spans, marks={i: self._names.get(mark, mark) for i, mark in spans.marks.items()})
+
+
+def _check_within(spans: Spans, completion: str | list[dict[str, Any]]) -> None:
+    text = completion if isinstance(completion, str) else "".join(contents_of(completion))
+    size, end = len(text.encode("utf-8", "surrogatepass")), spans.extents[-1][1]
+    if end > size:
+        raise Unaligned(f"its spans go up to byte {end} of a text of {size}: they are of another text")
 
 
 def _logprobs(row: dict[str, Any], where: str) -> list[float]:

@@ -1,17 +1,16 @@
 """What the rows of a scored file were, in words: which were left out, have no ratio, or one that is in doubt."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.logging import get_logger
-
 from pear.io import DataError
 from pear.scored_rows import NO_RATIO, Behavior, has_policy
 
-logger = get_logger("pear.scored")
+logger = logging.getLogger("pear.scored")  # not accelerate's, which needs a trainer's state
 
 FEW_SHARED = 0.5  # of a row's tokens with a log-ratio: below it, a warning is due
 # Settings of sampling that leave the distribution as it is; with others, log-probs are not what was drawn from.
@@ -106,6 +105,8 @@ class Found:
 
     def tell(self, path: str | os.PathLike, max_length: int | None) -> None:
         """Log what one may not expect of the file, once the rows are those to train on."""
+        if os.environ.get("RANK", "0") != "0":  # every process of a job reads the file
+            return
         for message in self.in_words(max_length):
             logger.warning(f"{path}: {message}")
 

@@ -17,9 +17,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from pear.align import read_roles
 from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head
-from pear.health import NEAR_ZERO, Statistics, first_step_in_words, in_words, names_logged
+from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
 from pear.models import head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
@@ -45,7 +46,8 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
 
     Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log
     (with negatives, of right answers): `nll` (unweighted: compare runs by this one), `log_ratio_mean` to the behaviour
-    policy, `tokens`, their number; and by objective
+    policy, `tokens`, their number; where the data has block_ids, `ratio_tokens`, the share of them that carries a
+    log-ratio (elsewhere it counts as 0); and by objective
 
     - pear: `ratio_clipped_low`, `ratio_clipped_high`, `weight_mean`, `weight_floor`, `weight_ceiling`,
       `effective_sample_size` (a share);
@@ -81,6 +83,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._columns = args.more_columns(teacher_in_memory=teacher is not None)
         self._vocabulary: int | None = None
         self._largest_id = -1  # of the data's top-k
+        self._has_blocks = False
         self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
@@ -117,7 +120,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         if teacher is not None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor holds one
             self._teacher = HeldTeacher(teacher, base, tokenizer, self.accelerator.device)
-        self._names = names_logged(args, teacher is not None)
+        self._names = names_logged(args, teacher is not None, self._has_blocks)
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
         self._warned: set[str] = set()
@@ -130,6 +133,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
         prepared = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
         self._largest_id = max(self._largest_id, largest_top_k_id(prepared))
+        self._has_blocks |= "block_ids" in prepared.column_names
         if "top_k_vocabulary" in self._columns:
             self._top_k_vocabularies |= top_k_vocabularies(dataset)
         self._check_top_k_ids()
@@ -160,10 +164,10 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         """Loss of a micro-batch, over the response tokens of the whole optimiser step."""
         mode = "train" if self.model.training else "eval"
         args, inputs = self.args, dict(inputs)
-        behavior = inputs["behavior_logprobs"]
-        if args.weighting != "pear":  # it is for the log then, and no business of the loss
-            del inputs["behavior_logprobs"]
-        options = args.loss_options()
+        behavior, blocks = inputs["behavior_logprobs"], inputs.get("block_ids")
+        if args.weighting != "pear":  # they are for the log then, and no business of the loss
+            inputs = {name: x for name, x in inputs.items() if name not in ("behavior_logprobs", "block_ids")}
+        options = args.loss_options(blocks is not None)
         if self._teacher is not None:
             options["reference" if args.weighting == "asft" else "teacher"] = self._teacher(inputs)
         denominator = None
@@ -177,7 +181,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and their gradients are averaged (as in TRL).
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._note(mode, inputs, behavior, output, options.get("reference"))
+        self._note(mode, inputs, behavior, blocks, output, options.get("reference"))
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -192,6 +196,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         mode: str,
         inputs: dict[str, Any],
         behavior: torch.Tensor,
+        blocks: torch.Tensor | None,
         output: LossOutput,
         reference: Teacher | None,
     ) -> None:
@@ -201,8 +206,11 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         else:
             seen = tokens.new_full((), inputs["input_ids"].numel())
         counted = inputs["labels"] != IGNORE
-        log_ratio = torch.where(counted, output.logprobs - behavior.to(output.logprobs), 0)
+        with_ratio = counted if blocks is None else counted & (blocks >= 0)
+        log_ratio = torch.where(with_ratio, output.logprobs - behavior.to(output.logprobs), 0)
         found = {"log_ratio_mean": log_ratio.sum() / tokens.clamp(min=1)} | output.stats
+        of_right = with_ratio & inputs["sequence_label"] if "sequence_label" in inputs else with_ratio
+        found["ratio_tokens"] = of_right.sum() / tokens.clamp(min=1)
         if self.args.weighting == "iw-sft":
             for name, clipped in (
                 ("weight_floor", output.weights < NEAR_ZERO),
@@ -211,7 +219,11 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                 found[name] = (clipped & counted).sum() / tokens.clamp(min=1)
         self._statistics[mode].add({"seen": seen.to(tokens), **{name: found[name] for name in self._names}})
         if mode == "train" and self.state.global_step == 0:
-            first = {"log_ratio": log_ratio.abs().max()} if self.args.weighting == "pear" else {}
+            first = {}
+            if self.args.weighting == "pear":
+                if blocks is not None:  # a span's log-prob stands at its first token
+                    log_ratio = block_sums(log_ratio, blocks, with_ratio, inputs.get("cu_seq_lens_q"))
+                first = {"log_ratio": log_ratio.abs().max(), "ratio_tokens": with_ratio.any().to(log_ratio)}
             first |= {"divergence": found["divergence"]} if self.args.distill != "none" else {}
             before = {"ref_log_ratio": inputs.get("ref_logprobs")}
             if reference is not None:  # one product more, in the first step alone
@@ -277,7 +289,11 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         "strict": args.strict_length,
         "columns": args.more_columns(in_memory),
         "temperature": args.distill_temperature,
+        "options": args.pear_options(),
+        "unaligned": data_args.unaligned,
     }
+    if data_args.roles is not None:
+        how["roles"] = read_roles(data_args.roles)
     if "top_k_ids" in how["columns"]:
         how["head_size"] = head_size(name, revision=model_args.model_revision)
     train_dataset = load_scored(data_args.data, tokenizer, args.max_length, **how)
@@ -305,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if trainer.accelerator.is_main_process:  # for `pear compare`
         settings = {"start": name, "data": data_args.data, **given(args)}
         settings |= {"teacher": data_args.teacher} if in_memory else {}
+        settings |= {"unaligned": data_args.unaligned} if data_args.unaligned != "error" else {}
+        settings |= {"roles": data_args.roles} if data_args.roles is not None else {}
         write_run(args.output_dir, "sft", trainer.state.log_history, settings)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()

@@ -7,7 +7,9 @@ import torch
 from trl import SFTConfig
 
 from pear.io import DataError
+from pear.scored import UNALIGNED
 from pear_kernels.checks import (
+    NORMALIZE,
     check_divergence_options,
     check_negative_options,
     check_options,
@@ -19,6 +21,7 @@ from pear_kernels.weightings import WEIGHTING_DEFAULTS, WEIGHTINGS, WeightingOpt
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 CHOICES = {"weighting": ("pear", *WEIGHTINGS), "distill": ("none", *DIVERGENCES)}
+OURS = ("clip_blocks", "center", "clip_length", "normalize")  # of PEAROptions, none in the paper
 # Weightings by the student as it was before training: column `ref_logprobs`.
 REFERENCED = tuple(name for name, weighting in WEIGHTINGS.items() if weighting.needs_ref)
 TOP_K = ("top_k_ids", "top_k_logprobs", "top_k_temperature", "top_k_vocabulary")
@@ -60,6 +63,35 @@ class PEARSFTConfig(SFTConfig):
     log_weight_clip: list[float] = field(
         default_factory=lambda: list(DEFAULTS.log_weight_clip),
         metadata={"help": "Clip of each weight's logarithm, last: low high."},
+    )
+    clip_blocks: bool = field(
+        default=DEFAULTS.clip_blocks,
+        metadata={
+            "help": "Clip a block's summed log-ratio, to log_ratio_clip times its tokens, instead of each token's. "
+            "Ours, off by default; level 'block' needs it for rows of another tokenizer."
+        },
+    )
+    center: bool = field(
+        default=DEFAULTS.center,
+        metadata={
+            "help": "Against collapse: subtract each response's mean clipped log-ratio, at levels 'token' and 'block'. "
+            "Ours, off by default."
+        },
+    )
+    clip_length: int | None = field(
+        default=DEFAULTS.clip_length,
+        metadata={
+            "help": "Against collapse: log_ratio_clip times clip_length / T in responses of T tokens with a log-ratio, "
+            "where that makes it narrower. Ours, off by default."
+        },
+    )
+    normalize: str | None = field(
+        default=DEFAULTS.normalize,
+        metadata={
+            "help": "Against collapse: divide the weights by their mean, over each response ('sequence', at levels "
+            "'token' and 'block') or each micro-batch of a process ('batch'). Ours, off by default.",
+            "choices": list(NORMALIZE),
+        },
     )
     iw_tau: float = field(
         default=WEIGHTING_DEFAULTS.iw_tau,
@@ -125,16 +157,22 @@ class PEARSFTConfig(SFTConfig):
         self._refuse_objectives_that_do_not_go_together()
 
     def pear_options(self) -> PEAROptions:
-        return PEAROptions(
-            self.level, self.block_size, self.gamma, tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
-        )
+        clips = tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
+        ours = {name: getattr(self, name) for name in OURS}
+        return PEAROptions(self.level, self.block_size, self.gamma, *clips, **ours)
 
     def weighting_options(self) -> WeightingOptions:
         return WeightingOptions(self.iw_tau, self.iw_max, self.psft_clip, self.asft_kl, tuple(self.idft_clip))
 
-    def loss_options(self) -> dict[str, Any]:
-        """What the loss of these options is called with; its kind shows by a key (see `pear.fused_head`)."""
+    def loss_options(self, blocks: bool = False) -> dict[str, Any]:
+        """What the loss of these options is called with; its kind shows by a key (see `pear.fused_head`).
+
+        `blocks`: together with block_ids. At level "block" they are cut to its block_size; at the others a block is a
+        token, or a span of another tokenizer, so that to clip blocks there is to clip what carries a log-ratio.
+        """
         options: dict[str, Any] = self.pear_options()._asdict() if self.weighting == "pear" else {}
+        if options and blocks and self.level != "block":
+            options |= {"level": "block" if self.level == "token" else "sequence", "clip_blocks": True}
         if self.distill != "none":
             return options | {
                 "divergence": self.distill,
@@ -164,10 +202,21 @@ class PEARSFTConfig(SFTConfig):
             )
 
     def _refuse_objectives_that_do_not_go_together(self) -> None:
+        for name in OURS:
+            if self.weighting != "pear" and (value := getattr(self, name)) != getattr(DEFAULTS, name):
+                raise DataError(
+                    f"{name} = {value!r} goes with weighting 'pear' alone, got {self.weighting!r}: it is about PEAR's "
+                    "weights"
+                )
         if self.negatives and self.weighting != "pear":
             raise DataError(
                 f"negatives goes with weighting 'pear' alone, got {self.weighting!r}: how far to push a wrong answer "
                 "away is weighted by PEAR"
+            )
+        if self.negatives and self.normalize == "batch":
+            raise DataError(
+                "normalize = 'batch' does not go with negatives: one factor for the whole micro-batch would scale "
+                "wrong answers too; use 'sequence', which is of right ones alone"
             )
         if self.negatives and self.distill != "none":
             raise DataError(f"negatives does not go with distill = {self.distill!r}: a teacher has no wrong answers")
@@ -218,6 +267,21 @@ class DataArguments:
             "help": "A model held in memory beside the student. distill: the teacher; without it, the data's top-k. "
             "weighting asft: the model that training starts from, for the KL over the whole vocabulary; without it, "
             "the data's ref_logprobs."
+        },
+    )
+    unaligned: str = field(
+        default="error",
+        metadata={
+            "help": "Rows of another tokenizer that cannot be aligned with the student's tokens: 'error', or 'skip', "
+            "which leaves them out and tells their lines.",
+            "choices": list(UNALIGNED),
+        },
+    )
+    roles: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML of roles and the structural tokens that play them, for rows of another tokenizer; see "
+            "docs/tokenizers.md."
         },
     )
     merge_adapter: bool = field(

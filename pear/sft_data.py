@@ -15,7 +15,9 @@ from trl.trainer.utils import pad
 
 from pear.fused_head import IGNORE, first_tokens_ignored
 from pear.io import TOP_K_COLUMNS, DataError
-from pear.scored import COLUMNS
+from pear.scored import BLOCK_COLUMNS, COLUMNS, SPANS
+from pear.scored_rows import tokens_a_block
+from pear.scored_summary import spans_at_block_level
 from pear.sft_config import PEARSFTConfig
 
 logger = get_logger("pear.sft")
@@ -23,6 +25,7 @@ logger = get_logger("pear.sft")
 # A number a token: its dtype, and what stands at padding.
 PER_TOKEN = {
     "behavior_logprobs": (torch.float32, 0.0),
+    "block_ids": (torch.int32, -1),
     "ref_logprobs": (torch.float32, 0.0),
     "sequence_label": (torch.bool, True),
 }
@@ -72,6 +75,7 @@ def prepare(
     if "labels" in dataset.column_names and "behavior_logprobs" in dataset.column_names:
         return dataset  # prepared before
     columns = [*COLUMNS, *columns]
+    columns += [column for column in BLOCK_COLUMNS if column in dataset.column_names]
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise DataError(
             f"{name} dataset: no column {', '.join(missing)}; load it with pear.scored.load_scored(..., "
@@ -79,11 +83,14 @@ def prepare(
             f"{', '.join(dataset.column_names)}"
         )
     _check_labels(dataset, name, args.negatives)
+    _check_blocks(dataset, name, args)
     with args.main_process_first(local=False):
         dataset = dataset.select_columns(columns)
         if "top_k_temperature" in columns:
             _check_temperature(dataset, name, args.distill_temperature)
             dataset = dataset.remove_columns(["top_k_temperature", "top_k_vocabulary"])
+        if "block_tokens" in columns:
+            dataset = dataset.remove_columns("block_tokens")
         dataset = dataset.with_format("numpy")
         kwargs = {"num_proc": args.dataset_num_proc}
         if max_length is not None:
@@ -150,6 +157,27 @@ def _check_labels(dataset: Dataset, name: str, negatives: bool) -> None:
             f"negatives: the training data has {tokens[False]} tokens of wrong answers against {tokens[True]} of right "
             f"ones, more than {WRONG_TO_RIGHT} to 1: the student is mostly told what not to say. Add right answers, "
             "leave wrong ones out, or lower negative_lambda."
+        )
+
+
+def _check_blocks(dataset: Dataset, name: str, args: PEARSFTConfig) -> None:
+    """The blocks of `load_scored` must be those of the options; a file without any log-ratio is told."""
+    if args.weighting != "pear" or "block_ids" not in dataset.column_names:
+        return
+    if "block_tokens" not in dataset.column_names:
+        raise DataError(f"{name} dataset: block_ids without block_tokens; keep the columns that load_scored made")
+    found, options = set(dataset.unique("block_tokens")), args.pear_options()
+    if others := found - {None, SPANS, (expected := tokens_a_block(options))}:
+        raise DataError(
+            f"{name} dataset: loaded in blocks of {others.pop()} tokens, but level and block_size ask for {expected}; "
+            "load it with pear.scored.load_scored(..., options=args.pear_options())"
+        )
+    if SPANS in found and options.level == "block" and not options.clip_blocks:
+        raise DataError(f"{name} dataset: {spans_at_block_level()}")
+    if found == {None}:
+        logger.warning(
+            f"{name} dataset: no row has a behaviour policy, so every PEAR weight is 1: this is plain SFT. Score the "
+            "data by the model that wrote it, or give an estimate by `pear score --fallback MODEL`."
         )
 
 

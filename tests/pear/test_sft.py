@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from mixed_rows import blocks_by_hand, pieces
 from tiny import make_model, make_tokenizer
 from training import OPTIONS, assert_close, batch_of, gradients, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pear.io import DataError, WriteError, read_jsonl
 from pear.models import load_model, load_tokenizer
+from pear.rows import tokenize_row
 from pear.save import save_final
 from pear.score import score
 from pear.scored import load_scored
@@ -364,37 +366,58 @@ def test_damaged_row_is_named_by_file_and_line(scored, tokenizer, tmp_path, chan
         load_scored(change_row(scored, tmp_path, 3, change), tokenizer)
 
 
-def test_other_tokenizer_of_the_same_size_is_refused_with_position_and_tokens(scored, tokenizer):
+def test_other_tokenizer_of_the_same_size_is_aligned_and_said_to_be(scored, tokenizer, tmp_path, caplog):
+    """Never ids taken for the same because there are as many of them; without spans they are refused by position."""
     other = make_tokenizer(["aardvark zebra quokka " * 9, "It is not the same corpus."], vocab_size=len(tokenizer))
     other.add_tokens([f"<extra{i}>" for i in range(len(tokenizer) - len(other))])
     assert len(other) == len(tokenizer)
-    with pytest.raises(DataError, match=r"scored\.jsonl:1: .*at position \d+ the file has token \d+ .*the student"):
-        load_scored(scored, other)
+    data = load_scored(scored, other)
+    assert "16 of 16 rows are not in the student's tokens and were aligned by their bytes" in caplog.text
+    for (_, row), loaded in zip(read_jsonl(scored), data, strict=True):
+        assert loaded["input_ids"] == tokenize_row(row, other, "here").input_ids
+        assert sum(loaded["behavior_logprobs"]) == pytest.approx(sum(row["behavior_logprobs"]), rel=0.5)
+    path = change_row(scored, tmp_path, 1, lambda row: row.pop("behavior_spans"))
+    with pytest.raises(DataError, match=r"changed\.jsonl:1: .*at position \d+ the file has token \d+ .*the student"):
+        load_scored(path, other)
 
 
-def test_tokenizer_with_one_more_token_is_refused_only_where_ids_differ(tokenizer, scored, tmp_path):
+def test_tokenizer_with_one_more_token_is_aligned_only_where_ids_differ(tokenizer, scored, tmp_path):
     """Extra tokens that no row uses are harmless; the same token in a text is not (method.md: traces off by two)."""
     other = make_tokenizer()
     other.add_tokens(["<think>"])
-    assert len(load_scored(scored, other)) == 16
+    data = load_scored(scored, other)
+    assert len(data) == 16 and "block_ids" not in data.column_names
 
-    rows = [{"prompt": "Why? ", "completion": "Well. <think>so</think> It is 7."}]
+    rows = [{"prompt": "Why?\n", "completion": "Well. <think>so</think> It is 7."}]
     (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]) + "\n")
     score(make_model(tokenizer), tmp_path / "t.jsonl", tmp_path / "s.jsonl", tokenizer=tokenizer, progress=False)
-    position = other("Why? Well. <think>so")["input_ids"].index(other.convert_tokens_to_ids("<think>"))
-    with pytest.raises(DataError, match=rf"s\.jsonl:1: .*at position {position} .*'<think>' to the student"):
-        load_scored(tmp_path / "s.jsonl", other)
+    (row,) = load_scored(tmp_path / "s.jsonl", other)
+    own, theirs = (pieces(each, tokenize_row(rows[0], each, "here")) for each in (other, tokenizer))
+    assert b"<think>" in own and b"<think>" not in theirs
+    ids = [k for k, bit in zip(row["block_ids"], row["completion_mask"], strict=True) if bit]
+    assert ids == blocks_by_hand(own, theirs)
+    (written,) = [row for _, row in read_jsonl(tmp_path / "s.jsonl")]
+    assert sum(row["behavior_logprobs"]) == pytest.approx(sum(written["behavior_logprobs"]), rel=1e-6)
 
 
-def test_other_chat_template_is_refused(tokenizer, jsonl, tmp_path, chat_rows):
+def test_other_chat_template_is_aligned_and_its_headers_left_out(tokenizer, jsonl, tmp_path, chat_rows):
+    """The contents are the same; what the templates put around them carries no ratio where they part."""
     score(make_model(tokenizer), jsonl(chat_rows), tmp_path / "s.jsonl", tokenizer=tokenizer, progress=False)
     other = make_tokenizer()
-    other.chat_template = other.chat_template.replace("assistant\n' }}{% endif", "' }}{% endif")
-    with pytest.raises(DataError, match=r"s\.jsonl:1: .*starts the completion at position"):
-        load_scored(tmp_path / "s.jsonl", other)
     other.chat_template = other.chat_template.replace("<|im_end|>\n", "<|im_end|>")
-    with pytest.raises(DataError, match=r"s\.jsonl:1: .*at position \d+ the file has"):
-        load_scored(tmp_path / "s.jsonl", other)
+    data = load_scored(tmp_path / "s.jsonl", other)
+    for (_, row), loaded in zip(read_jsonl(tmp_path / "s.jsonl"), data, strict=True):
+        contents = other(row["completion"][-1]["content"])["input_ids"]
+        both = zip(loaded["input_ids"], loaded["block_ids"], loaded["completion_mask"], strict=True)
+        ids = [(token, block) for token, block, bit in both if bit]
+        assert [token for token, _ in ids] == [*contents, other.eos_token_id]
+        assert [block for _, block in ids] == list(range(len(ids)))
+    other.chat_template = other.chat_template.replace("assistant\n' }}{% endif", "' }}{% endif")
+    longer = load_scored(tmp_path / "s.jsonl", other)  # the role's name is a part of the completion now
+    for row, before in zip(longer, data, strict=True):
+        ids = [k for k, bit in zip(row["block_ids"], row["completion_mask"], strict=True) if bit]
+        assert ids.count(-1) == len(ids) - sum(before["completion_mask"]) > 0
+        assert sum(row["behavior_logprobs"]) == pytest.approx(sum(before["behavior_logprobs"]), rel=1e-6)
 
 
 def test_no_text_to_compare_by_is_an_error(scored, tokenizer, tmp_path):
@@ -555,7 +578,7 @@ def test_yaml_and_flags(student, scored, tmp_path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     line = argv(student, scored, tmp_path / "out", "--config", str(tmp_path / "x.yaml"), "--gamma", "0.75")
     trainer = main([*line, "--log_weight_clip", "-3", "2.5"])
-    assert trainer.args.pear_options() == ("block", 3, 0.75, (-0.2, 0.1), (-3.0, 2.5))
+    assert trainer.args.pear_options()[:5] == ("block", 3, 0.75, (-0.2, 0.1), (-3.0, 2.5))
     assert trainer.args.learning_rate == 1e-3 and trainer.args.packing and trainer.args.max_steps == 2
     assert any("eval_pear/nll" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="gama"):
