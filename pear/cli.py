@@ -64,7 +64,7 @@ def score(
     from pear.io import DataError, WriteError
     from pear.score import score as run
     from pear.score import summary_text
-    from pear.scoring.processes import OtherProcessFailed, is_main, leave_group
+    from pear.scoring.processes import is_main, leave_group
 
     try:
         summary = run(
@@ -81,8 +81,6 @@ def score(
             top_k_temperature=top_k_temperature,
             fallback=fallback,
         )
-    except OtherProcessFailed:  # which has told why
-        raise typer.Exit(1) from None
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     if is_main():

@@ -107,6 +107,8 @@ def score(
     wanted = _check_arguments(model, tokenizer, batch_tokens, max_length, column, top_k, top_k_temperature, fallback)
     processes = Processes(device)
     console = Console(stderr=True, quiet=not (progress and processes.main))
+    if processes.warning:
+        console.print(processes.warning, style="yellow", markup=False, highlight=False)
     replaced = (column,) if wanted is None else (column, *TOP_K_COLUMNS)
 
     def open_policy(name: str | PreTrainedModel) -> Policy:

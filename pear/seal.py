@@ -129,8 +129,9 @@ def check_seal(row: dict[str, Any], where: str) -> None:
     if (own := checksum(row)) != found["checksum"]:
         raise DataError(
             f"{where}: edited after it was scored (checksum {own}, its seal says {found['checksum']}): its log-probs "
-            "may no longer be those of its text. Undo the edit, or score the row again. Only `label` and keys of your "
-            f"own may change; the seal covers {', '.join(key for key in SEALED if row.get(key) is not None)}."
+            "may no longer be those of its text. Undo the edit; or, if it is meant, take the key `scored` out of the "
+            "row and score it again. Only `label` and keys of your own may change; the seal covers "
+            f"{', '.join(key for key in SEALED if row.get(key) is not None)}."
         )
 
 

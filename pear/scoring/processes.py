@@ -18,7 +18,7 @@ WAIT = timedelta(days=7)  # a process may score for days longer than another
 
 
 class OtherProcessFailed(DataError):
-    """Another process of this run failed, and says why itself."""
+    """Another process of this run failed; what it says is in the message."""
 
 
 class Processes:
@@ -41,6 +41,16 @@ class Processes:
         self.device = own
         if device is not None and (own.type != device or self.count == 1):  # "cuda" is each process's own GPU
             self.device = torch.device(device)
+
+    @property
+    def warning(self) -> str | None:
+        """Where a launcher has started fewer processes than it was asked for."""
+        if self.count == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+            return (
+                "accelerate launch has started one process, as it does without a GPU whatever --num_processes says: "
+                "add --multi_gpu, which works on a CPU too, or start with torchrun."
+            )
+        return None
 
     @property
     def main(self) -> bool:
