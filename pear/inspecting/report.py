@@ -46,7 +46,7 @@ def make_report(
     tokens = data.tokens(logprobs)
     if tokens.aligned.any():  # as `pear sft` does: the clip of a span is that of its tokens together
         options = options._replace(clip_blocks=True)
-    seen = view(data.rows, tokens, half, _special(tokenizer), lambda token: token_texts(tokenizer, [token])[0])
+    seen = view(data.rows, tokens, half, special_ids(tokenizer), lambda token: token_texts(tokenizer, [token])[0])
     predict = _remembered(lambda options: summarize(tokens, options))
     case = Case(data, tokens, seen, options, predict(options), predict)
     g = weights(tokens, options)
@@ -80,7 +80,8 @@ def _remembered(summary_of: Callable[[PEAROptions], Any]) -> Callable[[PEAROptio
     return found
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that are no text: markers of roles, turns and thoughts."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 

@@ -8,14 +8,14 @@ from tiny import make_tokenizer
 from pear.inspecting.advice import Case, advise
 from pear.inspecting.data import Data, Row
 from pear.inspecting.finding import Finding
-from pear.inspecting.report import make_report
+from pear.inspecting.report import make_report, special_ids
 from pear.inspecting.statistics import summarize
 from pear.inspecting.suspicions import view
 from pear.inspecting.tokens import Tokens
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 TOKENIZER = make_tokenizer()
-TEXT_IDS = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids]
+TEXT_IDS = [i for i in range(len(TOKENIZER)) if i not in special_ids(TOKENIZER)]
 END = TOKENIZER.eos_token_id
 
 
@@ -51,7 +51,7 @@ def tokens_of(data: Data, student: Sequence[Sequence[float]]) -> Tokens:
 
 def make_case(data: Data, student: Sequence[Sequence[float]], options: PEAROptions = DEFAULTS, half=False) -> Case:
     tokens = tokens_of(data, student)
-    seen = view(data.rows, tokens, half, TOKENIZER.all_special_ids, TOKENIZER.convert_ids_to_tokens)
+    seen = view(data.rows, tokens, half, special_ids(TOKENIZER), TOKENIZER.convert_ids_to_tokens)
     return Case(data, tokens, seen, options, summarize(tokens, options), lambda o: summarize(tokens, o))
 
 
