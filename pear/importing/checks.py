@@ -73,7 +73,9 @@ def grid(values: Sequence[float]) -> dict[str, Any]:
 
 def grid_in_words(found: dict[str, Any]) -> list[str]:
     """Notes on log-probs that look rounded or floored."""
-    said, values, lowest = [], found.get("values", 0), found.get("lowest", {"value": 0.0, "count": 0})
+    if not found:
+        return []
+    said, values, zeros, lowest = [], found["values"], found["zeros"], found["lowest"]
     if values >= _MANY and found["bfloat16"] >= 0.99 * values:
         said.append(
             "the log-probs look rounded to bfloat16 (off by up to 0.4%): errors add up along a response. Serve with "
@@ -85,9 +87,9 @@ def grid_in_words(found: dict[str, Any]) -> list[str]:
         said.append(
             f"the lowest log-prob, {lowest['value']:g}, stands {lowest['count']} times: it may be a floor, not a value"
         )
-    if found.get("zeros", 0) >= max(_MANY, 0.5 * (values + found["zeros"])):
+    if zeros >= max(_MANY, 0.5 * (values + zeros)):
         said.append(
-            f"{found['zeros']} of {values + found['zeros']} log-probs are exactly 0: of greedy decoding by processed "
+            f"{zeros} of {values + zeros} log-probs are exactly 0: of greedy decoding by processed "
             "log-probs, perhaps, or values that are missing"
         )
     return said

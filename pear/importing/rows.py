@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align import Spans, Unaligned, spans_of, spans_of_text
 from pear.align.pieces import pieces_of
+from pear.align.roles import END_OF_TURN
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
 from pear.importing.generation import Generation, Reject, completion_pieces, completion_text
@@ -111,12 +112,14 @@ class Converter:
             raise Reject(f"token {missing[0]} has {what}: give --tokenizer, or a source that tells the tokens' text")
         values = checks.check_logprobs(generation)
         text = completion_text(generation.completion)
-        data = without_dummy_prefix([token.data or b"" for token in generation.tokens], text)
+        data = without_dummy_prefix([token.data or b"" for token in generation.tokens], text, generation.prompt)
         kept = kept_of(data, text, generation.cut)
         try:
             spans = spans_of_text(data[:kept], completion_pieces(generation.completion))
         except Unaligned as error:
             raise Reject(str(error)) from None
+        if generation.finish == "stop" and not generation.cut and not data[-1]:
+            spans.marks[len(data) - 1] = END_OF_TURN  # llama.cpp tells its log-prob and not its text
         why = _NO_TOKENIZER if generation.tokens[0].id is not None else _NO_IDS
         asked = {name: checks.answer(None, why) for name in _OF_IDS} | {_SPANS: checks.answer(True)}
         made = {"behavior_spans": spans.to_json() | {"logprobs": values[:kept]}}
@@ -137,7 +140,7 @@ class Converter:
         content = completion_text(text["completion"])
         data = [pieces.surface(token) for token in ids]
         if pieces.dummy_prefix:
-            data = without_dummy_prefix(data, content)
+            data = without_dummy_prefix(data, content, generation.prompt)
         kept = kept_of(data, content, generation.cut)
         ids, data, values_kept = ids[:kept], data[:kept], values[:kept]
         prompt_ids, asked = self._prompt(generation, text, ids, where)
@@ -242,10 +245,11 @@ class Converter:
         own = self._tokenized(text, where)
         start, count = own.completion_mask.index(1), len(generation.tokens)
         length = len(own.input_ids) - start
-        added = pieces_of(self.tokenizer).added
-        least = length
-        while least > 0 and own.input_ids[start + least - 1] in added:
-            least -= 1
+        try:
+            ends = [number for number, (b, e) in enumerate(spans_of(text, own, self.tokenizer).extents, 1) if e > b]
+            least = max(ends, default=0)
+        except Unaligned:
+            least = length
         if not least <= count <= length:
             raise Reject(
                 f"{count} log-probs for {length} tokens ({least} without those that end the turn), as --tokenizer cuts "

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -281,4 +282,13 @@ def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Consol
 def _rejected(data: str | os.PathLike, rejects: dict[int, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for line, record in read_jsonl(data):
         for reject in rejects.get(line, ()):
-            yield {"line": line, **reject, "row": record}
+            yield {"line": line, **reject, "row": _finite(record)}
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as words: they are no JSON, though records with them are read."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

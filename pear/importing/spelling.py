@@ -1,6 +1,7 @@
 """Tokens of a response that a stop string ended, or that a server spelled: as many, and as, the text has them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,10 +32,11 @@ def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
     return len(data)
 
 
-def without_dummy_prefix(data: Sequence[bytes], text: str) -> list[bytes]:
-    """SentencePiece's first token says a space that the text does not start with."""
+def without_dummy_prefix(data: Sequence[bytes], text: str, prompt: Any) -> list[bytes]:
+    """SentencePiece's first token says a space that the text does not start with; nor is it the end of the `prompt`."""
     data = list(data)
-    if data and data[0][:1] == b" " and not text.startswith(" ") and b"".join(data)[1:].startswith(text[:1].encode()):
+    joined = isinstance(prompt, str) and prompt.endswith(" ")
+    if data and data[0][:1] == b" " and not text.startswith(" ") and not joined:
         data[0] = data[0][1:]
     return data
 
