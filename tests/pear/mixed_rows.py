@@ -12,6 +12,9 @@ from pear_kernels.weights import PEAROptions
 
 OTHER_CORPUS = ["Zebras wander quietly homeward. " * 5, "It is 12 and it is 14, so let us think. Why? Well."]
 CLIP = (-0.8, 0.9)  # some spans inside and some outside
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in PLAIN]
+BYTES = {chr(byte): byte for byte in PLAIN} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 
 
 def other_tokenizer():
@@ -34,10 +37,7 @@ def bytes_of(tokenizer, token: int) -> bytes:
     """Of a byte-level token: each character stands for one byte, as GPT-2 has it; nothing of a special token."""
     if token in tokenizer.all_special_ids:
         return b""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    table = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return bytes(table[character] for character in tokenizer.convert_ids_to_tokens(token))
+    return bytes(BYTES[character] for character in tokenizer.convert_ids_to_tokens(token))
 
 
 def pieces(tokenizer, tokenized) -> list[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixed_rows import rows_of_every_kind
 from tiny import make_model, make_tokenizer
 from two_processes import OBJECTIVES, SHARDED, STEPS, batch, loss_options, objective_trainer, options, rl_trainer
 
@@ -16,6 +17,7 @@ from pear.fused_head import add_fused_head
 from pear.io import read_jsonl
 from pear.score import score
 from pear.scored import load_scored
+from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer
 from pear.sft_config import PEARSFTConfig
 
@@ -38,6 +40,7 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     score(reference, folder / "scored.jsonl", beside, tokenizer=tokenizer, progress=False, column="ref_logprobs")
     rows = [row | {"label": n % 3 > 0} for n, (_, row) in enumerate(read_jsonl(beside))]
     beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_scored(folder / "mixed.jsonl", rows_of_every_kind(tokenizer, 18))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +101,12 @@ def test_two_processes_train_any_objective_like_one(folder, name):
     one = objective_trainer(folder, name, world=1)
     one.train()
     two = json.loads((folder / f"{name}.json").read_text())
-    own = {"iw-sft": "pear/weight_max", "negatives": "pear/wrong_nll", "distill": "pear/divergence"}[name]
+    own = {
+        "iw-sft": "pear/weight_max",
+        "negatives": "pear/wrong_nll",
+        "distill": "pear/divergence",
+        "mixed": "pear/ratio_tokens",
+    }[name]
     for a, b in zip(one.state.log_history[:STEPS], two[:STEPS], strict=True):
         assert a[own] > 0
         for key in a:

@@ -67,16 +67,16 @@ def test_every_kind_becomes_what_it_is(tokenizer, other, rows, write, level):
         elif i % 4 == 3:
             assert set(blocks) == {-1} and not any(behavior) and loaded["block_tokens"] is None
         else:
-            theirs = tokenize_row(text, other, "here")
-            assert blocks == blocks_by_hand(pieces(tokenizer, own), pieces(other, theirs))
+            mine, theirs = pieces(tokenizer, own), pieces(other, tokenize_row(text, other, "here"))
+            assert blocks == blocks_by_hand(mine, theirs)
             assert loaded["block_tokens"] == 0
             long += len(blocks) - len(set(blocks))
             given = row["behavior_spans"].get("logprobs") or completion(row, "behavior_logprobs")
             assert sum(behavior) == pytest.approx(sum(given), rel=1e-6)
             firsts = [blocks.index(k) for k in sorted(set(blocks))]
             assert all(value == 0 for t, value in enumerate(behavior) if t not in firsts)
-            ends = [sum(map(len, pieces(other, theirs)[: t + 1])) for t in range(len(given))]
-            bounds = [sum(map(len, pieces(tokenizer, own)[:first])) for first in firsts[1:-1]]
+            ends = [sum(map(len, theirs[: t + 1])) for t in range(len(given))]
+            bounds = [sum(map(len, mine[:first])) for first in firsts[1:-1]]
             sums = [
                 sum(b for b, end in zip(given[:-1], ends, strict=False) if low < end <= high)
                 for low, high in zip([0, *bounds], [*bounds, ends[-1]], strict=True)

@@ -15,6 +15,7 @@ OBJECTIVES = {  # of `pear sft`, that log what is not averaged like the rest: a 
     "iw-sft": {"weighting": "iw-sft", "iw_tau": 3.0},
     "negatives": {"negatives": True, "logprob_floor": -6.0},
     "distill": {"distill": "js"},
+    "mixed": {"center": True},  # rows of several tokenizers and of nobody, in batches that may have none of a kind
 }
 
 
@@ -99,8 +100,11 @@ def objective_trainer(folder: Path, name: str, world: int):
     tokenizer = make_tokenizer()
     config = PEARSFTConfig(str(folder / f"{name}-{world}"), **options(world), **OBJECTIVES[name])
     teacher = make_model(tokenizer, kind="qwen2", seed=2) if name == "distill" else None
-    data = load_scored(folder / "objectives.jsonl", tokenizer, columns=("sequence_label", "ref_logprobs"))
-    if name != "negatives":
+    if name == "mixed":
+        data = load_scored(folder / "mixed.jsonl", tokenizer, options=config.pear_options())
+    else:
+        data = load_scored(folder / "objectives.jsonl", tokenizer, columns=("sequence_label", "ref_logprobs"))
+    if name in ("iw-sft", "distill"):
         data = data.remove_columns("sequence_label")
     return PEARSFTTrainer(
         make_model(tokenizer), config, teacher=teacher, train_dataset=data, processing_class=tokenizer
