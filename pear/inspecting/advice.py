@@ -287,8 +287,8 @@ def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]
     if options.normalize is None and all(row.right for row in case.data.rows):  # negatives refuse it
         yield [("--normalize batch", options._replace(normalize="batch"))]
     if options.level != "sequence" and (rising or options.gamma < 1):
-        gammas = [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]
-        yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
+        if gammas := [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]:
+            yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
     if options.level == "token":
         flags = "--level block" + (" --clip_blocks true" if options.clip_blocks else "")
         yield [(flags, options._replace(level="block"))]

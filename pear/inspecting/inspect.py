@@ -12,19 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
-from pear.fused_head import add_fused_head
 from pear.inspecting import terminal
 from pear.inspecting.data import read
 from pear.inspecting.page import page
 from pear.inspecting.report import make_report
 from pear.inspecting.student import logprobs
 from pear.io import DataError
-from pear.models import load_model, load_tokenizer
 from pear.pictures import write_whole
+from pear.scoring.policies import Policy
 from pear_kernels.checks import check_options
 from pear_kernels.weights import DEFAULTS, PEAROptions
-
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 def inspect(
@@ -79,21 +76,15 @@ def inspect(
         check_options(options)
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from None
-    model, name, tokenizer = _load(model, tokenizer, dtype, device)
-    if max_length is None:
-        max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = read(data, tokenizer, max_length=max_length, sample=sample, seed=seed, roles=roles)
-    with _progress(console, len(found.rows)) as advance:
-        scored = logprobs(model, found.rows, batch_tokens, advance)
-    report = make_report(
-        found,
-        scored,
-        options,
-        tokenizer,
-        names={"file": Path(data).name, "student": name},
-        rows=rows,
-        half=model.dtype in (torch.bfloat16, torch.float16),
-    )
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    place = torch.device(device) if device else accelerator or torch.device("cpu")
+    student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
+    found = read(data, student.tokenizer, max_length=student.max_length, sample=sample, seed=seed, roles=roles)
+    with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:
+        scored = logprobs(loaded, found.rows, data, batch_tokens, advance)
+        half = loaded.dtype in (torch.bfloat16, torch.float16)
+    names = {"file": Path(data).name, "student": student.name}
+    report = make_report(found, scored, options, student.tokenizer, names=names, rows=rows, half=half)
     write_outputs(report, html, json_report)
     if console is not None:
         terminal.show(report, console)
@@ -114,28 +105,6 @@ def write_outputs(
     if json_report is not None:  # ASCII, since a name may hold half of a surrogate pair
         files[Path(json_report)] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
     write_whole(files)
-
-
-def _load(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str, device: str | None
-) -> tuple[PreTrainedModel, str, PreTrainedTokenizerBase]:
-    if dtype not in DTYPES:
-        raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if isinstance(model, str):
-        name = model
-        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        place = torch.device(device) if device else accelerator or torch.device("cpu")
-        if dtype == "auto" and place.type == "cpu":
-            dtype = "float32"
-        model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(place)
-    else:
-        name = model.config.name_or_path or type(model).__name__
-        if tokenizer is None:
-            raise DataError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=load_tokenizer(name)")
-        model = model if device is None else model.to(device)
-    add_fused_head(model)
-    return model, name, tokenizer
 
 
 @contextlib.contextmanager

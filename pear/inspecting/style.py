@@ -46,9 +46,10 @@ caption{caption-side:bottom;text-align:left;padding-top:4px}
 th,td{padding:3px 14px 3px 0;text-align:right;border-bottom:1px solid var(--rule);font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}th{font-weight:600}.chosen{font-weight:700}
 .scroll{overflow-x:auto}
-figure{margin:8px 0;padding:10px;background:var(--card);border:1px solid var(--rule);border-radius:8px}
+figure{margin:8px 0;padding:10px;overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:8px}
 .three{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:6px}
-svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
+svg{display:block;width:100%;height:auto}figure>svg{min-width:680px}
+svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 svg .title{font-weight:700;font-size:12.5px;fill:var(--fg)}svg .label{font-size:11.5px}
 svg .note-low{fill:var(--low);font-size:12px}svg .note-high{fill:var(--high);font-size:12px}
 .cell{text-align:left}svg line,svg polyline{fill:none;stroke-width:1}
@@ -75,6 +76,7 @@ body:not([data-show="ratio"]) .by-ratio{display:none}body[data-show="ratio"] .by
 .key span{padding:1px 7px;border-radius:3px}.key .k{color:var(--fg)}
 article{margin:14px 0;padding:10px 14px;background:var(--card);border:1px solid var(--rule);border-radius:8px}
 article header{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px}
+article header span,h1,p{overflow-wrap:anywhere}
 .text{margin-top:8px;max-height:420px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;
 font:13.5px/1.75 ui-monospace,"Cascadia Mono",Menlo,Consolas,monospace}
 .text i{font-style:normal;border-radius:2px}.text i.none{border-bottom:1px dotted var(--mid)}

@@ -113,7 +113,8 @@ class Page:
         return tuple(
             self.ask(
                 f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-                " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+                " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+                " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
             )
         )
 
