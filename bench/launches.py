@@ -48,7 +48,10 @@ def launches(arch: int) -> list[launch.Launch]:
         for dtype in (FP16, FP32):  # rounded to bfloat16, as autocast does
             head(BF16, ROWS, VOCABULARY, 4096, hidden_dtype=dtype)
         for level, static in itertools.product(("token", "block", "sequence"), (False, True)):
-            weights(level, static)
+            weights(PEAROptions(level), static=static)
+        for level, clip_blocks in itertools.product(("block", "sequence"), (False, True)):
+            weights(PEAROptions(level, clip_blocks=clip_blocks), block_ids=True)
+        weights(PEAROptions("block", center=True), block_ids=True)
     return recorded
 
 
@@ -137,13 +140,16 @@ def looks_again(found: launch.Launch) -> bool:
     return found.kernel is exp_product and found.args[exp_product.arg_names.index("redo")] is not None
 
 
-def weights(level: str, static: bool) -> None:
+def weights(options: PEAROptions, *, static: bool = False, block_ids: bool = False) -> None:
     """A walk of two chunks."""
     tokens = meta(2 * ROWS, dtype=torch.int64)
     counts = meta(2 * ROWS, dtype=torch.bool) if static else None
     pack = Pack(tokens, tokens, tokens, tokens, meta(8, dtype=torch.int64), counts)
-    walk = PEARWeights(meta(2 * ROWS, dtype=FP32), pack, PEAROptions(level=level))
+    walk = PEARWeights(
+        meta(2 * ROWS, dtype=FP32), pack, options, meta(2 * ROWS, dtype=torch.int32) if block_ids else None
+    )
     for begin in (ROWS, 0):
         walk.observe(begin, begin + ROWS, meta(ROWS, dtype=torch.float64))
         walk.weights(begin, begin + ROWS)
-    walk.count_all()
+    if walk.plain:
+        walk.count_all()

@@ -23,6 +23,7 @@ from pear_kernels.weights import PEAROptions, tokens_a_block
 
 BLOCK = 64 if interpreting() else 512  # tokens at a time
 SUMS = 9
+NO_BLOCKS = (None,) * 5  # what the kernel takes of blocks and options where there are none, or all is summed already
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def scan_and_weigh(
     # the rest is None but with block_ids or an option of ours
     limits,  # (n,) float64, how many times (low, high) bounds what stands at a token, 0 where nothing does
     block_stop,  # (n,) int64, one past the last token of each token's block
-    left,  # (n,) float64, log-ratios from there to the sequence's end
+    ratios_left,  # (n,) float64, log-ratios from there to the sequence's end
     carries,  # (n,) bool, whether a token has a log-ratio; None where blocks are not clipped
     inside,  # (n + 1,) float64: sum of the log-ratios from a token to its block's end; the last stays 0
     begin: tl.int64,
@@ -120,7 +121,7 @@ def scan_and_weigh(
                     later = (its_stop - first).to(tl.float64)
                 else:
                     first = tl.load(block_stop + token, mask=live, other=0)
-                    later = tl.load(left + token, mask=live, other=0.0)
+                    later = tl.load(ratios_left + token, mask=live, other=0.0)
                 log_g = tl.load(suffix + first, mask=live & (first < its_stop), other=0.0)
                 log_g += later * log_gamma
             G = tl.exp(clamp(log_g, floor, ceiling))
@@ -213,9 +214,9 @@ class PEARWeights(weights.PEARWeights):
 
     @functools.cached_property
     def _of_blocks(self) -> tuple[Tensor | None, ...]:
-        """What the kernel takes of blocks and options: limits, block_stop, left, carries, inside."""
+        """What the kernel takes of blocks and options: limits, block_stop, ratios_left, carries, inside."""
         if self.plain:
-            return (None,) * 5
+            return NO_BLOCKS
         stop, _, carries = self.blocks
         if self.inside is None:
             carries = None
@@ -225,10 +226,12 @@ class PEARWeights(weights.PEARWeights):
 
     def _launch(self, begin: int, end: int, *, scan: bool, weigh: bool, count: bool = True) -> None:
         level, _, gamma, log_ratio_clip, log_weight_clip, *_ = self.options
+        sums = self.sums if count else None
+        counts = None if sums is None else self.pack.counts
         launch(
             scan_and_weigh, (1 if end > begin else 0,),
-            self.logprobs, self.behavior_logprobs, self.pack.start, self.pack.stop, self.token_scale, self.pack.counts,
-            self.suffix, self.log_g, self.g, self.scaled, self.sums if count else None, *self._of_blocks,
+            self.logprobs, self.behavior_logprobs, self.pack.start, self.pack.stop, self.token_scale, counts,
+            self.suffix, self.log_g, self.g, self.scaled, sums, *(self._of_blocks if scan else NO_BLOCKS),
             begin, end, tokens_a_block(self.options, self.pack), math.log(gamma),
             *map(float, (*log_ratio_clip, *log_weight_clip)),
             SCAN=scan, WEIGH=weigh, SEQUENCE=level == "sequence" or not weigh, BLOCK=BLOCK, num_warps=8,
