@@ -1,6 +1,7 @@
 """`pear score`: teacher-forced log-probs of each response under the policy that wrote it, for `pear sft`."""
 
 import contextlib
+import hashlib
 import math
 import os
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,7 +133,7 @@ def score(
             with share.policy.loaded() as scorer:
                 if wanted is not None:
                     beside_top_k = _about_top_k(wanted, share.policy, scorer.get_output_embeddings().weight.shape[0])
-                header = _header(plan, share.policy, wanted) | identity(scorer)
+                header = _header(plan, share, wanted) | identity(scorer)
                 side = sides[share.policy.name] = SideFiles(Path(out), header, share.rows, processes)
                 held.enter_context(side.open(resume))
                 resumed += len(side)
@@ -232,14 +234,15 @@ def _check_plan(plan: Plan, data: str | os.PathLike, out: str | os.PathLike, wan
         )
 
 
-def _header(plan: Plan, policy: Policy, wanted: TopK | None) -> dict[str, Any]:
-    """What a policy's log-probs depend on, but for the weights."""
+def _header(plan: Plan, share: Share, wanted: TopK | None) -> dict[str, Any]:
+    """What a policy's log-probs depend on, but for the weights, and which rows they are of."""
+    lines = np.array([row.line for row in share.rows], dtype="<i8").tobytes()
     header = {
         "format": FORMAT,
         "data": plan.hash,
-        "model": policy.name,
-        "tokenizer": policy.fingerprint,
-        "max_length": policy.max_length,
+        "lines": hashlib.sha256(lines).hexdigest()[:16],
+        "model": share.policy.name,
+        "tokenizer": share.policy.fingerprint,
     }
     if wanted is not None:
         header |= {"top_k": wanted.k, "top_k_temperature": wanted.temperature}

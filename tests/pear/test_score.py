@@ -691,7 +691,7 @@ def test_other_data_model_or_settings_do_not_take_over_old_scores(
     stopped(model, data)
     stopped(make_model(tokenizer, seed=1), data)
     stopped(model, jsonl(text_rows[::-1], "other.jsonl"))
-    stopped(model, data, max_length=200)
+    stopped(model, data, max_length=24)
     stopped(model, data, top_k=3)
     stopped(model, data, top_k=4)
     stopped(model, data, top_k=3, top_k_temperature=2.0)

@@ -166,6 +166,16 @@ def test_killed_while_the_file_is_written(context, place, tmp_path, fault):
     assert (tmp_path / "out").read_bytes() == place["whole"] and not list(tmp_path.glob("*.partial"))
 
 
+def test_what_was_scored_for_another_choice_of_rows_is_left_alone(context, place, tmp_path):
+    """The second policy's rows are others without its estimates."""
+    assert Team(context, tmp_path, place["arguments"], [("output", 0)]).codes() == [-signal.SIGKILL]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.partial")}
+    summary = score(**place["arguments"] | {"fallback": "none"}, out=tmp_path / "out", progress=False)
+    assert summary["resumed"] == 16 and summary["scored"] == 24  # the first policy's are the same
+    left = {path: path.read_bytes() for path in tmp_path.glob("*.partial")}
+    assert len(before) == 2 and len(left) == 1 and left.items() <= before.items()
+
+
 def test_two_processes_make_the_file_of_one(context, place, tmp_path):
     team = Team(context, tmp_path, place["arguments"], [("none", 0)] * 2)
     assert team.codes() == [0, 0], team.log.read_text()
