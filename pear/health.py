@@ -114,7 +114,8 @@ def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
             f"PEAR: {stats['weight_floor']:.0%} of the response tokens have their weight at the floor, "
             f"exp({args.log_weight_clip[0]:g}), so most of the batch no longer trains. The behaviour policy "
             f"is more confident than the student (mean log-ratio {stats['log_ratio_mean']:.3f}). Try a lower "
-            "end of log_ratio_clip nearer to 0, shorter responses, or data from a closer policy."
+            "end of log_ratio_clip nearer to 0, center, clip_length or normalize (ours), shorter responses, or data "
+            "from a closer policy; `pear inspect` shows the weights before training."
         )
     if args.weighting == "iw-sft" and stats["weight_ceiling"] + stats["weight_floor"] > MOST:
         found["iw-sft"] = (

@@ -7,26 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pear.importing.sampling import bias, changed
 from pear.io import DataError
 from pear.scored_rows import NO_RATIO, Behavior, has_policy
 
 logger = logging.getLogger("pear.scored")  # not accelerate's, which needs a trainer's state
 
 FEW_SHARED = 0.5  # of a row's tokens with a log-ratio: below it, a warning is due
-# Settings of sampling that leave the distribution as it is; with others, log-probs are not what was drawn from.
-HARMLESS = {
-    "temperature": (1,),
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-}
 
 
 def line_list(numbers: Sequence[int]) -> str:
-    return "lines " + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    many = "line " if len(numbers) == 1 else "lines "
+    return many + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" + ("" if count == 1 else "s")
 
 
 def spans_at_block_level(lines: Sequence[int] = ()) -> str:
@@ -53,6 +49,7 @@ class Found:
     estimated: list[int] = field(default_factory=list)
     sampled: Counter[str] = field(default_factory=Counter)  # setting -> rows
     biased: list[int] = field(default_factory=list)  # rows with one of these settings
+    bias: Counter[str] = field(default_factory=Counter)  # why -> rows
     tokens: int = 0  # of aligned rows, as the next two
     ratio_tokens: int = 0
     spans: int = 0
@@ -63,9 +60,10 @@ class Found:
             self.wrong.append(line)
         if row.get("behavior_estimated"):
             self.estimated.append(line)
-        if settings := sampling_in_words(row.get("behavior_sampling")):
+        if why := bias(_told(row.get("behavior_sampling"))):
             self.biased.append(line)
-            self.sampled.update(settings)
+            self.bias.update(why.split("; "))
+            self.sampled.update(sampling_in_words(row["behavior_sampling"]))
         if not has_policy(row):
             self.no_policy.append(line)
         elif behavior.block_ids is not None:
@@ -132,7 +130,7 @@ class Found:
             )
         if self.few_shared:
             said.append(
-                f"in {len(self.few_shared)} aligned rows fewer than {FEW_SHARED:.0%} of the response tokens carry a "
+                f"in {_rows(len(self.few_shared))} fewer than {FEW_SHARED:.0%} of the response tokens carry a "
                 f"log-ratio ({line_list(self.few_shared)}): the others train with the weight of their place"
             )
         if self.no_policy:
@@ -142,14 +140,15 @@ class Found:
             )
         if self.estimated:
             said.append(
-                f"the log-probs of {len(self.estimated)} rows are an estimate, by a model that did not write them "
+                f"the log-probs of {_rows(len(self.estimated))} are an estimate, by a model that did not write them "
                 f"({line_list(self.estimated)})"
             )
         if self.biased:
-            settings = ", ".join(f"{setting}: {n} rows" for setting, n in self.sampled.most_common())
+            settings = ", ".join(f"{setting}: {_rows(n)}" for setting, n in self.sampled.most_common())
+            reasons = "; ".join(f"of {n} of them, {why}" for why, n in self.bias.most_common())
             said.append(
-                f"{len(self.biased)} rows were sampled with settings by which their log-probs may not be those of the "
-                f"distribution that was sampled from, which biases their log-ratios ({settings})"
+                f"the log-ratios of {_rows(len(self.biased))} are biased by how they were sampled ({settings}): "
+                + reasons
             )
         return said
 
@@ -158,11 +157,13 @@ class Found:
 
 
 def sampling_in_words(settings: Any) -> list[str]:
-    """Of `behavior_sampling`, each setting that changed the distribution: "temperature 0.7", say."""
+    """Of `behavior_sampling`, each setting that makes log-ratios biased: "temperature 0.7", say."""
+    told = _told(settings)
+    return [f"{name} {value:g}" for name, value in changed(told).items()] if bias(told) else []
+
+
+def _told(settings: Any) -> dict[str, Any]:
+    """Without what is no number, but for which distribution the log-probs are of."""
     if not isinstance(settings, dict):
-        return []
-    return [
-        f"{name} {settings[name]:g}"
-        for name, harmless in HARMLESS.items()
-        if isinstance(settings.get(name), (int, float)) and settings[name] not in harmless
-    ]
+        return {}
+    return {name: value for name, value in settings.items() if name == "logprobs" or type(value) in (int, float)}

@@ -93,6 +93,16 @@ def byte_row(row: dict) -> dict:
     return {name: row[name] for name in ("prompt", "completion", "behavior_policy")} | {"behavior_spans": spans}
 
 
+def without(row: dict, *dropped: int) -> dict:
+    """A byte row whose policy did not tell of these of its tokens, counted from the end if below 0."""
+    spans = row["behavior_spans"]
+    count = len(spans["bytes"])
+    kept = [i for i in range(count) if i not in dropped and i - count not in dropped]
+    marks = {str(kept.index(int(i))): mark for i, mark in spans["marks"].items() if int(i) in kept}
+    lists = {name: [spans[name][i] for i in kept] for name in ("bytes", "logprobs")}
+    return row | {"behavior_spans": {**lists, "marks": marks}}
+
+
 def nobodys_row(text: dict) -> dict:
     return {**text, "behavior_policy": "none"}
 

@@ -98,7 +98,9 @@ def test_what_the_file_was_is_told_by_line(tokenizer, rows, write, caplog):
     rows = [dict(row) for row in rows]
     rows[0] |= {"behavior_estimated": True, "behavior_sampling": {"temperature": 1.0, "top_p": 1, "top_k": -1}}
     rows[1]["behavior_sampling"] = {"temperature": 0.7, "top_p": 0.9}
-    rows[4]["behavior_sampling"] = {"temperature": 0.7, "top_k": 40, "seed": 3}
+    rows[4]["behavior_sampling"] = {"temperature": 0.7, "top_k": 40, "seed": "3"}
+    rows[5]["behavior_sampling"] = {"temperature": 0.7, "logprobs": "processed"}  # they are what was drawn from
+    rows[8]["behavior_sampling"] = {"temperature": 0.7, "logprobs": "raw"}
     data = load_scored(write(rows), tokenizer)
     aligned = [loaded for i, loaded in enumerate(data) if i % 4 in (1, 2)]
     blocks = [completion(row, "block_ids") for row in aligned]
@@ -108,11 +110,13 @@ def test_what_the_file_was_is_told_by_line(tokenizer, rows, write, caplog):
         f"carry a log-ratio, in spans of {tokens / spans:.2f} tokens, {spans / 6:.1f} spans a row" in caplog.text
     )
     assert "3 of 12 rows have no behaviour policy: each of their tokens has weight 1" in caplog.text
-    assert "the log-probs of 1 rows are an estimate, by a model that did not write them (lines 1)" in caplog.text
-    assert "2 rows were sampled with settings by which" in caplog.text
-    assert "(temperature 0.7: 2 rows, top_p 0.9: 1 rows, top_k 40: 1 rows)" in caplog.text
+    assert "the log-probs of 1 row are an estimate, by a model that did not write them (line 1)" in caplog.text
+    settings = "temperature 0.7: 3 rows, top_p 0.9: 1 row, top_k 40: 1 row"
+    assert f"the log-ratios of 3 rows are biased by how they were sampled ({settings})" in caplog.text
+    assert "of 2 of them, nothing tells whether the log-probs are of the model's own distribution" in caplog.text
+    assert "of 1 of them, the log-probs are of the model at temperature 1, and what was drawn" in caplog.text
     caplog.clear()
-    load_scored(write([{**rows[8]}]), tokenizer)
+    load_scored(write([rows[8] | {"behavior_sampling": {"temperature": 1.0}}]), tokenizer)
     assert not caplog.text
 
 
@@ -125,7 +129,7 @@ def test_rows_that_share_little_are_named(tokenizer, write, caplog):
     data = load_scored(write([row]), tokenizer)
     ids = completion(data[0], "block_ids")
     assert 0 < sum(k >= 0 for k in ids) < len(ids) / 2
-    assert "in 1 aligned rows fewer than 50% of the response tokens carry a log-ratio (lines 1)" in caplog.text
+    assert "in 1 row fewer than 50% of the response tokens carry a log-ratio (line 1)" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
