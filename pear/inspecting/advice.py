@@ -1,5 +1,6 @@
 """What the numbers mean, in words: which failure of PEAR's weights they show, and what each way out would change."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from pear.health import FEW, MOST
 from pear.inspecting.data import Data
 from pear.inspecting.finding import Finding, Option, count, listed, share, worst_first
-from pear.inspecting.statistics import TRAINS, Summary, at_level
+from pear.inspecting.statistics import TRAINS, Summary, at_level, summarize
 from pear.inspecting.suspicions import View, suspicions, unaligned
 from pear.inspecting.tokens import Tokens, weights
 from pear.sft_data import WRONG_TO_RIGHT
@@ -35,14 +36,16 @@ class Case(NamedTuple):
     options: PEAROptions
     summary: Summary
     predict: Callable[[PEAROptions], Summary]  # the same numbers under other options
+    left_out: int = 0  # rows without a ratio
 
 
 def advise(case: Case) -> list[Finding]:
     """Everything worth saying, the worst first; if there is nothing to warn of, that it looks fine."""
-    found = [*unaligned(case.data.rows, case.tokens, case.data.unaligned), *suspicions(case.seen)]
+    g = weights(case.tokens, case.options)
+    found = [*unaligned(case.data.rows, case.tokens, g, case.data.unaligned), *suspicions(case.seen)]
     wrong = [finding.kind for finding in found if finding.kind in DATA_IS_WRONG]
     if case.tokens.has_ratio.any():
-        found += _weights(case, first_repair=bool(wrong))
+        found += _weights(_with_policy(case), first_repair=bool(wrong))
     found += _negatives(case)
     if case.tokens.aligned is not None and case.tokens.aligned.any() and case.options.level == "block":
         found.append(_needs_clip_blocks())
@@ -53,12 +56,28 @@ def advise(case: Case) -> list[Finding]:
     return worst_first(found)
 
 
+def _with_policy(case: Case) -> Case:
+    """The rows that have a ratio anywhere; weights of 1 beside them say nothing about theirs."""
+    has = np.add.reduceat(case.tokens.has_ratio.astype(np.int64), case.tokens.starts[:-1]) > 0
+    if has.all():
+        return case
+    rows = [row for row, is_one in zip(case.data.rows, has, strict=True) if is_one]
+    tokens = case.tokens.of_rows(has)
+    seen = case.seen._replace(rows=rows, tokens=tokens, ratio=case.seen.ratio[has[case.tokens.rows]])
+
+    predict = functools.cache(lambda options: summarize(tokens, options))
+    return Case(
+        case.data._replace(rows=rows), tokens, seen, case.options, predict(case.options), predict, int((~has).sum())
+    )
+
+
 def _weights(case: Case, first_repair: bool) -> Iterator[Finding]:
     summary = case.summary
     few = summary.trains < MOST
+    last = float((case.tokens.following < 0.1 * np.repeat(case.tokens.lengths, case.tokens.lengths)).mean())
     if summary.floor > MOST or few and summary.floor > 0.2:
         yield _finding(case, "floor", "problem", _floor_text(case), first_repair)
-    elif few and summary.last_tenth > 0.3:
+    elif few and _drift(case) < 0 and summary.last_tenth > max(0.3, 2 * last):
         yield _finding(case, "last_tokens", "warning", _last_tokens_text(case), first_repair)
     elif few or summary.ess < FEW:
         yield _finding(case, "few", "warning", _few_text(case), first_repair)
@@ -79,7 +98,9 @@ def _floor_text(case: Case) -> str:
         f"{share(summary.floor)} of the tokens will sit on the floor, exp({options.log_weight_clip[0]:g}), and "
         f"{share(summary.trains)} will train (have at least {TRAINS:g} of the mean weight)."
     )
-    if (summary.delta_mean or 0.0) < 0:
+    if options.center:
+        pass  # delta is 0 on average then
+    elif (summary.delta_mean or 0.0) < 0:
         few = " almost everywhere" if _negative(case) > 0.8 else " on average"
         text += (
             f" delta is negative{few} (mean {summary.delta_mean:+.3f} a token, {share(summary.clipped_low)} at the low "
@@ -239,6 +260,8 @@ def _negatives(case: Case) -> Iterator[Finding]:
 
 def _finding(case: Case, kind: str, severity: str, text: str, first_repair: bool) -> Finding:
     """The text with the options that help, each with what it is predicted to change."""
+    if case.left_out:
+        text += f" (Of rows with a behaviour policy; {count(case.left_out, 'row')} without are not counted here.)"
     if first_repair:
         text += " The behaviour log-probs look wrong (see above), and that may be all of it: repair them first."
         return Finding(kind, severity, text)

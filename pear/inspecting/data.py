@@ -10,7 +10,6 @@ from pear.align import ROLES, Roles
 from pear.inspecting.tokens import Tokens
 from pear.io import DataError, check_label, read_jsonl
 from pear.scored_rows import Reader, check_kind, has_policy, without_nulls
-from pear.scored_summary import sampling_in_words
 from pear.seal import Whole, check_seal
 
 UNNAMED = "(unnamed)"
@@ -27,7 +26,7 @@ class Row(NamedTuple):
     aligned: bool  # of another tokenizer, by bytes
     policy: str | None  # who wrote it; None: nobody that could be scored
     estimated: bool  # the policy is an estimate of who wrote it
-    sampling: tuple[str, ...]  # settings it was drawn with that changed the distribution: "temperature 0.7"
+    sampling: dict[str, Any]  # settings it was drawn with, as `pear.importing.sampling`
     right: bool  # False: a wrong answer
 
 
@@ -106,7 +105,7 @@ def _read(reader: Reader, row: dict[str, Any], line: int, where: str) -> Row | s
         aligned=has_policy(row) and behavior.block_ids is not None,
         policy=(row.get("behavior_policy") or row.get("model") or UNNAMED) if has_policy(row) else None,
         estimated=bool(row.get("behavior_estimated")),
-        sampling=tuple(sampling_in_words(row.get("behavior_sampling"))),
+        sampling=sampling if isinstance(sampling := row.get("behavior_sampling"), dict) else {},
         right=row.get("label", True),
     )
 

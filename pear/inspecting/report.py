@@ -1,6 +1,6 @@
 """All that `pear inspect` found, as one JSON value: tables and page are made of it and nothing else."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def make_report(
     if tokens.aligned.any():  # as `pear sft` does: the clip of a span is that of its tokens together
         options = options._replace(clip_blocks=True)
     seen = view(data.rows, tokens, half, special_ids(tokenizer), lambda token: token_texts(tokenizer, [token])[0])
-    predict = _remembered(lambda options: summarize(tokens, options))
+    predict = functools.cache(lambda options: summarize(tokens, options))
     case = Case(data, tokens, seen, options, predict(options), predict)
     g = weights(tokens, options)
     return {
@@ -67,17 +67,6 @@ def make_report(
             for finding in advise(case)
         ],
     }
-
-
-def _remembered(summary_of: Callable[[PEAROptions], Any]) -> Callable[[PEAROptions], Any]:
-    known: dict[PEAROptions, Any] = {}
-
-    def found(options: PEAROptions) -> Any:
-        if options not in known:
-            known[options] = summary_of(options)
-        return known[options]
-
-    return found
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pear.health import COPY_MAX_RATIO
+from pear.importing import sampling
 from pear.inspecting.data import Row
 from pear.inspecting.finding import Finding, count, listed, share
 from pear.inspecting.tokens import Tokens, log_ratios
@@ -59,7 +60,8 @@ def _zeros(seen: View) -> Finding | None:
     if seen.tokens.spans is not None:  # a span's total stands at its first token alone
         zeros = np.where(_per_row(has & (seen.tokens.behavior_logprobs != 0), seen.tokens) == 0, ratios, 0)
     lines = [row.line for row, z, n in zip(seen.rows, zeros, ratios, strict=True) if n >= 3 and z == n]
-    if not lines:
+    surely = any(n >= 8 and z == n for z, n in zip(zeros, ratios, strict=True))  # a short answer may be that certain
+    if not lines or not surely and len(lines) < 0.05 * len(seen.rows):
         return None
     return Finding(
         "zeros",
@@ -156,7 +158,8 @@ def _correlation(seen: View, lag: int, least: int = 100) -> float | None:
 
 def _copy(seen: View) -> Finding | None:
     """Policies that are the student itself."""
-    bound = COPY_MAX_RATIO["half" if seen.half else "full"]
+    rounded = _quantised(seen)
+    bound = COPY_MAX_RATIO["half" if seen.half or rounded is not None and rounded.kind == "half_precision" else "full"]
     largest: dict[str, float] = {}
     tokens: Counter[str] = Counter()
     for row, begin, end in zip(seen.rows, seen.tokens.starts[:-1], seen.tokens.starts[1:], strict=True):
@@ -204,13 +207,16 @@ def _template(seen: View) -> Finding | None:
             found.append(f"the token {name} ({count(int(at.sum()), 'time')}) has a median log-ratio of {median:+.1f}")
     if not found:
         return None
+    # an answer that begins in words the student would not choose is no sign of a template
+    marks = seen.special & set(ids[before == 0].tolist())
+    start_alone = len(found) == 1 and "the first token" in found[0] and not marks
     return Finding(
         "template",
-        "warning",
+        "note" if start_alone else "warning",
         f"Some structural tokens do not fit: {'; '.join(found[:4])}; half of all tokens are within {usual:.2g}. So it "
-        "looks when the data was scored under another chat template or tokenizer than it was written with, or when the "
-        "student does not know a marker. Each counts as no more than the clip, but look at them in the rows below, and "
-        "compare both templates.",
+        "looks when the data was scored under another chat template or tokenizer than it was written with, when the "
+        "student does not know a marker, or would begin otherwise. Each counts as no more than the clip, but look at "
+        "them in the rows, and compare both templates.",
     )
 
 
@@ -250,21 +256,20 @@ def _outliers(seen: View) -> Finding | None:
 
 
 def _sampled(seen: View) -> Finding | None:
-    """Settings that changed the distribution that tokens were drawn from."""
-    found: Counter[str] = Counter()
+    """Settings that changed the distribution that tokens were drawn from, where the log-probs do not tell of them."""
+    found: Counter[tuple[str, str]] = Counter()
     for row in seen.rows:
-        found.update(row.sampling)
+        if (why := sampling.bias(row.sampling)) is not None:
+            found[sampling.in_words(row.sampling), why] += 1
     if not found:
         return None
-    rows = sum(bool(row.sampling) for row in seen.rows)
-    settings = ", ".join(f"{setting} ({count(times, 'row')})" for setting, times in sorted(found.items()))
+    told = "; ".join(f"{settings} ({count(rows, 'row')}): {why}" for (settings, why), rows in found.most_common(3))
     return Finding(
         "sampling",
         "warning",
-        f"{count(rows, 'row')} of {len(seen.rows)} were not drawn from the model's own distribution: {settings}. If "
-        "the log-probs are the model's own, the policy that drew was sharper than they say: ratios of tokens it took "
-        "are too high, a little at each token. Draw at temperature 1 without truncation, or import log-probs of the "
-        "distribution that was drawn from.",
+        f"{count(sum(found.values()), 'row')} of {len(seen.rows)} were not drawn from the model's own distribution. "
+        f"{told}. Draw at temperature 1 without truncation, or import log-probs of the distribution that was drawn "
+        "from.",
     )
 
 
@@ -281,7 +286,12 @@ def _estimated(seen: View) -> Finding | None:
     )
 
 
-def unaligned(rows: list[Row], tokens: Tokens, left_out: dict[int, str]) -> Iterator[Finding]:
+def unaligned(
+    rows: list[Row],
+    tokens: Tokens,
+    g: np.ndarray,  # (N,) weights
+    left_out: dict[int, str],  # lines, and why
+) -> Iterator[Finding]:
     """Rows and tokens that could not be brought onto the student's tokens, and those that nobody scored."""
     seen = len(rows) + len(left_out)
     if left_out:
@@ -310,17 +320,31 @@ def unaligned(rows: list[Row], tokens: Tokens, left_out: dict[int, str]) -> Iter
         yield Finding(
             "no_policy",
             "warning",
-            "No row has a behaviour policy: every weight is gamma's alone or 1, and this is plain SFT. Score the rows "
-            "with the model that wrote them, or with --fallback MODEL for an estimate, if PEAR is what you want.",
+            "No row has a behaviour policy: every weight is 1, and this is plain SFT. Score the rows with the "
+            "model that wrote them, or with --fallback MODEL for an estimate, if PEAR is what you want.",
         )
     elif human:
-        mine = float(np.mean(np.array([row.policy is None for row in rows])[tokens.rows]))
-        yield Finding(
-            "some_without_policy",
-            "note",
-            f"{count(human, 'row')} of {len(rows)} ({share(mine)} of the tokens) have no behaviour policy: their "
-            "weight is 1, as in plain SFT. Compare it with the mean weight of the others, or they drown each other.",
-        )
+        yield _beside_human_text(rows, tokens, g)
+
+
+def _beside_human_text(rows: list[Row], tokens: Tokens, g: np.ndarray) -> Finding:
+    """Weights of 1 beside others, which may be far smaller or larger."""
+    nobody = np.array([row.policy is None for row in rows])
+    mine = nobody[tokens.rows]
+    others = float(g[~mine].mean())
+    text = (
+        f"{count(int(nobody.sum()), 'row')} of {len(rows)} ({share(float(mine.mean()))} of the tokens) have no "
+        f"behaviour policy: their weight is 1, as in plain SFT. The mean weight of the others is {others:.3g}"
+    )
+    if 0.1 <= others <= 10:
+        return Finding("some_without_policy", "note", f"{text}.")
+    part = float(g[mine].sum() / g.sum())
+    return Finding(
+        "some_without_policy",
+        "warning",
+        f"{text}, so that rows without one have {share(part)} of all weight. --normalize sequence puts all rows on "
+        "a mean weight of 1; or train on the two kinds apart.",
+    )
 
 
 def _per_row(values: np.ndarray, tokens: Tokens) -> np.ndarray:

@@ -20,6 +20,14 @@ class Tokens(NamedTuple):
     )
     aligned: np.ndarray | None = None  # (S,) bool: rows of another tokenizer, whose spans are the blocks. None: no row
 
+    def of_rows(self, chosen: np.ndarray) -> "Tokens":
+        """Those of some rows: (S,) bool."""
+        at = chosen[self.rows]
+        starts = np.cumsum([0, *self.lengths[chosen]])
+        spans = None if self.spans is None else self.spans[at]
+        aligned = None if self.aligned is None else self.aligned[chosen]
+        return Tokens(self.logprobs[at], self.behavior_logprobs[at], starts, spans, aligned)
+
     @property
     def lengths(self) -> np.ndarray:
         """(S,) completion tokens of each row."""

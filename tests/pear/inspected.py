@@ -33,7 +33,7 @@ def make_row(behavior: Sequence[float], line: int = 1, ids: Sequence[int] | None
         aligned=False,
         policy="teacher",
         estimated=False,
-        sampling=(),
+        sampling={},
         right=True,
     )
     return row._replace(**fields)

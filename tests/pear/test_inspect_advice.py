@@ -266,12 +266,43 @@ def test_rows_that_somebody_else_wrote():
 def test_sampling_that_bends_the_ratios_and_estimates():
     data, student = pair(rows=10)
     for i in range(4):
-        data.rows[i] = data.rows[i]._replace(sampling=("temperature 0.6", "top_p 0.95"))
+        data.rows[i] = data.rows[i]._replace(sampling={"temperature": 0.6, "top_p": 0.95})
     data.rows[9] = data.rows[9]._replace(estimated=True, policy="gpt2")
     found = advice(data, student)
-    assert "4 rows of 10" in found["sampling"].text and "temperature 0.6 (4 rows)" in found["sampling"].text
+    assert "4 rows of 10" in found["sampling"].text and "temperature 0.6, top_p 0.95 (4 rows)" in found["sampling"].text
     assert found["sampling"].severity == "warning" and found["estimated"].severity == "note"
     assert "gpt2" in found["estimated"].text
+
+
+def test_sampling_that_log_probs_tell_of():
+    data, student = pair(rows=4)
+    tempered = {"temperature": 0.6, "logprobs": "processed"}
+    rows = [row._replace(sampling=tempered) for row in data.rows]
+    assert "sampling" not in advice(data._replace(rows=rows), student)
+
+
+def test_a_first_word_the_student_would_not_choose_is_only_noted():
+    data, student = pair(mean=-0.002)
+    for values in student:
+        values[0] = -9.0
+    found = advice(data, student)
+    assert found["template"].severity == "note" and "fine" in found
+
+
+def test_human_text_beside_a_collapsed_teacher():
+    """Weights of 1 drown the others, and say nothing about them."""
+    data, student = pair(rows=12, lengths=(900, 1000), mean=-0.3, spread=0.1)
+    nobody = np.full(1000, -1, np.int32)
+    rows = [
+        row._replace(policy=None, spans=nobody[: len(row.behavior_logprobs)]) if i < 6 else row
+        for i, row in enumerate(data.rows)
+    ]
+    found = advice(data._replace(rows=rows), student)
+    assert found["floor"].severity == "problem" and "6 rows without are not counted" in found["floor"].text
+    alone = advice(data._replace(rows=rows[6:]), student[6:])["floor"]
+    assert alone.options == found["floor"].options and alone.text[:40] == found["floor"].text[:40]
+    finding = found["some_without_policy"]
+    assert finding.severity == "warning" and "of all weight" in finding.text
 
 
 def test_rows_without_a_policy():
@@ -321,7 +352,7 @@ def test_wrong_answers():
 
 def test_worst_first_and_too_long_rows_are_told():
     data, student = pair(rows=10, mean=-0.5)
-    data.rows[0] = data.rows[0]._replace(sampling=("top_k 20",))
+    data.rows[0] = data.rows[0]._replace(sampling={"top_k": 20})
     found = advice(data._replace(too_long=[12, 15]), student)
     order = [SEVERITIES.index(finding.severity) for finding in found.values()]
     assert order == sorted(order) and "lines 12, 15" in found["too_long"].text
