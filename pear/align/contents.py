@@ -106,7 +106,7 @@ def find_contents(messages: list[dict[str, Any]], rendered: str, render: Render,
     if leaves and not found:
         raise Unaligned("the chat template leaves out the completion's contents")
     regions = sorted([*map(_region, found), *_tags(found, cuts, rendered, tags)], key=lambda region: region.begin)
-    for region, after in zip(regions, [*regions[1:], None], strict=True):
+    for region, after in zip(regions, [*regions, None][1:], strict=True):
         leaf = next(leaf for leaf in leaves if leaf.at <= region.at < leaf.at + len(leaf.text))
         end = leaf.at + len(leaf.text)
         region.close = end if after is None or after.at >= end else region.at + region.end - region.begin
@@ -202,15 +202,21 @@ def _tags(found: list[_Found], cuts: list[_Cut], rendered: str, tags: list[str])
                     at = begin + gap.index(tag)
                     yield Region(at, at + len(tag), leaf.at + first + own.index(tag), 0)
             continue
-        tail = _tail(before, cuts).rstrip() if before else ""
-        if tail and gap.startswith(tail):
-            yield Region(begin, begin + len(tail), before.cut.leaf.at + before.cut.end, 0)
-            begin, gap = begin + len(tail), gap[len(tail) :]
-        head = _head(after, cuts) if after else ""
-        if head.strip():
-            shown = next((h for h in (head, head.lstrip()) if gap.endswith(h)), "")
-            if shown:
-                yield Region(end - len(shown), end, after.cut.leaf.at + after.cut.begin - len(shown), 0)
+        if before and (tail := _tail(before, cuts).rstrip()):
+            tag = tail.lstrip()
+            at = len(gap) - len(gap.lstrip())
+            if gap.startswith(tag, at):
+                first = before.cut.leaf.at + before.cut.end + len(tail) - len(tag)
+                same = gap[:at] == tail[: -len(tag)]
+                yield Region(begin + (0 if same else at), begin + at + len(tag), first - (at if same else 0), 0)
+                begin, gap = begin + at + len(tag), gap[at + len(tag) :]
+        if after and (head := _head(after, cuts).lstrip()):
+            tag = head.rstrip()
+            shown = gap.rstrip()
+            if shown.endswith(tag):
+                space = gap[len(shown) :] if gap[len(shown) :] == head[len(tag) :] else ""
+                first = end - len(gap) + len(shown) - len(tag)
+                yield Region(first, first + len(tag + space), after.cut.leaf.at + after.cut.begin - len(head), 0)
 
 
 def _tail(found: _Found, cuts: list[_Cut]) -> str:

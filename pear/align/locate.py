@@ -1,14 +1,23 @@
 """Where in a rendered text each of the last tokens of a row stands, walking from the end."""
 
 from itertools import accumulate
+from typing import NamedTuple
 
 from pear.align.errors import Unaligned
-from pear.align.normalize import normalize
+from pear.align.normalize import Normalized, normalize
 from pear.align.pieces import SPACE, Pieces
 
 
-def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[tuple[int, int]]:
-    """The bytes `[begin, end)` of `text` for each of `ids[start:]`, ascending and without holes.
+class Place(NamedTuple):
+    """The bytes `[begin, end)` of a text that a token stands for; none where `begin == end`."""
+
+    begin: int
+    end: int
+    whole: bool = True  # False: tokens before the ones that were asked for have a part of these bytes
+
+
+def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[Place]:
+    """The places in the bytes of `text` of each of `ids[start:]`, ascending and without holes.
 
     The tokens of a text, spelled out, are the text, as it is or as the tokenizer's normalizer leaves it; so the last of
     them are its end. Everything is checked against the text byte by byte. A token that ends within a character sequence
@@ -31,7 +40,7 @@ def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[tuple[
     except _Mismatch as error:
         if pieces.normalizer is None and pieces.kind != "spaces":
             raise Unaligned(_explain(error, ids, pieces)) from None
-    change = pieces.normalizer.normalize_str if pieces.normalizer is not None else str
+    change = pieces.normalizer or str
     fold = pieces.kind == "spaces"
     used = sorted({pieces.added[token].content for token in ids[start:] if token in pieces.added})
     normalized = normalize(text, lambda part: change(part).replace(SPACE, " ") if fold else change(part), used)
@@ -42,24 +51,26 @@ def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[tuple[
     return _to_original(found, normalized)
 
 
-def _follow(surfaces: list[bytes], at: int) -> list[tuple[int, int]]:
+def _follow(surfaces: list[bytes], at: int) -> list[Place]:
     ends = list(accumulate(map(len, surfaces), initial=at))
-    return list(zip(ends, ends[1:], strict=False))
+    return list(map(Place, ends, ends[1:]))
 
 
-def _to_original(found, normalized) -> list[tuple[int, int]]:
+def _to_original(found: list[Place], normalized: Normalized) -> list[Place]:
     """Places in the normalized bytes to places in the original ones; see `locate` for what ends within a cluster."""
     places = []
-    reached = None
-    for begin, end in found:
-        if reached is None:
-            reached = normalized.original(begin)
-            if reached is None:
-                raise Unaligned("the completion's first token starts within characters that the normalizer composes")
+    first = found[0].begin if found else 0
+    reached = normalized.original(first)
+    whole = reached is not None
+    if not whole:  # the tokens before have a part of this cluster
+        reached = normalized.cluster(first)
+    for _, end, _ in found:
         stop = normalized.original(end)
-        stop = reached if stop is None else stop
-        places.append((reached, stop))
-        reached = stop
+        if stop is None:
+            places.append(Place(reached, reached))
+        else:
+            places.append(Place(reached, stop, whole))
+            reached, whole = stop, True
     return places
 
 
@@ -69,11 +80,11 @@ class _Mismatch(Exception):
         self.index, self.at, self.text, self.spelled = index, at, text, spelled
 
 
-def _match(ids: list[int], start: int, text: bytes, surfaces: list[bytes], pieces: Pieces) -> list[tuple[int, int]]:
+def _match(ids: list[int], start: int, text: bytes, surfaces: list[bytes], pieces: Pieces) -> list[Place]:
     """`_walk`, with as few special tokens at the end as possible that the tokenizer appended to the text."""
     first_error = None
     for appended in range(len(surfaces) + 1):
-        if appended and not getattr(pieces.added.get(ids[-appended]), "special", False):
+        if appended and not pieces.silent(ids[-appended]):
             break
         try:
             return _walk(ids, start, text, surfaces, pieces, appended)
@@ -82,19 +93,17 @@ def _match(ids: list[int], start: int, text: bytes, surfaces: list[bytes], piece
     raise first_error
 
 
-def _walk(
-    ids: list[int], start: int, text: bytes, surfaces: list[bytes], pieces: Pieces, appended: int
-) -> list[tuple[int, int]]:
+def _walk(ids: list[int], start: int, text: bytes, surfaces: list[bytes], pieces: Pieces, appended: int) -> list[Place]:
     """Match `surfaces` with the end of `text`, from the last added token to the first.
 
     Between two added tokens the surfaces are the text, or the text behind a dummy space. What an added token strips
     (`lstrip`, `rstrip`) belongs to it. The tokenizer itself put the last `appended` tokens there, and special tokens at
     a row's very start that the text does not have: they stand for nothing.
     """
-    places: list[tuple[int, int]] = [(0, 0)] * len(surfaces)
+    places = [Place(0, 0)] * len(surfaces)
     added = [pieces.added.get(token) for token in ids[start:]]
     pos, i = len(text), len(surfaces) - appended
-    places[i:] = [(pos, pos)] * appended
+    places[i:] = [Place(pos, pos)] * appended
     while i:
         first = i
         while first and added[first - 1] is None:
@@ -120,7 +129,7 @@ def _walk(
                 while not text[:pos].endswith(content) and pos and text[pos - 1 : pos].isspace():
                     pos -= 1
             if not text.endswith(content, 0, pos):
-                if token.special and start == 0 and all(a is not None and a.special for a in added[:i]):
+                if start == pos == 0 and all(map(pieces.silent, ids[:i])):
                     return places  # put in front by the tokenizer
                 raise _Mismatch(start + i - 1, pos, text, content)
             pos -= len(content)
@@ -128,7 +137,9 @@ def _walk(
                 while pos and text[pos - 1 : pos].isspace():
                     pos -= 1
             i -= 1
-            places[i] = (pos, end)
+            places[i] = Place(pos, end)
+    if start == 0 and pos:
+        raise _Mismatch(0, pos, text, b"")
     return places
 
 
@@ -148,7 +159,7 @@ def _dummy(text: bytes, pos: int, spelled: bytes, before, allowed: bool, at_star
 
 def _explain(error: _Mismatch, ids: list[int], pieces: Pieces) -> str:
     """Where text and tokens part, seen from the end."""
-    unknown = getattr(pieces.tokenizer, "unk_token_id", None)
+    unknown = pieces.tokenizer.unk_token_id
     if unknown is not None and unknown in ids[error.index :]:
         return "the tokens hold the tokenizer's token for unknown text: the text is lost there"
     text, spelled = error.text[: error.at], error.spelled

@@ -36,6 +36,10 @@ class Normalized:
             return self.originals[i] + at - self.starts[i]
         return None
 
+    def cluster(self, at: int) -> int:
+        """Where the cluster around the place `at` in `data` starts in the original bytes."""
+        return self.originals[bisect_right(self.starts, at) - 1]
+
 
 def normalize(text: str, change: Callable[[str], str] | None, keep: list[str]) -> Normalized:
     """`text` after `change`, with `keep` (contents of added tokens) untouched.
@@ -48,29 +52,42 @@ def normalize(text: str, change: Callable[[str], str] | None, keep: list[str]) -
         Unaligned: the normalizer drops or replaces something, or does not work cluster by cluster.
     """
     runs = Normalized(b"", [], [], [], [], [])
-    data, original = [], 0
-    at = 0
+    data: list[bytes] = []
+    at = original = 0
     for part, kept in _parts(text, keep):
-        first = len(data)
-        for old in [part] if kept or change is None else _cluster_pattern().findall(part):
-            new = old if kept or change is None else change(old)
-            whole = new == old or not old.isascii()  # what changes within a run of ASCII changes character by character
-            for old_piece, new_piece in [(old, new)] if whole else [(c, change(c)) for c in old]:
-                if new_piece != old_piece and _skeleton(new_piece) != _skeleton(old_piece):
-                    raise Unaligned(
-                        f"the tokenizer's normalizer writes {new_piece!r:.40} for {old_piece!r:.40}: text is lost"
-                    )
-                data.append(new_piece.encode())
-                runs.starts.append(at)
-                runs.originals.append(original)
-                at, original = at + len(data[-1]), original + len(old_piece.encode())
-                runs.ends.append(at)
-                runs.original_ends.append(original)
-                runs.same.append(old_piece == new_piece)
-        if not kept and change is not None and change(part).encode() != b"".join(data[first:]):
-            raise Unaligned("the tokenizer's normalizer changes characters by what stands around them")
+        pairs = [(part, part)] if kept or change is None else _changes(part, change)
+        for old, new in pairs:
+            if new != old and _skeleton(new) != _skeleton(old):
+                raise Unaligned(f"the tokenizer writes {new!r:.40} for {old!r:.40}: text is lost")
+            data.append(new.encode())
+            runs.starts.append(at)
+            runs.originals.append(original)
+            at, original = at + len(data[-1]), original + len(old.encode())
+            runs.ends.append(at)
+            runs.original_ends.append(original)
+            runs.same.append(old == new)
     runs.data = b"".join(data)
     return runs
+
+
+def _changes(text: str, change: Callable[[str], str]) -> list[tuple[str, str]]:
+    """The text cut into runs that stay as they are and clusters that change, each with what it becomes."""
+    pairs: list[tuple[str, str]] = []
+    for run in _cluster_pattern().findall(text):
+        new = change(run)
+        if new != run and run.isascii():
+            pairs.extend((c, change(c)) for c in run)
+            continue
+        while new != run and len(run) > 1:  # the first character may have nothing to do with the others
+            first, rest = change(run[0]), change(run[1:])
+            if first + rest != new:
+                break
+            pairs.append((run[0], first))
+            run, new = run[1:], rest
+        pairs.append((run, new))
+    if change(text) != "".join(new for _, new in pairs):
+        raise Unaligned("the tokenizer changes characters by what stands around them: the text cannot be taken apart")
+    return pairs
 
 
 def _parts(text: str, keep: list[str]) -> Iterator[tuple[str, bool]]:

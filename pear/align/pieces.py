@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,7 +38,7 @@ class Pieces:
     byte_fallback: bool  # <0xAB> is the byte AB
     dummy_prefix: bool  # a space may be put before text that has none: at the start, and after an added token
     added: dict[int, Any]  # the added tokens by id: each stands for its own content, `lstrip` and `rstrip` eat spaces
-    normalizer: Any  # of `tokenizers`, without the parts that `surface` undoes; None if there is none
+    normalizer: Callable[[str], str] | None  # without the parts that `surface` undoes
     known: dict[int, bytes] = field(default_factory=dict)
 
     def surface(self, token: int) -> bytes:
@@ -46,6 +47,10 @@ class Pieces:
         if found is None:
             found = self.known[token] = self._spell(token)
         return found
+
+    def silent(self, token: int) -> bool:
+        """Whether a tokenizer may put this token around a text that does not have it."""
+        return token != self.tokenizer.unk_token_id and getattr(self.added.get(token), "special", False)
 
     def _spell(self, token: int) -> bytes:
         if token in self.added:
@@ -81,8 +86,10 @@ def _make(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     added = tokenizer.added_tokens_decoder
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # tokenizers in Python: SentencePiece's, or by their authors' own rules
-        spaces = hasattr(tokenizer, "sp_model")
-        return Pieces(tokenizer, "spaces" if spaces else "plain", spaces, spaces, added, None)
+        model = getattr(tokenizer, "sp_model", None)
+        if model is None:
+            return Pieces(tokenizer, "plain", False, False, added, None)
+        return Pieces(tokenizer, "spaces", True, True, added, lambda text: _sentencepiece_normalize(model, text))
     decoder, pre_tokenizer, normalizer = (
         _steps(getattr(backend, k)) for k in ("decoder", "pre_tokenizer", "normalizer")
     )
@@ -122,11 +129,17 @@ def _flatten(state: dict[str, Any]):
             yield from _flatten(step)
 
 
-def _normalizer(steps: list[dict[str, Any]]) -> Any:
+def _sentencepiece_normalize(model: Any, text: str) -> str:
+    """What SentencePiece's normalizer makes of a text amid others: without a dummy space, none at its ends lost."""
+    guarded = model.normalize(f"|{text}|")
+    return guarded[guarded.index("|") + 1 : guarded.rindex("|")]
+
+
+def _normalizer(steps: list[dict[str, Any]]) -> Callable[[str], str] | None:
     if not steps:
         return None
     from tokenizers import normalizers
 
     made = normalizers.Sequence([])
     made.__setstate__(json.dumps({"type": "Sequence", "normalizers": steps}).encode())
-    return made
+    return made.normalize_str

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align.contents import Region, contents_of, find_contents
 from pear.align.errors import Unaligned
-from pear.align.locate import locate
+from pear.align.locate import Place, locate
 from pear.align.pieces import Pieces, pieces_of
 from pear.align.roles import ROLES, THINK, Roles, names_of
 from pear.io import DataError
@@ -32,8 +32,8 @@ class Spans:
       the text but stands at this place of it;
     - "no bytes: SURFACE": a token of the text that is nothing without the next (a dummy space, or the first part of
       characters that a normalizer rewrote);
-    - "joint N: SURFACE": a token that joins the N bytes from here with others that are no part of the text. No token
-      has these bytes then.
+    - "joint N: SURFACE": a token that joins the N bytes from here with others, of the prompt or the template, or shares
+      them with tokens before the completion. No token has these bytes then.
     """
 
     extents: list[tuple[int, int]]
@@ -124,21 +124,28 @@ def spans_of(
     return _to_text(places, surfaces, structural, _in_bytes(regions, text, contents), names)
 
 
-def _locate(ids: list[int], start: int, text: str, regions: list[Region], pieces: Pieces) -> list[tuple[int, int]]:
+def _locate(ids: list[int], start: int, text: str, regions: list[Region], pieces: Pieces) -> list[Place]:
     """`locate`; where a server's tokens stop before the text does - no EOS, or nothing after it - in as much of it."""
     try:
-        return locate(ids, start, text, pieces)
-    except Unaligned as error:
-        ends = [regions[-1].end] if regions else []
-        if ids[-1] in pieces.added and ends:
+        return _locate_all(ids, start, text, regions, pieces)
+    except Unaligned:
+        end = regions[-1].end if regions else len(text)
+        if ids[-1] in pieces.added:
             content = pieces.added[ids[-1]].content
-            at = text.find(content, ends[0])
-            ends = [at + len(content)] if at >= 0 else []
-        for end in ends:
-            if end < len(text):
-                with contextlib.suppress(Unaligned):
-                    return locate(ids, start, text[:end], pieces)
-        raise error
+            end = text.find(content, end) + len(content) if content in text[end:] else len(text)
+        if end == len(text):
+            raise
+        with contextlib.suppress(Unaligned):
+            return _locate_all(ids, start, text[:end], regions, pieces)
+        raise
+
+
+def _locate_all(ids: list[int], start: int, text: str, regions: list[Region], pieces: Pieces) -> list[Place]:
+    """`locate`; what the contents have before the first token must be the token's before that, and no lost text."""
+    places = locate(ids, start, text, pieces)
+    if regions and places[0].begin > len(text[: regions[0].begin].encode()):
+        locate(ids, start - 1, text, pieces)
+    return places
 
 
 def spans_of_text(tokens: Sequence[bytes | str], contents: str | Sequence[str], roles: Roles = ROLES) -> Spans:
@@ -156,11 +163,8 @@ def spans_of_text(tokens: Sequence[bytes | str], contents: str | Sequence[str], 
     contents = [contents] if isinstance(contents, str) else list(contents)
     spelled = b"".join(surfaces)
     names = names_of(roles)
-    places = []
-    at = 0
-    for surface in surfaces:
-        places.append((at, at + len(surface)))
-        at += len(surface)
+    ends = list(itertools.accumulate(map(len, surfaces), initial=0))
+    places = list(map(Place, ends, ends[1:]))
     regions = _find_in_tokens(spelled, [part.encode() for part in contents], names)
     return _to_text(places, surfaces, [False] * len(surfaces), regions, names)
 
@@ -227,7 +231,7 @@ def _difference(spelled: bytes, contents: list[bytes]) -> str:
 
 
 def _to_text(
-    places: list[tuple[int, int]],
+    places: list[Place],
     surfaces: list[bytes],
     structural: list[bool],
     regions: list[Region],
@@ -238,7 +242,7 @@ def _to_text(
     marks: dict[int, str] = {}
     first = 0  # the first region that does not end before the token starts
     closed = 0  # where in the text the regions before it end
-    for i, (begin, end) in enumerate(places):
+    for i, (begin, end, whole) in enumerate(places):
         while first < len(regions) and regions[first].end <= begin:
             closed = regions[first].close
             first += 1
@@ -249,12 +253,8 @@ def _to_text(
         within = regions[first:stop]
         covered = sum(min(end, region.end) - max(begin, region.begin) for region in within)
         if begin == end:
-            if within and not structural[i]:
-                at = within[0].at + begin - within[0].begin
-                marks[i] = NO_BYTES + surface
-            else:
-                at = closed
-                marks[i] = names.get(surface, surface)
+            at = within[0].at + begin - within[0].begin if within and not structural[i] else closed
+            marks[i] = names.get(surface, surface) if structural[i] else NO_BYTES + surface
             extents.append((at, at))
         elif not covered:
             extents.append((closed, closed))
@@ -262,7 +262,7 @@ def _to_text(
         else:
             at = within[0].at + max(begin - within[0].begin, 0)
             stop = within[-1].at + min(end, within[-1].end) - within[-1].begin
-            if covered == end - begin == stop - at:
+            if whole and covered == end - begin == stop - at:
                 extents.append((at, stop))
             else:
                 extents.append((at, at))
