@@ -17,25 +17,29 @@ from pear.io import read_jsonl, write_jsonl
 from pear.models import load_model, load_tokenizer
 
 GAMMA, LOW, HIGH = 0.97, -0.3, 0.4
+SHAPES: set[tuple[int, int]] = set()  # tokens of student and policy in the spans that were met, 2 for more than one
 TEMPLATE = (
     "{% for message in messages %}{{ '[' + message['role'] + ']<s>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]<s>' }}{% endif %}"
 )
 ANSWERS = [
-    "It is 7.",
+    "It is 7, anjump brownjumps.",
     "Add 3 and 21: 24! Ångström, naïve café.",
     "Let us think, then: 5 \U0001f98a\n\nThe answer is 5.",
 ]
 
 
 def other_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-like: pieces with ▁, byte fallback, another eos, another template without a line break at the end."""
+    """SentencePiece-like: pieces with ▁, byte fallback, another eos, a template that ends with it."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    corpus = [" ".join(CORPUS), "answer answers thinking then, Let's think about the answer it is"]
+    corpus = [
+        " ".join(CORPUS),
+        "nj nj nj nj nj nj nju nju nju nju answer answers thinking then, Let's think about the answer it is",
+    ]
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
     backend.train_from_iterator(corpus, trainer)
@@ -124,8 +128,9 @@ def weights_of(folder, row) -> tuple[list[float], list[float], int]:
             mine = [t for t in range(len(parts)) if parts[t] and begin < ours[t] <= end]
             its = [t for t in range(len(other_parts)) if other_parts[t] and begin < theirs[t] <= end]
             spans.append((mine, sum(student[t] for t in mine) - sum(other[t] for t in its)))
+            SHAPES.add((min(len(mine), 2), min(len(its), 2)))
             begin = end
-        assert begin == size and any(len(mine) > 1 for mine, _ in spans)
+        assert begin == size
         turn, other_turn = parts.index(b""), other_parts.index(b"")  # <|im_end|> and </s>; the line break is left out
         spans.append(([turn], student[turn] - other[other_turn]))
     total = sum(len(mine) for mine, _ in spans)
@@ -148,7 +153,8 @@ def test_scores_weights_and_loss_of_mixed_data_are_those_of_full_logits(folder):
     logprobs = [p for student, _, _ in found for p in student]
     weights = [w for _, g, _ in found for w in g]
     tokens = len(logprobs)
-    assert min(weights) < 0.5 < 1.5 < max(weights)  # the case says something
+    assert min(weights) < 0.7 < 1.4 < max(weights)  # the case says something
+    assert SHAPES == {(1, 1), (1, 2), (2, 1), (2, 2)}, SHAPES
 
     options = ["--gamma", GAMMA, "--log-ratio-clip", LOW, HIGH]
     run("inspect", "--data", scored, "--model", folder / "student", *options, "--json", folder / "report.json",
