@@ -124,8 +124,15 @@ class Client:
     def __repr__(self) -> str:  # a traceback that shows values must not show the key
         return f"Client({self.url!r})"
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> T:
-        """`read(answer)` of the first answer that it accepts.
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[dict[str, Any]], T],
+        retries: int | None = None,
+    ) -> T:
+        """`read(answer)` of the first answer that it accepts; `retries` where not the client's own.
 
         Tried again, after a pause: no answer in time, connections that fail, answers 429 and 500 and up, answers that
         are cut off or no JSON, and those for which `read` raises a Reject with `again`.
@@ -137,7 +144,8 @@ class Client:
             Stopped: `stopped` was set meanwhile.
         """
         data = None if body is None else json.dumps(body).encode()
-        for number in range(self._retries + 1):
+        retries = self._retries if retries is None else retries
+        for number in range(retries + 1):
             if self.stopped.is_set():
                 raise Stopped
             try:
@@ -146,16 +154,16 @@ class Client:
                 last: Exception = error
                 wait = error.wait
             except Reject as error:
-                if not error.again or number == self._retries:
+                if not error.again or number == retries:
                     raise
                 last, wait = error, None
             if wait is not None and wait > LONGEST_ASKED:
                 raise Failed(f"{last}; the server asks to wait {wait:.0f} s")
-            if number < self._retries:
+            if number < retries:
                 pause = min(LONGEST_DELAY, self._delay * 2**number) * random.uniform(0.5, 1.0)
                 if self.stopped.wait(max(pause, wait or 0.0)):
                     raise Stopped
-        tries = f"{self._retries + 1} tries" if self._retries else "1 try"
+        tries = f"{retries + 1} tries" if retries else "1 try"
         raise Failed(f"{last} (after {tries})", gone=getattr(last, "gone", False)) from None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -203,6 +211,8 @@ class Client:
             sock = connection.sock
             with self._lock:
                 self._open.add(sock)
+            if self.stopped.is_set():  # before it could be cut
+                raise Stopped
 
             def cut() -> None:
                 late.set()

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from pear.importing import openai
 from pear.importing.client import Client, Failed, ServerError
 from pear.importing.generation import Generation, Reject
-from pear.importing.openai import NotOffered
+from pear.importing.openai import NoLogprobs, NotOffered
 from pear.importing.rows import Converter
 from pear.io import DataError
 from pear.rows import prompt_and_completion, tokenize_row
@@ -50,18 +50,23 @@ class Live:
         self.kind, self.model = self._look(model)
         self.sampling = {**sampling, **NEUTRAL.get(self.kind, {}), **(extra or {})}
         self.stage = STAGE_OF.get(self.kind)
+        self.seen = False  # an answer with log-probs
 
     def _look(self, model: str | None) -> tuple[str, str]:
         """Which program the server is, and its model's name. A server without /models is asked all the same."""
         try:
-            listed = self.client.ask("GET", "/models", None, lambda answer: answer.get("data"))
+            once = None if model is None else 0  # with a name given, only the kind of server is to be learned
+            listed = self.client.ask("GET", "/models", None, lambda answer: answer.get("data"), once)
         except ServerError as error:
             if " answered 404 " not in str(error) and " answered 405 " not in str(error):
                 raise
             listed = None
         except Failed as error:
-            if error.gone or model is None:
-                raise DataError(f"{self.client.url}/models: {error}. Is the server running, and --url right?") from None
+            if model is None:
+                raise DataError(
+                    f"{self.client.url}/models: {error}. Is the server running, and --url right? If it cannot list its "
+                    "models, name one: --server-model."
+                ) from None
             listed = None
         except Reject as error:
             raise DataError(f"{self.client.url}/models: {error}") from None
@@ -96,11 +101,12 @@ class Live:
                     raise found
                 if isinstance(found, Reject) and found.again:
                     raise found
+            self.seen = True
             return latest
 
         try:
             own = self._own_keys(row, converter)
-            if "completion" in row or "messages" in row and row["messages"][-1].get("role") == "assistant":
+            if "completion" in row or _last_role(row) == "assistant":
                 path, body, answers = self._score(row, own, where)
             else:
                 path, body, answers = self._generate(row, own, line)
@@ -112,6 +118,13 @@ class Live:
             ) from None
         except ServerError as error:
             raise ServerError(f"{error} (It was asked for log-probs, which not every server gives.)") from None
+        except NoLogprobs as error:
+            if not self.seen:
+                raise DataError(
+                    f"{self.client.url}: {error}. It was asked so, and has given none to any row: does this server "
+                    "give log-probs at all? (transformers serve does not.) Score its texts by `pear score --model`."
+                ) from None
+            return [error]
         except Reject as error:
             if any(not isinstance(found, Reject) for found in latest):
                 return latest  # the good ones of n
@@ -126,6 +139,10 @@ class Live:
             return error
 
     def _own_keys(self, row: dict[str, Any], converter: Converter) -> dict[str, Any]:
+        for key in ("messages", "prompt"):
+            found = row.get(key)
+            if isinstance(found, list) and not all(map(_is_message, found)):
+                raise Reject(f"each of `{key}` must be a message with a `role`, got {found!r:.100}")
         named, policy = row.get("behavior_policy"), converter.policy or self.model
         if named is not None and named != policy:
             raise Reject(f"the row's behavior_policy is {named!r}, the server's model {policy!r} (--policy renames it)")
@@ -139,7 +156,7 @@ class Live:
     def _generate(self, row: dict[str, Any], own: dict[str, Any], line: int) -> tuple[str, dict[str, Any], Any]:
         prompt = row.get("messages") or row.get("prompt")
         if not isinstance(prompt, (str, list)) or not prompt:
-            raise Reject("a row to generate from has `prompt`, a string or messages, or `messages`")
+            raise Reject("a row to generate from has `prompt`, a string or messages, or `messages`, a list")
         body: dict[str, Any] = {"model": self.model, "n": self.n, "stream": False, **self.sampling}
         if body.get("seed") is not None:
             body["seed"] += line
@@ -195,3 +212,12 @@ class Live:
             return openai.scored_ids(answer, row["prompt"], row["completion"], ids)
         except Reject as error:
             return error
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _last_role(row: dict[str, Any]) -> str | None:
+    messages = row.get("messages")
+    return messages[-1]["role"] if isinstance(messages, list) and messages else None

@@ -24,7 +24,7 @@ _KNOWN = {"request", "response", "prompt", "messages", "completion", "custom_id"
 def generations(record: dict[str, Any], stage: str | None = None) -> Iterator[Generation | Reject]:
     """The responses of a record, one for each of `choices`; `stage` of generation.STAGES where the server is known."""
     try:
-        request = _body(record.get("request") or {})
+        request = _body(need(record, "request", dict, "the record") if record.get("request") is not None else {})
         response = _body(need(record, "response", dict, "the record"))
         choices = need(response, "choices", list, "the response")
         prompt = record.get("messages") or record.get("prompt") or request.get("messages") or request.get("prompt")
@@ -104,7 +104,7 @@ def _tokens(choice: dict[str, Any]) -> list[Token]:
     """The choice's tokens, in whichever form its log-probs stand."""
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
-        raise Reject("no log-probs in the answer: ask with `logprobs` (chat: true, completions: 1)", again=True)
+        raise NoLogprobs
     if isinstance(logprobs.get("content"), list) or isinstance(logprobs.get("reasoning_content"), list):
         entries = [*(logprobs.get("reasoning_content") or []), *(logprobs.get("content") or [])]
         tokens = [_chat_token(entry) for entry in entries]
@@ -190,6 +190,13 @@ def scored_ids(answer: dict[str, Any], prompt: Any, completion: Any, ids: list[i
     if not isinstance(logprobs, dict) or len(tokens := _tokens(choice)) <= 1 < len(ids):
         raise NotOffered
     return Generation(tokens=[token._replace(id=None) for token in tokens], **common)
+
+
+class NoLogprobs(Reject):
+    """An answer without any log-probs; nothing tells whether the server ever gives some."""
+
+    def __init__(self) -> None:
+        super().__init__("no log-probs in the answer: ask with `logprobs` (chat: true, completions: 1)", again=True)
 
 
 class NotOffered(Reject):

@@ -12,7 +12,7 @@ from pear.align.roles import END_OF_TURN
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
 from pear.importing.generation import Generation, Reject, completion_pieces, completion_text
-from pear.importing.spelling import kept_of, roles_of, without_dummy_prefix
+from pear.importing.spelling import check_all_there, kept_of, roles_of, without_dummy_prefix
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
@@ -113,6 +113,7 @@ class Converter:
         values = checks.check_logprobs(generation)
         text = completion_text(generation.completion)
         data = without_dummy_prefix([token.data or b"" for token in generation.tokens], text, generation.prompt)
+        check_all_there(data, text)
         kept = kept_of(data, text, generation.cut)
         try:
             spans = spans_of_text(data[:kept], completion_pieces(generation.completion))
@@ -141,6 +142,7 @@ class Converter:
         data = [pieces.surface(token) for token in ids]
         if pieces.dummy_prefix:
             data = without_dummy_prefix(data, content, generation.prompt)
+        check_all_there(data, content)
         kept = kept_of(data, content, generation.cut)
         ids, data, values_kept = ids[:kept], data[:kept], values[:kept]
         prompt_ids, asked = self._prompt(generation, text, ids, where)

@@ -128,6 +128,8 @@ def import_logprobs(
     with journal.open():
         again = journal.forget_rejected()
         resumed = len(journal.done)
+        if live is not None:
+            live.seen = any(journal.rows.values())
         if resumed or again:
             console.print(
                 f"Going on from {journal.path.name}: {resumed} of {records} records are done"
@@ -244,7 +246,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int
 def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Console) -> dict[str, Any]:
     """The scored file and the rejects, from the side file; and every record's counts joined."""
     rows, counts, rejects = sum(journal.rows.values()), {}, {}
-    content = hashlib.sha256(journal.key.encode())
+    content = hashlib.sha256()
     for entry in journal.entries():
         content.update(json.dumps(entry["rows"], sort_keys=True).encode())
         checks.add(counts, entry["counts"])

@@ -32,6 +32,17 @@ def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
     return len(data)
 
 
+def check_all_there(data: Sequence[bytes], text: str) -> None:
+    """Raise a Reject where the tokens are the text's first and there are none of the rest of it."""
+    joined, wanted = b"".join(data), text.encode("utf-8", "surrogatepass")
+    if len(joined) < len(wanted) and wanted.startswith(joined):
+        raise Reject(
+            f"fewer log-probs than tokens: those of {len(data)} tokens, which are {len(joined)} of the text's "
+            f"{len(wanted)} bytes",
+            again=True,
+        )
+
+
 def without_dummy_prefix(data: Sequence[bytes], text: str, prompt: Any) -> list[bytes]:
     """SentencePiece's first token says a space that the text does not start with; nor is it the end of the `prompt`."""
     data = list(data)
