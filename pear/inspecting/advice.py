@@ -2,41 +2,23 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 
 from pear.health import FEW, MOST
 from pear.inspecting.data import Data
-from pear.inspecting.finding import Finding, Option, count, listed, share, worst_first
-from pear.inspecting.statistics import TRAINS, Summary, at_level, summarize
-from pear.inspecting.suspicions import View, suspicions, unaligned
-from pear.inspecting.tokens import Tokens, weights
+from pear.inspecting.finding import Finding, count, listed, share, worst_first
+from pear.inspecting.statistics import TRAINS, summarize
+from pear.inspecting.suspicions import suspicions, unaligned
+from pear.inspecting.tokens import weights
+from pear.inspecting.ways_out import LARGE, Case, drift, ways_out
 from pear.sft_data import WRONG_TO_RIGHT
 from pear_kernels.negatives import NEGATIVE_LAMBDA
 from pear_kernels.weights import PEAROptions
 
 SOME = 0.1  # a share of tokens that is worth a warning where it should be none
-LARGE = 10.0  # a mean weight that most learning rates cannot bear
-GAIN = 0.1  # what an option must add to `_works` to be worth its name
-ENOUGH = 0.9  # of what the strongest of a kind would do: then a milder one is named
 DATA_IS_WRONG = ("zeros", "floored", "shifted")  # whatever the weights do then, is no fault of theirs
-CLIP_LENGTHS = (512, 256, 128, 64, 32, 16)
-NARROWER = (2, 4, 8, 16, 32)
-GAMMAS = (0.998, 0.995, 0.99, 0.98, 0.9999, 1.0)  # against weights that rise, and against those that fall
-
-
-class Case(NamedTuple):
-    """What is judged."""
-
-    data: Data
-    tokens: Tokens
-    seen: View
-    options: PEAROptions
-    summary: Summary
-    predict: Callable[[PEAROptions], Summary]  # the same numbers under other options
-    left_out: int = 0  # rows without a ratio
 
 
 def advise(case: Case) -> list[Finding]:
@@ -44,8 +26,8 @@ def advise(case: Case) -> list[Finding]:
     g = weights(case.tokens, case.options)
     found = [*unaligned(case.data.rows, case.tokens, g, case.data.unaligned), *suspicions(case.seen)]
     wrong = [finding.kind for finding in found if finding.kind in DATA_IS_WRONG]
-    if case.tokens.has_ratio.any():
-        found += _weights(_with_policy(case), first_repair=bool(wrong))
+    if (weighted := _weighted(case)) is not None:
+        found += _weights(weighted, first_repair=bool(wrong))
     found += _negatives(case)
     if case.tokens.aligned is not None and case.tokens.aligned.any() and case.options.level == "block":
         found.append(_needs_clip_blocks())
@@ -56,18 +38,20 @@ def advise(case: Case) -> list[Finding]:
     return worst_first(found)
 
 
-def _with_policy(case: Case) -> Case:
-    """The rows that have a ratio anywhere; weights of 1 beside them say nothing about theirs."""
-    has = np.add.reduceat(case.tokens.has_ratio.astype(np.int64), case.tokens.starts[:-1]) > 0
-    if has.all():
-        return case
-    rows = [row for row, is_one in zip(case.data.rows, has, strict=True) if is_one]
-    tokens = case.tokens.of_rows(has)
-    seen = case.seen._replace(rows=rows, tokens=tokens, ratio=case.seen.ratio[has[case.tokens.rows]])
+def _weighted(case: Case) -> Case | None:
+    """The rows that these options weight: right answers with a ratio. Those of 1 say nothing about theirs."""
+    rated = np.add.reduceat(case.tokens.has_ratio.astype(np.int64), case.tokens.starts[:-1]) > 0
+    chosen = rated & [row.right for row in case.data.rows]
+    if chosen.all() or not chosen.any():
+        return case if chosen.all() else None
+    rows = [row for row, is_one in zip(case.data.rows, chosen, strict=True) if is_one]
+    tokens = case.tokens.of_rows(chosen)
+    at = chosen[case.tokens.rows]
+    seen = case.seen._replace(rows=rows, tokens=tokens, ratio=case.seen.ratio[at], single=case.seen.single[at])
 
     predict = functools.cache(lambda options: summarize(tokens, options))
     return Case(
-        case.data._replace(rows=rows), tokens, seen, case.options, predict(case.options), predict, int((~has).sum())
+        case.data._replace(rows=rows), tokens, seen, case.options, predict(case.options), predict, int((~chosen).sum())
     )
 
 
@@ -77,7 +61,7 @@ def _weights(case: Case, first_repair: bool) -> Iterator[Finding]:
     last = float((case.tokens.following < 0.1 * np.repeat(case.tokens.lengths, case.tokens.lengths)).mean())
     if summary.floor > MOST or few and summary.floor > 0.2:
         yield _finding(case, "floor", "problem", _floor_text(case), first_repair)
-    elif few and _drift(case) < 0 and summary.last_tenth > max(0.3, 2 * last):
+    elif few and drift(case) < 0 and summary.last_tenth > max(0.3, 2 * last):
         yield _finding(case, "last_tokens", "warning", _last_tokens_text(case), first_repair)
     elif few or summary.ess < FEW:
         yield _finding(case, "few", "warning", _few_text(case), first_repair)
@@ -86,6 +70,25 @@ def _weights(case: Case, first_repair: bool) -> Iterator[Finding]:
     if summary.ceiling > SOME or summary.weight_mean > LARGE:
         severity = "problem" if summary.ceiling > MOST else "warning"
         yield _finding(case, "ceiling", severity, _ceiling_text(case), first_repair)
+
+
+def _finding(case: Case, kind: str, severity: str, text: str, first_repair: bool) -> Finding:
+    """The text with the options that help, each with what it is predicted to change."""
+    if case.left_out:
+        text += (
+            f" (Of right answers with a behaviour policy; {count(case.left_out, 'other row')} are not counted here.)"
+        )
+    if first_repair:
+        text += " The behaviour log-probs look wrong (see above), and that may be all of it: repair them first."
+        return Finding(kind, severity, text)
+    options, vain = ways_out(case)
+    if vain:
+        text += f" Of little help here: {', '.join(vain)}."
+    if options:
+        text += " Options, with what they would change before the first step:"
+    else:
+        text += " No single option of the loss repairs that: take shorter responses, or data from a closer policy."
+    return Finding(kind, severity, text, tuple(options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def _last_tokens_text(case: Case) -> str:
     return (
         f"Only {share(summary.trains)} of the tokens will train: the last tenth of each response has "
         f"{share(summary.last_tenth)} of all weight. The median response has {middle} tokens, and log G loses "
-        f"{-_drift(case):.3g} a token on its way to the front (delta {summary.delta_mean:+.4f}"
+        f"{-drift(case):.3g} a token on its way to the front (delta {summary.delta_mean:+.4f}"
         + (f", gamma {math.log(case.options.gamma):+.4f}" if case.options.level != "sequence" else "")
         + ")."
     )
@@ -154,21 +157,15 @@ def _few_text(case: Case) -> str:
 def _reached(case: Case, bound: float, name: str) -> str:
     """After how many tokens, and how long responses are."""
     middle, longest = int(np.median(case.tokens.lengths)), int(case.tokens.lengths.max())
-    drift = _drift(case)
+    rate = drift(case)
     if case.options.level == "sequence":
         return f" A weight is the whole response's here; the median response has {middle} tokens."
-    if drift * bound <= 0 or not math.isfinite(bound / drift):
+    if rate * bound <= 0 or not math.isfinite(bound / rate):
         return f" The median response has {middle} tokens, the longest {longest}."
     return (
-        f" At this rate ({drift:+.3f} a token with gamma) the {name} comes after {math.ceil(bound / drift)} tokens; "
+        f" At this rate ({rate:+.3f} a token with gamma) the {name} comes after {math.ceil(bound / rate)} tokens; "
         f"the median response has {middle}, the longest {longest}."
     )
-
-
-def _drift(case: Case) -> float:
-    """What log G changes by with each token further from the end, on average."""
-    gamma = 0.0 if case.options.level == "sequence" else math.log(case.options.gamma)
-    return gamma + (0.0 if case.options.center else case.summary.delta_mean or 0.0)
 
 
 def _negative(case: Case) -> float:
@@ -224,116 +221,21 @@ def _negatives(case: Case) -> Iterator[Finding]:
     push = float(weights(case.tokens, at_sequence)[~of_token].sum())
     text = (
         f"{count(int((~right).sum()), 'row')} of {len(right)} are wrong answers: {wrong_tokens} tokens against "
-        f"{right_tokens} of right ones. Trained with --negatives, their weights sum to {push:.4g} against {pull:.4g}: "
+        f"{right_tokens} of right ones. Trained with --negatives, their weights sum to {push:.4g} against "
+        f"{pull:.4g}; at --negative_lambda {NEGATIVE_LAMBDA:g} "
     )
     outweigh = NEGATIVE_LAMBDA * push > pull
     if wrong_tokens > WRONG_TO_RIGHT * right_tokens or outweigh:
-        balance = (
-            f" At --negative_lambda {0.5 * pull / push:.2g} they would push half as hard as the right ones pull."
-            if pull
-            else ""
+        text += (
+            "the wrong ones push harder than the right ones pull."
+            if outweigh
+            else "the wrong ones are held back, yet the student is mostly told what not to say."
         )
-        yield Finding(
-            "negatives",
-            "problem" if outweigh else "warning",
-            text
-            + f"at --negative_lambda {NEGATIVE_LAMBDA:g} the wrong ones "
-            + (
-                "push harder than the right ones pull"
-                if outweigh
-                else "are held back, yet the student is mostly told what not to say"
+        if pull:
+            text += (
+                f" At --negative_lambda {0.5 * pull / push:.2g} they would push half as hard as the right ones pull."
             )
-            + f".{balance} Add right answers, or leave wrong ones out.",
-        )
-        return
-    yield Finding(
-        "negatives_present",
-        "note",
-        text
-        + f"at --negative_lambda {NEGATIVE_LAMBDA:g} the right ones prevail. `pear sft` wants --negatives for them.",
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ways out
-
-
-def _finding(case: Case, kind: str, severity: str, text: str, first_repair: bool) -> Finding:
-    """The text with the options that help, each with what it is predicted to change."""
-    if case.left_out:
-        text += f" (Of rows with a behaviour policy; {count(case.left_out, 'row')} without are not counted here.)"
-    if first_repair:
-        text += " The behaviour log-probs look wrong (see above), and that may be all of it: repair them first."
-        return Finding(kind, severity, text)
-    options, vain = ways_out(case)
-    if options:
-        text += " Options, with what they would change:"
+        text += " Add right answers, or leave wrong ones out."
+        yield Finding("negatives", "problem" if outweigh else "warning", text)
     else:
-        text += " No single option of the loss repairs that: take shorter responses, or data from a closer policy."
-    if vain:
-        text = text.removesuffix(" Options, with what they would change:")
-        text += f" Of little help here: {', '.join(vain)}."
-        text += " Options, with what they would change:" if options else ""
-    return Finding(kind, severity, text, tuple(options))
-
-
-def ways_out(case: Case) -> tuple[list[Option], list[str]]:
-    """Options that help, the best first; and those that were tried and do not."""
-    now = _works(case.summary)
-    helpful, vain = [], []
-    for tried in _families(case, rising=_drift(case) > 0):
-        best = max(_works(case.predict(options)) for _, options in tried)
-        flags, options = next(one for one in tried if _works(case.predict(one[1])) >= ENOUGH * best)
-        summary = case.predict(options)
-        if _works(summary) >= now + GAIN:
-            helpful.append(
-                (_works(summary), Option(flags, _effect(summary, case.summary), summary.trains, summary.ess))
-            )
-        else:
-            vain.append(f"{flags} ({share(summary.trains)} would train)")
-    return [option for _, option in sorted(helpful, key=lambda one: -one[0])], vain
-
-
-def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]]]:
-    """Each way out, at several strengths where it has one, mildest first; `rising`: log G grows towards the front."""
-    options = case.options
-    low, high = options.log_ratio_clip
-    if not options.center and options.level != "sequence":
-        yield [("--center", options._replace(center=True))]
-    lengths = [n for n in CLIP_LENGTHS if options.clip_length is None or n < options.clip_length]
-    if lengths:
-        yield [(f"--clip_length {n}", options._replace(clip_length=n)) for n in lengths]
-    clips = [(_two_digits(low / k), _two_digits(high / k)) for k in NARROWER]
-    yield [(f"--log_ratio_clip {a:g} {b:g}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
-    if options.normalize is None and options.level != "sequence":
-        yield [("--normalize sequence", options._replace(normalize="sequence"))]
-    if options.normalize is None and all(row.right for row in case.data.rows):  # negatives refuse it
-        yield [("--normalize batch", options._replace(normalize="batch"))]
-    if options.level != "sequence" and (rising or options.gamma < 1):
-        if gammas := [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]:
-            yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
-    if options.level == "token":
-        flags = "--level block" + (" --clip_blocks true" if options.clip_blocks else "")
-        yield [(flags, options._replace(level="block"))]
-    if options.level == "sequence":
-        yield [("--level token", at_level(options, "token"))]
-
-
-def _works(summary: Summary) -> float:
-    """How much of the data trains, off the bounds and not by far too much; 1 at best."""
-    return min(1.0, LARGE / summary.weight_mean) * summary.trains * (1 - summary.floor) * (1 - summary.ceiling)
-
-
-def _effect(then: Summary, now: Summary) -> str:
-    text = (
-        f"{share(then.trains)} of the tokens train (now {share(now.trains)}), effective sample size {share(then.ess)}"
-    )
-    text += f" (now {share(now.ess)})"
-    for name in ("floor", "ceiling"):
-        if getattr(now, name) > 0.01 or getattr(then, name) > 0.01:
-            text += f", {share(getattr(then, name))} on the {name}"
-    return text + f", mean weight {then.weight_mean:.2g}"
-
-
-def _two_digits(x: float) -> float:
-    return float(f"{x:.1g}") if abs(float(f"{x:.1g}") - x) < 0.1 * abs(x) else float(f"{x:.2g}")
+        yield Finding("negatives_present", "note", text + "the right ones prevail. `pear sft` wants --negatives.")

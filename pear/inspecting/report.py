@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pear.inspecting.advice import Case, advise
+from pear.inspecting.advice import advise
 from pear.inspecting.data import Data
 from pear.inspecting.statistics import (
     BAND,
@@ -24,6 +24,7 @@ from pear.inspecting.statistics import (
 from pear.inspecting.suspicions import view
 from pear.inspecting.text import token_texts
 from pear.inspecting.tokens import Tokens, log_ratios, weights
+from pear.inspecting.ways_out import Case
 from pear.inspecting.worst import choose, judge
 from pear_kernels.weights import PEAROptions
 

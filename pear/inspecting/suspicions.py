@@ -21,6 +21,7 @@ FLOORS = {f"log(softmax + 1e-{k})": -k * math.log(10) for k in (5, 6, 7, 8, 9, 1
 }
 HUGE = 5.0  # nats: a log-ratio that no two models have at a token that both know
 LAGS = (-3, -2, -1, 1, 2, 3)
+COPY_MEAN = 0.02  # nats a token: half precision moves log-probs by less, on average
 FEW_DISTINCT = 32  # values, too few to say how numbers were rounded
 
 
@@ -94,24 +95,36 @@ def _floored(seen: View) -> Finding | None:
     return None
 
 
+def _narrow(seen: View) -> tuple[str, float] | None:
+    """The dtype that all behaviour log-probs are numbers of, and by what share of itself each may be off."""
+    values = _distinct(seen)
+    tensor = torch.from_numpy(values.astype(np.float32))
+    for name, dtype, error in (("bfloat16", torch.bfloat16, 2.0**-9), ("float16", torch.float16, 2.0**-12)):
+        if len(values) >= FEW_DISTINCT and torch.equal(tensor.to(dtype).float(), tensor):
+            return name, error
+    return None
+
+
+def _distinct(seen: View) -> np.ndarray:
+    values = np.unique(seen.tokens.behavior_logprobs[seen.single])
+    return values[values != 0]
+
+
 def _quantised(seen: View) -> Finding | None:
     """Numbers that went through a narrow dtype or were rounded."""
-    values = np.unique(seen.tokens.behavior_logprobs[seen.single])
-    values = values[values != 0]
+    values = _distinct(seen)
     if len(values) < FEW_DISTINCT:
         return None
-    tensor = torch.from_numpy(values.astype(np.float32))
-    mean_size = float(np.abs(seen.tokens.behavior_logprobs[seen.single]).mean())
-    for name, dtype, error in (("bfloat16", torch.bfloat16, 2.0**-9), ("float16", torch.float16, 2.0**-12)):
-        if torch.equal(tensor.to(dtype).float(), tensor):
-            return Finding(
-                "half_precision",
-                "warning",
-                f"Every behaviour log-prob is a {name} number: they were computed or stored in half precision, each "
-                f"off by up to {error:.2%} of itself (of this data about {error * mean_size:.1g} nats a token), "
-                "and errors add up over all later tokens of a response. Take the log-softmax in float32, as "
-                "`pear score` does.",
-            )
+    if (narrow := _narrow(seen)) is not None:
+        name, error = narrow
+        nats = error * float(np.abs(seen.tokens.behavior_logprobs[seen.single]).mean())
+        return Finding(
+            "half_precision",
+            "warning",
+            f"Every behaviour log-prob is a {name} number: they were computed or stored in half precision, each off by "
+            f"up to {error:.2%} of itself (of this data about {nats:.1g} nats a token), and errors add up over all "
+            "later tokens of a response. Take the log-softmax in float32, as `pear score` does.",
+        )
     for places in (1, 2, 3):
         if np.allclose(values, np.round(values, places), rtol=0, atol=1e-6 + 1e-7 * np.abs(values).max()):
             return Finding(
@@ -158,15 +171,27 @@ def _correlation(seen: View, lag: int, least: int = 100) -> float | None:
 
 def _copy(seen: View) -> Finding | None:
     """Policies that are the student itself."""
-    rounded = _quantised(seen)
-    bound = COPY_MAX_RATIO["half" if seen.half or rounded is not None and rounded.kind == "half_precision" else "full"]
+    narrow = _narrow(seen)
+    allowed = COPY_MAX_RATIO["half" if seen.half else "full"]
+    if narrow is not None:  # a number that was rounded lies so far from the student's
+        allowed = allowed + 2 * narrow[1] * np.abs(seen.tokens.behavior_logprobs)
+    off = np.where(seen.tokens.has_ratio, np.abs(seen.ratio), 0.0)
+    far = off >= allowed
+    mean: dict[str, list[float]] = {}
     largest: dict[str, float] = {}
     tokens: Counter[str] = Counter()
     for row, begin, end in zip(seen.rows, seen.tokens.starts[:-1], seen.tokens.starts[1:], strict=True):
-        if row.policy is not None and len(ratio := seen.ratio[begin:end][seen.tokens.has_ratio[begin:end]]):
-            largest[row.policy] = max(largest.get(row.policy, 0.0), float(np.abs(ratio).max()))
-            tokens[row.policy] += len(ratio)
-    if not (copies := [policy for policy, value in largest.items() if value < bound]):
+        if row.policy is not None:
+            one = np.inf if far[begin:end].any() else float(off[begin:end].max())
+            largest[row.policy] = max(largest.get(row.policy, 0.0), one)
+            mean.setdefault(row.policy, []).append(float(off[begin:end].sum()))
+            tokens[row.policy] += int(seen.tokens.has_ratio[begin:end].sum())
+    copies = [
+        policy
+        for policy, value in largest.items()
+        if tokens[policy] and value < np.inf and sum(mean[policy]) < COPY_MEAN * tokens[policy]
+    ]
+    if not copies:
         return None
     part = sum(tokens[policy] for policy in copies) / sum(tokens.values())
     most = max(largest[policy] for policy in copies)

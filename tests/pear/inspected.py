@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from tiny import make_tokenizer
 
-from pear.inspecting.advice import Case, advise
+from pear.inspecting.advice import advise
 from pear.inspecting.data import Data, Row
 from pear.inspecting.finding import Finding
 from pear.inspecting.report import make_report, special_ids
 from pear.inspecting.statistics import summarize
 from pear.inspecting.suspicions import view
 from pear.inspecting.tokens import Tokens
+from pear.inspecting.ways_out import Case
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 TOKENIZER = make_tokenizer()

@@ -151,6 +151,10 @@ def test_behavior_policy_that_is_the_student():
     rounded = [torch.from_numpy(b).bfloat16().float().numpy() for b in behavior]
     assert "copy" in advice(make_data(behavior), rounded, half=True)
     assert "copy" not in advice(make_data(behavior), rounded, half=False)
+    # nor does it count what was stored rounded
+    assert "copy" in advice(make_data(rounded), [b.astype(np.float64) for b in behavior])
+    near = [b - 0.04 for b in behavior]
+    assert not {"copy"} & advice(make_data(behavior), near, half=True).keys()
 
 
 def test_one_of_two_policies_is_the_student():
@@ -298,7 +302,7 @@ def test_human_text_beside_a_collapsed_teacher():
         for i, row in enumerate(data.rows)
     ]
     found = advice(data._replace(rows=rows), student)
-    assert found["floor"].severity == "problem" and "6 rows without are not counted" in found["floor"].text
+    assert found["floor"].severity == "problem" and "6 other rows are not counted" in found["floor"].text
     alone = advice(data._replace(rows=rows[6:]), student[6:])["floor"]
     assert alone.options == found["floor"].options and alone.text[:40] == found["floor"].text[:40]
     finding = found["some_without_policy"]
