@@ -173,7 +173,9 @@ def _grid(report: dict[str, Any]) -> str:
             mine = [cell for cell in cells if tuple(cell["log_ratio_clip"]) == clip]
             row = "".join(_cell(report, cell) for cell in mine)
             rows.append(f"<tr><td>{clip[0]:g} {clip[1]:g}</td>{row}</tr>")
-        names = "".join(f"<th>{f'gamma {gamma:g}' if level != 'sequence' else ''}</th>" for gamma in gammas)
+        names = "".join(
+            f'<th class="cell">{f"gamma {gamma:g}" if level != "sequence" else ""}</th>' for gamma in gammas
+        )
         parts.append(
             f'<div class="at-{level}"><div class="scroll"><table><tr><th>clip</th>{names}</tr>{"".join(rows)}</table>'
             "</div></div>"

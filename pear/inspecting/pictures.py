@@ -122,7 +122,8 @@ def cell(report: dict[str, Any], found: dict[str, Any]) -> str:
     for value, kind in zip(report["options"]["log_weight_clip"], ("low", "high"), strict=True):
         if bottom <= value <= top:
             plot.horizontal(value, f"end-{kind}")
-    plot.line([(_log1(x), y) for x, y in zip(found["position"], found["median"], strict=True)], "median")
+    curve = found["by_following"]
+    plot.line([(_log1(x), y) for x, y in zip(curve["position"], curve["quantiles"]["0.5"], strict=True)], "median")
     return str(plot)
 
 
@@ -130,8 +131,9 @@ def _range(report: dict[str, Any]) -> tuple[float, float]:
     """Of log G in all pictures: the floor and the ceiling where they are near, else what there is."""
     lows = [min(level["by_following"]["quantiles"]["0.1"]) for level in report["levels"].values()]
     highs = [max(level["by_following"]["quantiles"]["0.9"]) for level in report["levels"].values()]
-    lows += [min(found["median"]) for found in report["grid"]]
-    highs += [max(found["median"]) for found in report["grid"]]
+    medians = [found["by_following"]["quantiles"]["0.5"] for found in report["grid"]]
+    lows += map(min, medians)
+    highs += map(max, medians)
     low, high = min(*lows, -0.5), max(*highs, 0.5)
     floor, ceiling = report["options"]["log_weight_clip"]
     low = floor if low < 0.5 * floor else low

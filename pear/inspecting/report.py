@@ -128,14 +128,12 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 def _cell(tokens: Tokens, options: PEAROptions) -> dict[str, Any]:
     g = weights(tokens, options)
-    curve = by_following(tokens, g)
     return {
         "level": options.level,
         "gamma": options.gamma,
         "log_ratio_clip": list(options.log_ratio_clip),
         "summary": summarize(tokens, options, g)._asdict(),
-        "position": curve.position,
-        "median": [values[BAND.index(0.5)] for values in curve.quantiles],
+        "by_following": _curve(by_following(tokens, g)),
     }
 
 

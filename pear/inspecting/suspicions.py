@@ -20,6 +20,7 @@ FLOORS = {f"log(softmax + 1e-{k})": -k * math.log(10) for k in (5, 6, 7, 8, 9, 1
     f"a filler of {value:g}": float(value) for value in (-50, -100, -1000, -9999, -10000, -100000)
 }
 HUGE = 5.0  # nats: a log-ratio that no two models have at a token that both know
+TOO_LIKELY = 0.01  # nats a token above 0, beyond what chance explains
 LAGS = (-3, -2, -1, 1, 2, 3)
 COPY_MEAN = 0.02  # nats a token: half precision moves log-probs by less, on average
 FEW_DISTINCT = 32  # values, too few to say how numbers were rounded
@@ -48,7 +49,8 @@ def view(rows: list[Row], tokens: Tokens, half: bool, special: Iterable[int], sh
 
 def suspicions(seen: View) -> Iterator[Finding]:
     """Everything that looks wrong, and nothing else."""
-    for check in (_zeros, _floored, _quantised, _shifted, _copy, _template, _outliers, _sampled, _estimated):
+    checks = (_zeros, _floored, _quantised, _shifted, _copy, _too_likely, _template, _outliers, _sampled, _estimated)
+    for check in checks:
         if (found := check(seen)) is not None:
             yield found
 
@@ -203,6 +205,33 @@ def _copy(seen: View) -> Finding | None:
         f"log-ratio is near 0, the largest {most:.1e}. Only gamma is left in the weights: PEAR does nothing. Score the "
         "data with the model that wrote it; if the student wrote it, plain SFT (--weighting none) is the same and "
         "cheaper.",
+    )
+
+
+def _too_likely(seen: View) -> Finding | None:
+    """Policies whose text the student finds likelier than they do: of what pi_b drew, E[log pi - log pi_b] is -KL."""
+    counts = _per_row(seen.tokens.has_ratio, seen.tokens)
+    sums = np.add.reduceat(np.where(seen.tokens.has_ratio, seen.ratio, 0.0), seen.tokens.starts[:-1])
+    names = np.array(["" if row.policy is None or row.estimated else row.policy for row in seen.rows])
+    told = []
+    for name in sorted(set(names.tolist()) - {""}):
+        mine = (names == name) & (counts > 0)
+        if mine.sum() < 5 or counts[mine].sum() < 100:
+            continue
+        mean = sums[mine].sum() / counts[mine].sum()
+        # rows are independent, tokens of one row are not
+        error = math.sqrt(np.square(sums[mine] - mean * counts[mine]).sum()) / counts[mine].sum()
+        if mean - 4 * error > TOO_LIKELY:
+            told.append(f"{name} ({mean:+.3f} a token, give or take {2 * error:.3f})")
+    if not told:
+        return None
+    return Finding(
+        "too_likely",
+        "warning",
+        f"The student finds text likelier than the policy that is said to have written it: {', '.join(told[:3])}. Of "
+        "what a policy draws from its own distribution, no other model does so on average. So another model wrote it, "
+        "or the same one at other settings of sampling, or these are not its log-probs; or the student was trained on "
+        "this very text.",
     )
 
 

@@ -267,6 +267,23 @@ def test_rows_that_somebody_else_wrote():
     assert "lines 5, 21" in finding.text and "2 rows of 30" in finding.text
 
 
+def test_text_likelier_to_the_student_than_to_who_wrote_it():
+    """E[log pi - log pi_b] under pi_b is minus a KL divergence: exactly so for two distributions and samples of one."""
+    rng = np.random.default_rng(0)
+    policy, student = (rng.dirichlet(np.full(50, 0.5), 1)[0] for _ in range(2))
+    drawn = {
+        "its own": [rng.choice(50, 40, p=policy) for _ in range(20)],
+        "another's": [rng.choice(50, 40, p=student) for _ in range(20)],
+    }
+    for who, rows in drawn.items():
+        data = make_data([np.log(policy[row]) for row in rows])
+        found = advice(data, [np.log(student[row]) for row in rows])
+        assert ("too_likely" in found) == (who == "another's")
+    assert found["too_likely"].severity == "warning" and "teacher (+" in found["too_likely"].text
+    estimated = data._replace(rows=[row._replace(estimated=True) for row in data.rows])
+    assert "too_likely" not in advice(estimated, [np.log(student[row]) for row in rows])
+
+
 def test_sampling_that_bends_the_ratios_and_estimates():
     data, student = pair(rows=10)
     for i in range(4):
