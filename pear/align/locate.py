@@ -47,7 +47,10 @@ def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[Place]
     try:
         found = _match(ids, start, normalized.data, surfaces, pieces)
     except _Mismatch as error:
-        raise Unaligned(_explain(error, ids, pieces)) from None
+        loss = normalized.loss(error.at - len(error.spelled), error.at)
+        raise Unaligned(loss or _explain(error, ids, pieces)) from None
+    if found and (loss := normalized.loss(found[0].begin, len(normalized.data))):
+        raise Unaligned(loss)
     return _to_original(found, normalized)
 
 

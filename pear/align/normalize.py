@@ -5,25 +5,24 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-from pear.align.errors import Unaligned
+from dataclasses import dataclass, field
 
 
 @dataclass
 class Normalized:
-    """The bytes of a text after normalization and, for every cluster that it changed, both its places.
+    """The bytes of a text after normalization and, for every run that stays as it is or changes, both its places.
 
-    A cluster is a run of characters that is normalized as one. Its inside has no counterpart in the original text, so
-    no boundary there means anything.
+    A run that changes is a cluster: characters that are normalized as one. Its inside has no counterpart in the
+    original text, so no boundary there means anything.
     """
 
-    data: bytes
-    starts: list[int]  # of the runs in `data`, ascending
-    ends: list[int]
-    originals: list[int]  # where each run starts in the original bytes
-    original_ends: list[int]
-    same: list[bool]  # the run is the same bytes on both sides
+    data: bytes = b""
+    starts: list[int] = field(default_factory=list)  # of the runs in `data`, ascending
+    ends: list[int] = field(default_factory=list)
+    originals: list[int] = field(default_factory=list)  # where each run starts in the original bytes
+    original_ends: list[int] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)  # the run is the same bytes on both sides
+    losses: list[tuple[int, str]] = field(default_factory=list)  # where in `data` text was lost, and how; ascending
 
     def original(self, at: int) -> int | None:
         """The place in the original bytes of the place `at` in `data`; None inside a cluster that was changed."""
@@ -40,25 +39,26 @@ class Normalized:
         """Where the cluster around the place `at` in `data` starts in the original bytes."""
         return self.originals[bisect_right(self.starts, at) - 1]
 
+    def loss(self, begin: int, end: int) -> str | None:
+        """The last text that was lost between two places of `data`, in words."""
+        return next((words for at, words in reversed(self.losses) if begin <= at <= end), None)
 
-def normalize(text: str, change: Callable[[str], str] | None, keep: list[str]) -> Normalized:
-    """`text` after `change`, with `keep` (contents of added tokens) untouched.
+
+def normalize(text: str, change: Callable[[str], str], keep: list[str]) -> Normalized:
+    """`text` after `change`, cluster by cluster, with `keep` (contents of added tokens) untouched.
 
     A normalizer may change how characters are written - composed or decomposed, compatible forms, upper or lower case -
     and runs of bytes stay matched through that. Where it drops or replaces characters, the tokens stand for another
-    text than the row's.
-
-    Raises:
-        Unaligned: the normalizer drops or replaces something, or does not work cluster by cluster.
+    text than the row's: those places are `losses`. A normalizer that looks beyond a cluster gives other bytes than
+    `data`, so tokens are to be compared with it.
     """
-    runs = Normalized(b"", [], [], [], [], [])
+    runs = Normalized()
     data: list[bytes] = []
     at = original = 0
     for part, kept in _parts(text, keep):
-        pairs = [(part, part)] if kept or change is None else _changes(part, change)
-        for old, new in pairs:
+        for old, new in [(part, part)] if kept else _changes(part, change):
             if new != old and _skeleton(new) != _skeleton(old):
-                raise Unaligned(f"the tokenizer writes {new!r:.40} for {old!r:.40}: text is lost")
+                runs.losses.append((at, f"the tokenizer writes {new!r:.40} for {old!r:.40}: text is lost"))
             data.append(new.encode())
             runs.starts.append(at)
             runs.originals.append(original)
@@ -70,24 +70,20 @@ def normalize(text: str, change: Callable[[str], str] | None, keep: list[str]) -
     return runs
 
 
-def _changes(text: str, change: Callable[[str], str]) -> list[tuple[str, str]]:
+def _changes(text: str, change: Callable[[str], str]) -> Iterator[tuple[str, str]]:
     """The text cut into runs that stay as they are and clusters that change, each with what it becomes."""
-    pairs: list[tuple[str, str]] = []
     for run in _cluster_pattern().findall(text):
         new = change(run)
         if new != run and run.isascii():
-            pairs.extend((c, change(c)) for c in run)
+            yield from ((c, change(c)) for c in run)
             continue
         while new != run and len(run) > 1:  # the first character may have nothing to do with the others
             first, rest = change(run[0]), change(run[1:])
             if first + rest != new:
                 break
-            pairs.append((run[0], first))
+            yield run[0], first
             run, new = run[1:], rest
-        pairs.append((run, new))
-    if change(text) != "".join(new for _, new in pairs):
-        raise Unaligned("the tokenizer changes characters by what stands around them: the text cannot be taken apart")
-    return pairs
+        yield run, new
 
 
 def _parts(text: str, keep: list[str]) -> Iterator[tuple[str, bool]]:

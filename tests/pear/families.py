@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pear.models import load_tokenizer
 
@@ -173,6 +174,37 @@ def qwen_ranks() -> dict[bytes, int]:
         pytest.skip("the package dashscope, which carries Qwen's vocabulary, is not installed")
     lines = path.read_bytes().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+
+def qwen_cut(size: int = 6000) -> tuple[dict[bytes, int], PreTrainedTokenizerBase]:
+    """The first tokens of Qwen's vocabulary, a vocabulary as well: as ranks, and with merges for `tokenizers`."""
+    ranks = {token: rank for token, rank in qwen_ranks().items() if rank < size}
+    character = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    def parts(token: bytes) -> list[bytes]:
+        """The two tokens whose merge this one is: what BPE makes of it by the merges before."""
+        found = [token[i : i + 1] for i in range(len(token))]
+        while len(found) > 2:
+            pairs = [ranks.get(a + b, size) for a, b in zip(found, found[1:], strict=False)]
+            i = pairs.index(min(pairs))
+            found[i : i + 2] = [found[i] + found[i + 1]]
+        return found
+
+    merges = [tuple(map(spell, parts(token))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return ranks, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
 
 
 FAMILIES = {

@@ -1,17 +1,19 @@
 """Tokens of string completions in their text, in every family of tokenizers, against other programs' offsets."""
 
+import functools
 import unicodedata
 
 import pytest
-from families import FAMILIES, family, sentencepiece
+from families import FAMILIES, family, llama3, qwen, sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers, processors
 from unicode_text import texts, texts_with_tokens
 
 from pear.align import Unaligned, align, spans_of
+from pear.align.pieces import pieces_of
 from pear.align.spans import JOINT, NO_BYTES
-from pear.rows import tokenize_row
+from pear.rows import TokenizedRow, tokenize_row
 
 PROMPTS = st.sampled_from(["", "Q: 1 + 1?\n", "x ", "ein ", "e", "日"])
 names = pytest.mark.parametrize("name", FAMILIES)
@@ -29,7 +31,12 @@ def can_spell(name: str, text: str) -> bool:
     if name != "smollm2":
         return name in ("qwen", "llama3") or "▁" not in text
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-    return set(in_bytes[0][0]) <= family(name).get_vocab().keys()
+    return set(in_bytes[0][0]) <= tokens_of_smollm2()
+
+
+@functools.cache
+def tokens_of_smollm2() -> set[str]:
+    return set(family("smollm2").get_vocab())
 
 
 @names
@@ -149,3 +156,125 @@ def test_nfc_cluster_belongs_to_the_token_that_ends_it():
     assert tokenizer.convert_ids_to_tokens(ids) == ["z", "ÄĹ"[0], "ÄĹ"[1], "z", "<|im_end|>"]
     assert spans.extents == [(0, 1), (1, 1), (1, 4), (4, 5), (5, 5)]
     assert spans.marks == {1: NO_BYTES + "\\xc4", 4: "end_of_turn"}
+
+
+def test_case_is_no_other_text():
+    """A tokenizer that reads lower case has the same characters."""
+    tokenizer = sentencepiece_with("nmt_nfkc_cf")
+    spans, ids, _ = spans_in(tokenizer, "x", "STRASSE ﬁ")
+    assert tokenizer.sp_model.decode(ids).startswith("strasse fi")
+    assert all(b < e or i in spans.marks for i, (b, e) in enumerate(spans.extents))
+    assert [e for b, e in spans.extents if b < e][-1] == len("STRASSE ﬁ".encode())
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("naïve", "the tokenizer writes 'i' for 'ï': text is lost"),
+        ("a\nb", r"the tokenizer writes ' ' for '\\n': text is lost"),
+        ("a\u200bb", r"the tokenizer writes '' for '\\u200b': text is lost"),
+        ("the  dog", "the tokens do not spell the text"),
+        ("dog.", "the tokens do not spell the text"),
+    ],
+)
+def test_wordpiece_says_what_it_loses(completion, reason):
+    with pytest.raises(Unaligned, match=reason):
+        spans_in(family("wordpiece"), "x", " " + completion)
+
+
+def test_wordpiece_where_it_loses_nothing():
+    spans, ids, _ = spans_in(family("wordpiece"), "the", " Lazy dog")
+    assert family("wordpiece").decode(ids[:-1]) == "lazy dog"
+    assert [" Lazy dog"[b:e] for b, e in spans.extents if b < e][0].startswith(" ")
+    assert "".join(" Lazy dog"[b:e] for b, e in spans.extents) == " Lazy dog"
+
+
+def test_unknown_tokens_are_said():
+    with pytest.raises(Unaligned, match="token for unknown text"):
+        spans_in(family("wordpiece"), "the", " \u1e9e")
+
+
+def test_lone_surrogates_are_said():
+    tokenizer = family("llama3")
+    with pytest.raises(Unaligned, match="lone surrogate"):
+        spans_of({"prompt": "a", "completion": "b\ud800"}, TokenizedRow([0, 1], [0, 1], 0), tokenizer)
+
+
+def test_tokens_of_another_text_are_said():
+    tokenizer = family("llama3")
+    tokenized = tokenize_row({"prompt": "Q: ", "completion": "It is 7."}, tokenizer, "row")
+    with pytest.raises(Unaligned, match="it has 'Q: It is 8' where they have 'It is 7'"):
+        spans_of({"prompt": "Q: ", "completion": "It is 8."}, tokenized, tokenizer)
+
+
+def test_the_mask_must_end_the_row():
+    with pytest.raises(Unaligned, match="not the last ones"):
+        spans_of({"prompt": "a", "completion": "b"}, TokenizedRow([0, 1, 2], [0, 1, 0], 0), family("llama3"))
+
+
+def test_other_ids_for_the_same_text():
+    """What a server sampled need not be what the tokenizer would choose, and may end before EOS."""
+    tokenizer = family("qwen")
+    row = {"prompt": "Q\n", "completion": "the quick"}
+    tokenized = tokenize_row(row, tokenizer, "row")
+    start = tokenized.completion_mask.index(1)
+    single = [tokenizer.convert_tokens_to_ids(c) for c in "theĠquick"]
+    own = TokenizedRow(tokenized.input_ids[:start] + single, [0] * start + [1] * len(single), 0)
+    assert spans_of(row, own, tokenizer).extents == [(i, i + 1) for i in range(9)]
+
+
+def test_added_tokens_that_strip_have_the_white_space():
+    tokenizer = _byte_level_with([AddedToken("<a>", lstrip=True, special=True), AddedToken("<b>", rstrip=True)])
+    completion = "the  <a> dog<b> \n quick"
+    spans, ids, _ = spans_in(tokenizer, "Q\n", completion)
+    shown = {tokenizer.convert_ids_to_tokens(i): completion[b:e] for i, (b, e) in zip(ids, spans.extents, strict=True)}
+    assert shown["<a>"] == "  <a>" and shown["<b>"] == "<b> \n "
+    assert "".join(completion[b:e] for b, e in spans.extents) == completion
+
+
+def _byte_level_with(added):
+    tokenizer = qwen()
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def test_tokens_that_the_tokenizer_appends_are_marks():
+    tokenizer = llama3()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A <|end_of_text|>", special_tokens=[("<|begin_of_text|>", 0), ("<|end_of_text|>", 1)]
+    )
+    spans, ids, _ = spans_in(tokenizer, "", "dog")
+    assert tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<|eot_id|>", "<|end_of_text|>"]
+    assert spans.extents[-2:] == [(3, 3), (3, 3)] and list(spans.marks.values()) == ["end_of_turn"] * 2
+
+
+def test_a_vocabulary_that_grows_is_read_anew():
+    tokenizer = qwen()
+    assert spans_in(tokenizer, "Q\n", "dog<x>")[0].extents[-2] == (5, 6)
+    tokenizer.add_tokens(["<x>"])
+    assert spans_in(tokenizer, "Q\n", "dog<x>")[0].extents[-2] == (3, 6)
+
+
+def test_a_completion_that_has_eos_itself():
+    spans, _, _ = spans_in(family("llama3"), "Q\n", "dog<|eot_id|>")
+    assert spans.extents[-1] == (3, 13) and not spans.marks
+
+
+def test_a_token_across_the_prompts_end_is_a_mark():
+    """Its log-prob is of the prompt's space as well; the other side has one too, or it is left out of both."""
+    spans, ids, _ = spans_in(family("smollm2"), "Q: ", "It is")
+    assert spans.extents[0] == (0, 0) and spans.marks[0] == "joint 2:  It" and spans.extents[1] == (2, 5)
+
+
+def test_a_long_row_takes_linear_time():
+    """Ten times the text: with anything quadratic a hundred times the calls. Counted, not timed."""
+    calls = []
+    tokenizer = family("qwen")
+    pieces = pieces_of(tokenizer)
+    kept, pieces.normalizer = pieces.normalizer, lambda text: calls.append(len(text)) or kept(text)
+    try:
+        for size in (100, 1000):
+            spans_in(tokenizer, "Q\n", "cafe\u0301 au lait, " * size)
+    finally:
+        pieces.normalizer = kept
+    assert sum(calls) < 12 * (len("cafe\u0301 au lait, ") * 1100)
