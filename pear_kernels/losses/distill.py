@@ -64,8 +64,8 @@ def linear_distill_loss(
     | "js" | js_beta KL(q, m) + (1 - js_beta) KL(p, m), m = js_beta q + (1 - js_beta) p (GKD, arXiv 2306.13649) |
 
     Three matrix products with a trained head, two with a frozen one, one without gradients, and for a teacher in memory
-    one of its own in each case, the least there can be. (At sequence level: as `linear_pear_loss`.) Of both models a
-    chunk of logits is held at a time.
+    one of its own in each case, the least there can be. (At sequence level, with center or normalize: as
+    `linear_pear_loss`.) Of both models a chunk of logits is held at a time.
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,

@@ -46,8 +46,9 @@ def linear_pear_loss(
     with G from `pear_weights` over the response tokens of each sequence, `pi` being the softmax of
     `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature`. Gradients are made in the forward pass: three
     matrix products when the head is trained, two when `weight` needs no gradient, one without gradients. (Sequence
-    level: of several sequences longer than a chunk, those after the first cost up to a fourth product if the workspace
-    has no room for a second (V, D) buffer; `pear_kernels.plan` says how much.)
+    level, and normalize "sequence": of several sequences longer than a chunk, those after the first cost up to a fourth
+    product if the workspace has no room for a second (V, D) buffer. With center and a trained head, each of them does.
+    `pear_kernels.plan` says how much. normalize "batch" passes over the gradients once more.)
 
     Args:
         hidden: (N, D), a pack, or (B, T, D), one sequence a row; float32, bfloat16, float16 or float64.

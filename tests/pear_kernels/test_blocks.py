@@ -18,10 +18,13 @@ from problems import (
     relative_error,
     workspace,
 )
+from test_static import NoSync, refuse_tolist
 
 from pear_kernels import LinearDistillLoss, LinearPEARLoss, linear_pear_loss, packing, pear_weights
+from pear_kernels.engine import Walk
 from pear_kernels.packing import pack_tokens
 from pear_kernels.reference import naive_weights
+from pear_kernels.schedule import Wanted
 from pear_kernels.weights import PEAROptions, PEARWeights
 
 LEVELS = ["token", "block", "sequence"]
@@ -361,6 +364,30 @@ def test_static_packs_have_the_same_answers(level, name, trained, monkeypatch):
             results.append([out.loss.detach(), out.weights, torch.stack(list(out.stats.values())), *grads])
             problem.hidden.nan_to_num_()
         torch.testing.assert_close(results[1], results[0], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("level, name", CASES)
+def test_nothing_between_the_kernels_waits_for_the_device(level, name, monkeypatch):
+    # launches are recorded, not run: this looks at the host's side of them. (test_objective_ops has the PyTorch path)
+    pytest.importorskip("triton")
+    from pear_kernels.triton import launch
+    from pear_kernels.triton.head import Head
+    from pear_kernels.triton.weights import PEARObjective
+
+    problem = blocks_problem((40, 3, 0, 60), D=16, V=64, level=level, dtype=torch.float32, **OPTIONS[name])
+    ids = problem.options.get("block_ids")
+    with NoSync(), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        patch.setattr(launch, "recorder", [])
+        pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
+        options, behavior = PEAROptions(level, **OPTIONS[name]), pack.take(problem.behavior_logprobs)
+        ids = None if ids is None else pack.take(ids)
+        objective = PEARObjective(behavior, pack, options, "sequence_mean", None, torch.ones(4), ids)
+        head = Head(problem.weight, None, 1.0, None, torch.float32)
+        walk = Walk(problem.hidden, head, problem.target, pack, Wanted(True, True, False), 40 * 600)
+        walk.run(objective)
+        objective.finish(walk.logprobs)
+        assert launch.recorder
 
 
 @pytest.mark.parametrize("level, name", CASES)

@@ -14,6 +14,7 @@ from problems import (
     make_policy_problem,
     make_problem,
     make_weighted_problem,
+    random_blocks,
     relative_error,
     workspace,
 )
@@ -108,7 +109,19 @@ def test_matches_the_naive_loss(which, level, head, dtype, tolerance):
             assert relative_error(ours, exact) < tolerance
 
 
+OF_BLOCKS = {
+    "blocks": {},
+    "blocks, clipped and centred": {"clip_blocks": True, "center": True, "clip_length": 30},
+    "blocks, normalised by sequence": {"normalize": "sequence"},
+    "blocks, normalised": {"clip_blocks": True, "normalize": "batch"},
+}
 OBJECTIVES = {
+    **{
+        name: lambda options=options, **more: make_problem(
+            LENGTHS, level="block", block_ids=random_blocks(LENGTHS), **options, **more
+        )
+        for name, options in OF_BLOCKS.items()
+    },
     **{name: lambda name=name, **more: make_weighted_problem(LENGTHS, weighting=name, **more) for name in WEIGHTINGS},
     "weights": lambda **more: make_weighted_problem(LENGTHS, **more),
     **{
@@ -280,10 +293,15 @@ def test_bitwise_repeatable(which, level, dtype):
 
 
 @pytest.mark.parametrize("which", BACKENDS)
-@pytest.mark.parametrize("level, waits", [("token", 1), ("block", 1), ("sequence", 2)])
-def test_the_host_waits_for_the_pack_alone(which, level, waits):
-    """Once for the number of tokens that count; at sequence level also for the lengths of sequences."""
-    problem = on_gpu(make_problem((500, 1, 800), V=301, D=64, dtype=torch.float32, level=level))
+@pytest.mark.parametrize(
+    "level, of_blocks, waits",
+    [("token", None, 1), ("block", None, 1), ("sequence", None, 2)]
+    + [("block", name, 1 + ("centred" in name or "by sequence" in name)) for name in OF_BLOCKS],
+)
+def test_the_host_waits_for_the_pack_alone(which, level, of_blocks, waits):
+    """Once for the number of tokens that count; where weights wait for their sequence also for the lengths of all."""
+    options = {} if of_blocks is None else dict(OF_BLOCKS[of_blocks], block_ids=random_blocks((500, 1, 800)))
+    problem = on_gpu(make_problem((500, 1, 800), V=301, D=64, dtype=torch.float32, level=level, **options))
 
     def step():
         out, leaves = problem.ours(
@@ -306,18 +324,21 @@ def test_the_host_waits_for_the_pack_alone(which, level, waits):
 
 
 @pytest.mark.parametrize("which", BACKENDS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_captured_cuda_graph_follows_its_inputs(which, level):
+@pytest.mark.parametrize(
+    "level, of_blocks", [*((level, None) for level in LEVELS), *(("block", name) for name in OF_BLOCKS)]
+)
+def test_a_captured_cuda_graph_follows_its_inputs(which, level, of_blocks):
     first, second = (
         on_gpu(make_problem((90, 38), V=301, D=64, dtype=torch.float32, level=level, seed=seed)) for seed in (0, 1)
     )
     held = [leaf.detach().clone().requires_grad_() for leaf in first.leaves()]
     target, behavior = first.target.clone(), first.behavior_logprobs.clone()
+    options = {} if of_blocks is None else dict(OF_BLOCKS[of_blocks], block_ids=random_blocks((90, 38)).to(GPU))
 
     def step():
         out = linear_pear_loss(
             *held, target, behavior, cu_seqlens=first.cu_seqlens, level=level, backend=which,
-            workspace_bytes=workspace(64, 301, 4),
+            workspace_bytes=workspace(64, 301, 4), **options,
         )  # fmt: skip
         return [out.loss, out.logprobs, out.weights, *out.stats.values(), *torch.autograd.grad(out.loss, held)]
 
@@ -426,6 +447,7 @@ BAD_VALUES = {
     "behavior_logprobs": "behavior_logprobs=torch.full((6,), float('nan'), device='cuda')",
     "cu_seqlens": "cu_seqlens=torch.tensor([0, 4], device='cuda')",
     "denominator": "denominator=torch.zeros((), device='cuda')",
+    "block_ids": "block_ids=torch.tensor([0, 1, 2, 1, 3, 4], device='cuda'), level='block'",
 }
 
 
