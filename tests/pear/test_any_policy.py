@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '[assistant]<s>' }}{% endif %}"
 )
 ANSWERS = [
-    "It is 7, anjump brownjumps.",
+    "It is 7. An anjump brownjumps.",
     "Add 3 and 21: 24! Ångström, naïve café.",
     "Let us think, then: 5 \U0001f98a\n\nThe answer is 5.",
 ]
