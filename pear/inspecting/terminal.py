@@ -20,7 +20,7 @@ LEVEL_ROWS = (  # of the table: name, key of a summary, how it is written
     ("effective sample size", "ess", "share"),
     ("tokens that will train", "trains", "share"),
     ("tokens with half the weight", "half", "share"),
-    ("weight on each last tenth", "last_tenth", "share"),
+    ("weight on the last tenth of each", "last_tenth", "share"),
 )
 
 
@@ -97,23 +97,20 @@ def _policies(report: dict[str, Any]) -> Table:
     return table
 
 
-def _ratios(report: dict[str, Any]) -> Table | Text:
-    found, summary = report["log_ratio"], report["summary"]
+def _ratios(report: dict[str, Any]) -> Group | Text:
+    found, summary, (low, high) = report["log_ratio"], report["summary"], report["options"]["log_ratio_clip"]
     if not found["tokens"]:
         return Text("no token has a log-ratio")
-    table = Table(title="log pi - log pi_b of a token, before its clip", title_justify="left")
-    wanted = ("0.0", "0.05", "0.25", "0.5", "0.75", "0.95", "1.0")
-    names = ("least", "5%", "25%", "median", "75%", "95%", "largest")
-    for name in ("mean", *names, "delta (clipped), mean", "clipped low", "clipped high"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        number(found["mean"]),
-        *(number(found["quantiles"][key]) for key in wanted),
-        f"{summary['delta_mean']:+.4f}",
-        share(summary["clipped_low"]),
-        share(summary["clipped_high"]),
+    clipped = (
+        f"after it, delta: {summary['delta_mean']:+.4f} on average; {share(summary['clipped_low'])} lie below {low:g}, "
+        f"{share(summary['clipped_high'])} above {high:g}"
     )
-    return table
+    table = Table(title="log pi - log pi_b of a token, before its clip", title_justify="left")
+    quantiles = {"least": "0.0", "5%": "0.05", "median": "0.5", "95%": "0.95", "largest": "1.0"}
+    for name in ("mean", *quantiles):
+        table.add_column(name, justify="right")
+    table.add_row(number(found["mean"]), *(number(found["quantiles"][key]) for key in quantiles.values()))
+    return Group(table, Text(clipped))
 
 
 def _levels(report: dict[str, Any]) -> Table:

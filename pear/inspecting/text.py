@@ -16,6 +16,7 @@ _SIGNS = {"\n": "⏎\n", "\t": "⇥", "\r": "␍"}
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text. A character of several tokens stands at its last one."""
     pieces, texts = pieces_of(tokenizer), []
+    gap = " " if pieces.kind == "plain" and " " in tokenizer.decode(ids[:2]).strip() else ""  # of a list of words
     decode = getincrementaldecoder("utf-8")("replace").decode
     for number, token in enumerate(ids, start=1):
         try:
@@ -24,7 +25,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
             texts.append(f"⟨{token}⟩")
             continue
         text = decode(surface, number == len(ids))
-        texts.append(text if text or not surface else f"⟨{surface.hex(' ').upper()}⟩")
+        texts.append((text if text or not surface else f"⟨{surface.hex(' ').upper()}⟩") + gap)
     return texts
 
 

@@ -19,6 +19,7 @@ from pear.inspecting.inspect import write_outputs
 from pear.inspecting.page import RATIO_STEPS, page, step
 from pear.inspecting.report import HEAD, TAIL
 from pear.inspecting.text import one_line, token_texts, visible
+from pear.word_tokenizer import word_tokenizer
 
 HOSTILE = [
     "</script><script>document.title='hacked'</script>",
@@ -102,6 +103,12 @@ def test_characters_of_several_tokens_show_once():
     assert texts[0] == "⟨E6⟩" and token_texts(TOKENIZER, [len(TOKENIZER) + 5]) == [f"⟨{len(TOKENIZER) + 5}⟩"]
 
 
+def test_words_of_a_list_are_parted():
+    """Tokenizers of whole words spell no spaces; their decoders put them there."""
+    words = word_tokenizer(["1", "+", "2", "=", "3"], pattern=r"\S+")
+    assert "".join(token_texts(words, words("1 + 2 = 3")["input_ids"])).strip() == "1 + 2 = 3"
+
+
 def test_steps_of_colour_are_even_on_both_sides():
     assert [step(value, RATIO_STEPS) for value in (None, 0.0, 0.019, -0.02, 0.1, -0.5, 1.0, -50.0)] == [
         0, 0, 0, -1, 2, -3, 4, -5,
@@ -117,7 +124,13 @@ def test_terminal_ends_with_the_advice_and_markup_is_text(hostile):
     end = last["options"][-1]["effect"] if last["options"] else last["text"]
     assert " ".join(printed.split()).endswith(" ".join(end.split()))
     assert "[bold red]not markup[/]" in " ".join(printed.split())
-    for words in ("behaviour policy", "effective sample size", "tokens that will train", "gamma 0.999", "clipped low"):
+    for words in (
+        "behaviour policy",
+        "effective sample size",
+        "tokens that will train",
+        "gamma 0.999",
+        "lie below -0.08",
+    ):
         assert words in printed
     assert "\x1b" not in printed and "\u202e" not in printed
 
