@@ -124,11 +124,11 @@ def test_every_two_families(pair, prompt, completion, seed):
 
 def test_a_picture():
     """docs/tokenizers.md has this one."""
-    student = Spans([(0, 3), (3, 6), (6, 7), (7, 8), (8, 8)], {4: "end_of_turn"})  # The| ca|t|.|<|im_end|>
-    behavior = Spans([(0, 1), (1, 3), (3, 7), (7, 8), (8, 8)], {4: "end_of_turn"})  # T|he| cat|.|</s>
-    found = align(student, behavior, [-1.0, -2.0, -4.0, -8.0, -16.0])
-    assert found.block_ids.tolist() == [0, 1, 1, 2, 3]
-    assert found.behavior_logprobs.tolist() == [-3.0, -4.0, 0.0, -8.0, -16.0]
+    student = Spans([(0, 1), (1, 3), (3, 5), (5, 7), (7, 11), (11, 12), (12, 12)], {6: "end_of_turn"})
+    behavior = Spans([(0, 3), (3, 7), (7, 9), (9, 11), (11, 12), (12, 12)], {5: "end_of_turn"})
+    found = align(student, behavior, [-1.0, -2.0, -4.0, -8.0, -16.0, -32.0])
+    assert found.block_ids.tolist() == [0, 0, 1, 1, 2, 3, 4]
+    assert found.behavior_logprobs.tolist() == [-1, 0, -2, 0, -12, -16, -32]
     assert found.block_ids.dtype == np.int32
     assert (found.shared, found.left_out) == (1.0, 0.0)
 
