@@ -15,9 +15,11 @@ from mixed_rows import (
     texts,
     token_row,
 )
+from tiny import make_model, make_tokenizer
 
 from pear.io import DataError, read_jsonl
 from pear.rows import tokenize_row
+from pear.score import score
 from pear.scored import load_scored
 from pear.seal import seal, write_scored
 from pear_kernels.weights import PEAROptions
@@ -160,6 +162,15 @@ def test_rows_that_cannot_be_aligned_stop_or_are_named(tokenizer, other, write, 
         load_scored(write(unaligned_rows(tokenizer, other)[1:3]), tokenizer, unaligned="skip")
     with pytest.raises(DataError, match="unaligned must be one of error, skip, got 'drop'"):
         load_scored(path, tokenizer, unaligned="drop")
+
+
+def test_template_that_rewrites_the_answer_is_told_and_not_guessed(tokenizer, other, chat_rows, jsonl, tmp_path):
+    score(make_model(other), jsonl(chat_rows), tmp_path / "s.jsonl", tokenizer=other, progress=False)
+    assert len(load_scored(tmp_path / "s.jsonl", tokenizer)) == len(chat_rows)
+    student = make_tokenizer()
+    student.chat_template = student.chat_template.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(DataError, match=r"s\.jsonl: 6 of 6 rows cannot be aligned .* line 1: .*; line 6: "):
+        load_scored(tmp_path / "s.jsonl", student)
 
 
 def test_problem_of_a_row_in_the_students_tokens_is_none(tokenizer, write):

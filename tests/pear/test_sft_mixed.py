@@ -357,15 +357,16 @@ def test_sums_of_blocks():
 # The command
 
 
-def test_from_score_to_sft_with_a_teacher_of_another_tokenizer(tokenizer, save_model, jsonl, tmp_path, caplog):
-    """`pear score` by the teacher, human text beside it, `pear sft` by flags; and the run's record."""
+def test_from_score_to_sft_with_several_policies(tokenizer, save_model, jsonl, tmp_path, caplog):
+    """`pear score` by a teacher of another tokenizer and one of the student's, human text beside; then `pear sft`."""
     other = other_tokenizer()
     teacher = tmp_path / "teacher"
     make_model(other, seed=4).save_pretrained(teacher)
     other.save_pretrained(teacher)
-    human = [nobodys_row(text) for text in texts(3)]
+    policies = [str(teacher)] * 8 + [str(save_model(seed=1))] * 4 + ["none"] * 3
+    rows = [text | {"behavior_policy": policy} for text, policy in zip(texts(15), policies, strict=True)]
     scored = tmp_path / "scored.jsonl"
-    score(str(teacher), jsonl([*texts(8), *human]), scored, progress=False)
+    score(None, jsonl(rows), scored, progress=False)
     flags = (
         f"--model {save_model(seed=0)} --data {scored} --eval_data {scored} --output_dir {tmp_path / 'out'} "
         "--max_steps 2 --report_to none --logging_steps 1 --per_device_train_batch_size 4 --disable_tqdm true "
@@ -379,8 +380,8 @@ def test_from_score_to_sft_with_a_teacher_of_another_tokenizer(tokenizer, save_m
     assert run.settings["unaligned"] == "skip"
     entry = run.log[0]
     assert 0 < entry["pear/ratio_tokens"] <= 1 and math.isfinite(entry["loss"])
-    assert "8 of 11 rows are not in the student's tokens and were aligned by their bytes" in caplog.text
-    assert "3 of 11 rows have no behaviour policy" in caplog.text
+    assert "8 of 15 rows are not in the student's tokens and were aligned by their bytes" in caplog.text
+    assert "3 of 15 rows have no behaviour policy" in caplog.text
     assert any("eval_pear/ratio_tokens" in entry for entry in run.log)
 
 
