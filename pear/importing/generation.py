@@ -58,6 +58,18 @@ def completion_text(completion: str | Messages) -> str:
     return "".join(completion_pieces(completion))
 
 
+def read_all(found: Iterable[Any]) -> list[Any]:
+    """The generations and rejects of a record. What a source did not foresee in it is a reject too, not a crash."""
+    items: list[Any] = []
+    try:
+        items.extend(found)
+    except Reject as reason:
+        items.append(reason)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        items.append(Reject(f"not of the form that this source's records have ({error!r:.200})", again=True))
+    return items
+
+
 def each(choices: Iterable[Any], read: Any) -> Iterator[Generation | Reject]:
     """`read(choice)` of each; one that cannot be read does not keep the others away."""
     for choice in choices:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.importing import openai
 from pear.importing.client import Client, Failed, ServerError
-from pear.importing.generation import Generation, Reject
+from pear.importing.generation import Generation, Reject, read_all
 from pear.importing.openai import NoLogprobs, NotOffered
 from pear.importing.rows import Converter
 from pear.io import DataError
@@ -173,7 +173,7 @@ class Live:
             body |= {"messages": prompt, "logprobs": True, "top_logprobs": 1}
 
         def answers(answer: dict[str, Any]) -> list[Any]:
-            found: list[Any] = list(openai.generations({"request": body, "response": answer}, self.stage))
+            found = read_all(openai.generations({"request": body, "response": answer}, self.stage))
             found = [self._of_row(item, own) for item in found]
             missing = self.n - len(found)
             if missing > 0:
@@ -200,18 +200,14 @@ class Live:
         def answers(answer: dict[str, Any]) -> list[Any]:
             record = {"prompt": row["prompt"], "completion": row["completion"], "request": body, "response": answer}
             if tokens is None:
-                found = list(openai.generations(record))
+                found = read_all(openai.generations(record))
             else:
-                found = [self._by_ids(answer, row, tokens.input_ids)]
+                found = read_all(
+                    openai.scored_ids(answer, row["prompt"], row["completion"], ids) for ids in [tokens.input_ids]
+                )
             return [self._of_row(item, own) for item in found][:1]
 
         return "/completions", body, answers
-
-    def _by_ids(self, answer: dict[str, Any], row: dict[str, Any], ids: list[int]) -> Generation | Reject:
-        try:
-            return openai.scored_ids(answer, row["prompt"], row["completion"], ids)
-        except Reject as error:
-            return error
 
 
 def _is_message(value: Any) -> bool:

@@ -8,14 +8,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align import Spans, Unaligned, spans_of, spans_of_text
 from pear.align.pieces import pieces_of
-from pear.align.roles import END_OF_TURN
+from pear.align.roles import END_OF_TURN, names_of
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
 from pear.importing.generation import Generation, Reject, completion_pieces, completion_text
-from pear.importing.spelling import check_all_there, kept_of, roles_of, without_dummy_prefix
+from pear.importing.spelling import check_all_there, kept_of, roles_of, spelled, without_dummy_prefix
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
+from pear.rows import _template_arguments as template_arguments
 
 _NO_IDS = "the source gives no ids"
 _NO_TOKENIZER = "no --tokenizer"
@@ -58,6 +59,8 @@ class Converter:
                 f"{where}: the data does not name the model that wrote it; give --policy NAME, or `behavior_policy` in "
                 "each row"
             )
+        if not isinstance(policy, str):
+            raise Reject(f"the behaviour policy's name must be a string, got {policy!r:.100}")
         if policy == "none":
             raise Reject('"behavior_policy": "none" means that no model wrote the text, but the row has log-probs')
         if self.tokenizer is not None and generation.prompt is None:
@@ -92,10 +95,18 @@ class Converter:
         own = {key: value for key, value in generation.extra.items() if key not in _MADE}
         row = own | {"prompt": generation.prompt, "completion": generation.completion}
         try:
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise Reject(f"the row cannot be written as JSON: {error}") from None
+        try:
             check_label(row, "row")
-            return prompt_and_completion(row, "row")
+            row = prompt_and_completion(row, "row")
         except DataError as error:
             raise Reject(str(error).removeprefix("row: ")) from None
+        pieces = completion_pieces(row["completion"])
+        if not pieces or not all(isinstance(piece, str) for piece in pieces):
+            raise Reject(f"the completion must have text to place the tokens in, got {row['completion']!r:.100}")
+        return row
 
     def _sampling(self, generation: Generation) -> dict[str, Any]:
         if not generation.written:
@@ -137,16 +148,20 @@ class Converter:
                 "policy?"
             )
         values = checks.check_logprobs(generation)
-        pieces = pieces_of(tokenizer)
         content = completion_text(text["completion"])
-        data = [pieces.surface(token) for token in ids]
-        if pieces.dummy_prefix:
+        data, hidden = spelled(ids, tokenizer, completion_pieces(text["completion"]))
+        if pieces_of(tokenizer).dummy_prefix:
             data = without_dummy_prefix(data, content, generation.prompt)
         check_all_there(data, content)
         kept = kept_of(data, content, generation.cut)
         ids, data, values_kept = ids[:kept], data[:kept], values[:kept]
         prompt_ids, asked = self._prompt(generation, text, ids, where)
         spans = self._spans(prompt_ids, ids, data, text, asked)
+        if spans is not None:
+            names = names_of(self.roles)
+            for number in hidden & set(range(kept)):
+                surface = tokenizer.convert_ids_to_tokens(ids[number])
+                spans.marks[number] = names.get(surface, surface)
         mask = [0] * len(prompt_ids) + [1] * kept
         if not prompt_ids:  # nothing predicts the first token of all
             if kept < 2:
@@ -198,8 +213,8 @@ class Converter:
                 raise Reject(str(error).removeprefix(f"{where}: ")) from None
             why = "the tokenizer cannot encode the row"
             return generation.prompt_ids, {name: checks.answer(None, why) for name in _OF_IDS[1:]}
-        start = own.completion_mask.index(1)
-        prompt, completion = own.input_ids[:start], own.input_ids[start:]
+        prompt = _prompt_ids(text, own, self.tokenizer)
+        completion = own.input_ids[len(prompt) :] if own.input_ids[: len(prompt)] == prompt else []
         same = _re_encodes(completion, ids, pieces_of(self.tokenizer).added)
         asked = {"completion re-encodes to the ids": checks.answer(same)}
         given, count = generation.prompt_ids, generation.prompt_count
@@ -318,6 +333,17 @@ _MADE = {
 }  # fmt: skip
 _SPANS = "every row's spans"
 _OF_IDS = ("ids are the text", "completion re-encodes to the ids", "prompt re-encodes to the ids")
+
+
+def _prompt_ids(text: dict[str, Any], own: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's ids by themselves, as a server has them that does not know the completion yet."""
+    prompt = text["prompt"]
+    if not own.prompt_cut and prompt:
+        return own.input_ids[: own.completion_mask.index(1)]
+    if isinstance(prompt, str):
+        return list(tokenizer(text=prompt)["input_ids"])
+    arguments = {**template_arguments(text), "tokenize": True, "return_dict": True}
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **arguments)["input_ids"])
 
 
 def _re_encodes(own: list[int], ids: list[int], added: Any) -> bool:

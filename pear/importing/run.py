@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pear.importing import checks, columns, openai, sglang, vllm
 from pear.importing.client import Client, Failed
-from pear.importing.generation import STAGES, Reject
+from pear.importing.generation import STAGES, Reject, read_all
 from pear.importing.journal import Journal
 from pear.importing.live import Live
 from pear.importing.report import report
@@ -191,7 +191,7 @@ def _look(data: str | os.PathLike) -> tuple[int, str]:
 
 def _read(reader: Callable, record: dict[str, Any], converter: Converter, where: str) -> list[Any]:
     found = []
-    for item in reader(record):
+    for item in read_all(reader(record)):
         try:
             found.append(item if isinstance(item, Reject) else converter.row(item, where))
         except Reject as reason:
@@ -284,13 +284,15 @@ def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Consol
 def _rejected(data: str | os.PathLike, rejects: dict[int, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for line, record in read_jsonl(data):
         for reject in rejects.get(line, ()):
-            yield {"line": line, **reject, "row": _finite(record)}
+            yield {"line": line, **_writable(reject), "row": _writable(record)}
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinities as words: they are no JSON, though records with them are read."""
+def _writable(value: Any) -> Any:
+    """NaN, infinities and halves of surrogate pairs as words: a file of JSON cannot hold what was read from one."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+        return {_writable(key): _writable(item) for key, item in value.items()}
+    return [_writable(item) for item in value] if isinstance(value, list) else value

@@ -1,5 +1,6 @@
 """How a response was sampled: the settings a source tells, and what they mean for a ratio of log-probs."""
 
+import math
 from typing import Any
 
 from pear.importing.generation import STAGES
@@ -25,7 +26,7 @@ def settings(source: Any) -> dict[str, float]:
     found = {}
     for name in (*KEYS, *_NAMES):
         value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-        if type(value) in (int, float):
+        if type(value) in (int, float) and math.isfinite(value):
             found[_NAMES.get(name, name)] = value
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
+from pear.align.pieces import pieces_of
 from pear.importing.generation import Reject
 
 
@@ -30,6 +31,25 @@ def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
                 f"the text ends inside token {number - 1} ({token.decode('utf-8', 'replace')!r}): a stop string cut it"
             )
     return len(data)
+
+
+def spelled(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, contents: Sequence[str]
+) -> tuple[list[bytes], set[int]]:
+    """The bytes of each token as the text has them; and the tokens that stand within the text but are not part of it.
+
+    Servers leave special tokens out of the text (`skip_special_tokens`), wherever the policy wrote them.
+    """
+    pieces = pieces_of(tokenizer)
+    data = [pieces.surface(token) for token in ids]
+    wanted = [content.encode("utf-8", "surrogatepass") for content in contents]
+    special = {token for token, added in pieces.added.items() if added.special}
+    hidden = {number for number, token in enumerate(ids) if token in special}
+    silent = [b"" if number in hidden else surface for number, surface in enumerate(data)]
+    loud, quiet = b"".join(data), b"".join(silent)
+    if not all(content in loud for content in wanted) and all(content in quiet for content in wanted):
+        return silent, hidden
+    return data, set()
 
 
 def check_all_there(data: Sequence[bytes], text: str) -> None:

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from pear.align import Spans, align, spans_of
 from pear.cli import app
-from pear.importing import from_vllm, import_logprobs
+from pear.importing import columns, from_vllm, import_logprobs, openai, sglang, vllm
+from pear.importing.generation import Reject
+from pear.importing.report import report
+from pear.importing.rows import Converter
+from pear.importing.run import _read
 from pear.io import DataError, check_scored_row, read_jsonl, write_jsonl
 from pear.rows import prompt_and_completion, tokenize_row
 from pear.score import score
@@ -433,6 +439,72 @@ def test_bad_records_are_set_aside_with_the_reason(path, value, reason, told, fo
     assert not (tmp_path / "strict.jsonl").exists()
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def paths(value: Any, here: tuple = ()) -> list[tuple]:
+    """Every place in a record."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [here, *(path for key, item in items for path in paths(item, (*here, key)))]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_whatever_stands_in_a_record_it_is_read_or_set_aside(data, teacher, tokenizer):
+    """Any place of a record may hold anything: nothing but a reason comes of it, and no row that is not whole."""
+    t = tell(teacher, tokenizer, ROWS[data.draw(st.sampled_from([0, 2]))])
+    source, record = data.draw(
+        st.sampled_from([
+            ("vllm", vllm_record(t)), ("sglang", sglang_record(t)), ("jsonl", {
+                "prompt": t.prompt, "completion": t.text, "logprobs": t.logprobs, "tokens": t.tokens,
+            }), ("openai", text_record(t, ids=True) if isinstance(t.prompt, str) else chat_record(t, ids=True)),
+        ])
+    )  # fmt: skip
+    record = json.loads(json.dumps(record))
+    place = data.draw(st.sampled_from(paths(record)[1:]))
+    at = record
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = data.draw(JSON)
+    readers = {"jsonl": columns.reader(tokens="tokens"), "vllm": vllm.generations, "sglang": sglang.generations}
+    converter = Converter(tokenizer if data.draw(st.booleans()) else None, policy=POLICY)
+    for item in _read(readers.get(source, openai.generations), record, converter, "record"):
+        if isinstance(item, Reject):
+            assert str(item)
+            continue
+        row, counts = item
+        report(counts, {})
+        row = json.loads(json.dumps(row, allow_nan=False))
+        if "input_ids" in row:
+            check_scored_row(row, "row")
+        assert row["behavior_policy"] and isinstance(row["behavior_policy"], str)
+        if "problem" not in row["behavior_spans"]:
+            spans = Spans.from_json(row["behavior_spans"], "row")
+            count = len(row["behavior_spans"].get("logprobs", [])) or sum(row["completion_mask"])
+            assert len(spans.extents) == count
+
+
+def test_what_json_cannot_hold_is_set_aside(jsonl, tmp_path):
+    good = {"prompt": "x", "completion": "ab", "logprobs": [-1.0], "tokens": ["ab"]}
+    rows = [
+        good,
+        good | {"mine": math.nan},
+        good | {"prompt": "\ud800"},
+        good | {"completion": "\udc00", "tokens": ["?"]},
+    ]
+    out = tmp_path / "out.jsonl"
+    settings = dict(policy="p", columns_named={"tokens": "tokens"}, progress=False)
+    result = import_logprobs("jsonl", jsonl(rows), out, **settings)
+    assert (result["written"], result["rejected"]) == (1, 3)
+    rejects = [row for _, row in read_jsonl(tmp_path / "out.jsonl.rejects.jsonl")]
+    assert all("cannot be written as JSON" in row["reason"] for row in rejects)
+    assert rejects[0]["row"]["mine"] == "nan" and rejects[1]["row"]["prompt"] == "\\ud800"
+
+
 def test_rejects_of_an_earlier_run_go_when_there_are_none(told, folder, tmp_path):
     records = [vllm_record(t) for t in told]
     broken = [break_record(records[0], "outputs.0.text", "other"), *records[1:]]
@@ -466,6 +538,23 @@ def test_tokens_as_sampled_stay_where_the_tokenizer_would_cut_otherwise(teacher,
     assert rows[0]["behavior_spans"]["bytes"][:3] == [[0, 1], [1, 2], [2, 3]]
     assert next(e for e in result["checks"] if e["check"] == "completion re-encodes to the ids")["no"] == 1
     assert any("would have cut otherwise" in warning for warning in result["warnings"])
+
+
+def test_special_tokens_that_the_text_leaves_out_are_marks(told, tokenizer, folder, tmp_path):
+    """As servers do by themselves (skip_special_tokens), wherever the policy wrote them."""
+    t = told[0]
+    start, pad = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|pad|>"])
+    t.ids = [t.ids[0], start, *t.ids[1:3], pad, *t.ids[3:]]
+    t.logprobs = [-1.0 - k for k in range(len(t.ids))]
+    t.pieces = [b""] * len(t.ids)
+    rows, result = run(tmp_path, "vllm", [vllm_record(t)], tokenizer=folder, policy=POLICY)
+    spans = rows[0]["behavior_spans"]
+    assert rows[0]["input_ids"] == t.prompt_ids + t.ids and rows[0]["completion"] == t.text
+    assert spans["marks"] == {"1": "start_of_turn", "4": "<|pad|>", str(len(t.ids) - 1): "end_of_turn"}
+    covered = [extent for extent in spans["bytes"] if extent[0] < extent[1]]
+    assert covered[0][0] == 0 and covered[-1][1] == len(t.text)
+    assert all(before[1] == after[0] for before, after in zip(covered, covered[1:], strict=False))
+    assert next(e for e in result["checks"] if e["check"] == "completion re-encodes to the ids")["no"] == 1
 
 
 def test_a_stop_string_leaves_tokens_behind_the_text(told, folder, tmp_path):
@@ -621,6 +710,11 @@ def test_an_empty_prompt_predicts_nothing_of_the_first_token(teacher, tokenizer,
     assert row["completion_mask"] == [0] + [1] * (len(t.ids) - 1)
     assert row["behavior_logprobs"] == [0.0, *t.logprobs[1:]]
     assert len(row["behavior_spans"]["bytes"]) == len(t.ids) - 1 and row["behavior_spans"]["bytes"][0][0] > 0
+    record = text_record(t, ids=True)
+    del record["response"]["choices"][0]["prompt_token_ids"]  # nor does the source tell that there are none
+    record["request"]["prompt"] = ""
+    rows, result = run(tmp_path, "openai", [{**record, "prompt": ""}], tokenizer=folder)
+    assert [r["input_ids"] for r in rows] == [row["input_ids"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
