@@ -23,6 +23,7 @@ from pear.scoring.policies import Policy, identity
 from pear.scoring.processes import Processes
 from pear.scoring.rows import Plan, Share, all_rows, read_plan, some_lines
 from pear.scoring.side import SideFiles
+from pear.scoring.spans import make_spans
 from pear.seal import FORMAT
 
 COLUMNS = (*LOGPROB_COLUMNS, "none")  # where log-probs may go
@@ -130,6 +131,8 @@ def score(
     resumed = 0
     with contextlib.ExitStack() as held:
         for share in plan.shares:
+            if model is None:
+                console.print(f"{len(share.rows)} rows of {share.policy.name}", markup=False, highlight=False)
             with share.policy.loaded() as scorer:
                 if wanted is not None:
                     beside_top_k = _about_top_k(wanted, share.policy, scorer.get_output_embeddings().weight.shape[0])
@@ -143,6 +146,8 @@ def score(
                         markup=False,
                     )
                 _score_share(share, scorer, side, processes, data, batch_tokens, wanted, console)
+        if column == "behavior_logprobs":
+            make_spans(data, plan, sides, processes)
         written = None
         with processes.together():  # all are done
             pass
@@ -277,7 +282,7 @@ def _score_share(
         if todo := [row for i in batch if (row := share.rows[i]).line not in side]:
             left.append(todo)
     mine = left[processes.rank :: processes.count]
-    with _progress(console, sum(map(len, mine)), f"scoring with {share.policy.name}{processes.which}") as advance:
+    with _progress(console, sum(map(len, mine)), f"scoring{processes.which}") as advance:
         for rows in mine:
             side.append(rows, score_batch(scorer, rows, data, wanted))
             advance(len(rows))

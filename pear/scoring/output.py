@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from pear.io import DataError, atomic_writer, read_jsonl
 from pear.rows import prompt_and_completion
@@ -19,6 +18,7 @@ from pear.scoring.choice import NONE
 from pear.scoring.policies import Policy
 from pear.scoring.rows import Plan, Row, line_for_hash, scored_places
 from pear.scoring.side import SideFiles
+from pear.scoring.spans import spans_of_row, text_hash
 from pear.seal import file_id, seal
 
 MODEL_OF = {"behavior_logprobs": "model", "ref_logprobs": "ref_model"}  # the key that names whose log-probs they are
@@ -67,13 +67,21 @@ def write_out(
                 continue
             row = prompt_and_completion(row, f"{data}:{line}")
             if line in places:
-                share, where = places[line]
-                scores = readers[share.policy.name][line]
-                row = _scored(row, where, scores, share.policy, column, beside_top_k)
+                share, tokens = places[line]
+                reader = readers[share.policy.name]
+                scores = reader.scores(line)
+                spans = None
+                if column == "behavior_logprobs":
+                    spans = reader.spans(line)
+                    if spans is None or spans.text != text_hash(row):  # the data changed and changed back
+                        spans = spans_of_row(row, tokens, share.policy.tokenizer)
+                    if "problem" in spans.spans:
+                        written.unaligned[line] = spans.spans["problem"]
+                row = _scored(row, tokens, scores, share.policy, column, beside_top_k)
+                if spans is not None:
+                    row["behavior_spans"] = spans.spans
                 written.tokens += len(scores.logprobs)
                 written.total += float(scores.logprobs.sum(dtype=np.float64))
-                if column == "behavior_logprobs" and "problem" in row["behavior_spans"]:
-                    written.unaligned[line] = row["behavior_spans"]["problem"]
             elif line in plan.none:
                 row = row | {"behavior_policy": NONE}
             number += 1
@@ -98,7 +106,6 @@ def _scored(
     if column != "none":
         scored |= {column: [0.0] * start + floats(scores.logprobs), MODEL_OF[column]: policy.name}
     if column == "behavior_logprobs":
-        scored["behavior_spans"] = spans_of_row(row, tokens, policy.tokenizer)
         scored["behavior_policy"] = policy.name
         scored.pop("behavior_estimated", None)
         if tokens.estimated:
@@ -110,16 +117,6 @@ def _scored(
             **beside_top_k,
         }
     return scored
-
-
-def spans_of_row(row: dict[str, Any], tokens: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`behavior_spans`: which bytes of the completion each of its tokens stands for, or why that cannot be told."""
-    from pear.align import Unaligned, spans_of
-
-    try:
-        return spans_of(row, tokens.tokenized, tokenizer).to_json()
-    except Unaligned as problem:
-        return {"problem": str(problem)}
 
 
 def floats(values: np.ndarray) -> list:

@@ -3,7 +3,8 @@
 The key is a hash of all that the log-probs depend on, so whoever comes after a kill with the same data, model and
 settings finds them, whatever the number of processes. A file is a header line, then a line a row, batch by batch; the
 last line of a batch says so. A batch that a kill tore is cut off and scored again whole, so that every row is scored in
-the batch that it would have been in: the log-probs come out the same to the last bit.
+the batch that it would have been in: the log-probs come out the same to the last bit. Lines with the bytes of each
+row's tokens (`behavior_spans`) follow, by whichever process made them.
 
 In memory is only where each row's line starts; the numbers, bytes of arrays in base64, are read back from there.
 """
@@ -12,10 +13,10 @@ import base64
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,9 @@ class SideFiles:
         self._processes = processes
         self._tokens = {row.line: len(row.input_ids) - row.start for row in rows}
         self.path = self._path(processes.rank)
-        self._places: dict[int, tuple[int, int]] = {}  # line of the data -> whose file, bytes before its line there
+        # line of the data -> whose file, bytes before its line there
+        self._places: dict[int, tuple[int, int]] = {}
+        self._spans: dict[int, tuple[int, int]] = {}
         self._file: FileIO
 
     def _path(self, number: int) -> Path:
@@ -122,14 +125,15 @@ class SideFiles:
     def read(self) -> None:
         """Find the rows in all files, again."""
         self._places.clear()
+        self._spans.clear()
         for number in self._existing():
             at = 0
             with open(self._path(number), "rb") as file:
                 for n, text in enumerate(file, start=1):
                     try:
                         if n > 1:
-                            line, _ = self._parse(text)
-                            self._places[line] = number, at
+                            line, found = self._parse(text)
+                            (self._places if isinstance(found, Scores) else self._spans)[line] = number, at
                         elif json.loads(text) != self.header:
                             raise ValueError("not the header of this data, model and settings")
                     except (ValueError, KeyError, TypeError) as error:
@@ -139,11 +143,13 @@ class SideFiles:
                         ) from error
                     at += len(text)
 
-    def _parse(self, text: bytes) -> tuple[int, Scores]:
+    def _parse(self, text: bytes) -> tuple[int, "Scores | SpansOf"]:
         record = json.loads(text)
         line, arrays = record["line"], []
         if line not in self._tokens:
             raise ValueError(f"no row of this run is at line {line} of the data")
+        if "spans" in record:
+            return line, SpansOf(record["text"], record["spans"])
         for key in _DTYPES if "top_k" in self.header else ("logprobs",):
             array = np.frombuffer(base64.b64decode(record[key], validate=True), _DTYPES[key])
             if key in TOP_K_COLUMNS:
@@ -190,19 +196,45 @@ class SideFiles:
         while rest:  # a call may write less than all, as on a disk that is nearly full
             rest = rest[self._file.write(rest) :]
 
+    def without_spans(self) -> list[int]:
+        """Lines whose spans nobody has made before this call, in order; the same in every process."""
+        return sorted(self._tokens.keys() - self._spans.keys())
+
+    def append_spans(self, found: Mapping[int, "SpansOf"]) -> None:
+        """Keep the spans of these lines.
+
+        Raises:
+            WriteError: the disk is full.
+        """
+        records = [{"line": line, "text": spans.text, "spans": spans.spans} for line, spans in found.items()]
+        if records:
+            records[-1]["last"] = True
+            with self._told():
+                self._write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+
     def remove(self) -> None:
         for number in self._existing():
             self._path(number).unlink()
 
 
+class SpansOf(NamedTuple):
+    text: str  # a hash of the row that they were made of
+    spans: dict[str, Any]
+
+
 class Reader:
-    """Scores by the line of the data, from open side files."""
+    """What is known of a line of the data, from open side files."""
 
     def __init__(self, side: SideFiles, files: dict[int, BinaryIO]):
         self._side, self._files = side, files
 
-    def __getitem__(self, line: int) -> Scores:
-        number, at = self._side._places[line]
+    def scores(self, line: int) -> Scores:
+        return self._at(*self._side._places[line])
+
+    def spans(self, line: int) -> SpansOf | None:
+        return self._at(*self._side._spans[line]) if line in self._side._spans else None
+
+    def _at(self, number: int, at: int) -> Any:
         file = self._files[number]
         file.seek(at)
         return self._side._parse(file.readline())[1]

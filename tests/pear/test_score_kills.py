@@ -107,6 +107,9 @@ def rows_kept(folder) -> list[int]:
             if not text.endswith(b"\n"):
                 break
             record = json.loads(text)
+            if "spans" in record:
+                assert record["text"]
+                continue
             assert len(base64.b64decode(record["logprobs"])) % 4 == 0
             batch.append(record["line"])
             if record.get("last"):
@@ -128,7 +131,7 @@ def test_killed_at_random_bytes_of_the_side_file(context, place, tmp_path, seed)
     kept = 0
     for call in itertools.count():
         assert call < 60
-        fault = ("bytes", rng.randrange(1, 2500))
+        fault = ("bytes", rng.randrange(1, 9000))
         (code,) = Team(context, tmp_path, place["arguments"], [fault]).codes()
         if code == 0:
             break
