@@ -1,6 +1,10 @@
 """Contents of chats in what different chat templates make of them, and structural tokens by role."""
 
+import re
+from pathlib import Path
+
 import pytest
+import trl
 from families import R1_TEMPLATE, family
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -8,7 +12,9 @@ from unicode_text import texts
 
 from pear.align import Unaligned, align, spans_of
 from pear.align.contents import contents_of
+from pear.align.pieces import pieces_of
 from pear.align.spans import JOINT, NO_BYTES
+from pear.io import DataError
 from pear.rows import tokenize_row
 
 USER = [{"role": "user", "content": "What is 3 + 4?"}]
@@ -224,3 +230,49 @@ def test_any_content(name, contents, reasoning):
     assert lost <= white + joints + left_out + blank
     found = align(spans, spans, [0.0] * len(spans.extents))
     assert found.block_ids.tolist() == list(range(len(spans.extents)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chat templates of many models, as TRL carries them
+
+REAL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+CONTENTS = [
+    "It is 7, naïve as it is.",
+    THOUGHT,
+    "<think>Three and four.</think>It is 7.",
+    "</think> \n\n<think>\nassistant\n</think>final",
+    " assistant\n",
+]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_real_templates(path):
+    """Every token of text spells its bytes; a plain answer is whole, unless the template takes no plain strings."""
+    template, pieces = path.read_text(), pieces_of(family("llama3"))
+    for content in CONTENTS:
+        row = chat(content, {"role": "user", "content": "assistant"}, {"role": "assistant", "content": "Bye."})
+        try:
+            spans, tokens = spans_in("llama3", row, template)
+        except (DataError, Unaligned) as error:  # templates of vision models take lists of parts
+            assert re.search("cannot render|leaves out", str(error))
+            continue
+        data = text_of(row)
+        for token, (begin, end) in zip(tokens, spans.extents, strict=True):
+            if begin < end:
+                assert pieces.surface(family("llama3").convert_tokens_to_ids(token)) == data[begin:end]
+        assert covered(row, spans).endswith("assistantBye.")
+        if "think" not in content:
+            assert covered(row, spans)[: -len("assistantBye.")].strip(". \n") == content.strip(". \n")
+
+
+def test_thinking_that_the_prompt_has_begun():
+    """Some generation prompts end in <think>: then it is the prompt's, and the completion's text starts behind it."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    spans, tokens = spans_in("qwen", chat(THOUGHT), template)
+    assert spans.extents[0][0] == len("<think>\n") and spans.extents[0][1] > spans.extents[0][0]
+    smollm2, _ = spans_in("smollm2", chat(THOUGHT))
+    found = align(smollm2, spans, [-1.0] * len(spans.extents))
+    assert found.block_ids[-1] >= 0 and found.left_out == 0 and 0.8 < found.shared < 1
