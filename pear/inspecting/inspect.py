@@ -76,6 +76,7 @@ def inspect(
         check_options(options)
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from None
+    _check_outputs({"data": data, "html": html, "json": json_report})
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     place = torch.device(device) if device else accelerator or torch.device("cpu")
     student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
@@ -105,6 +106,14 @@ def write_outputs(
     if json_report is not None:  # ASCII, since a name may hold half of a surrogate pair
         files[Path(json_report)] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
     write_whole(files)
+
+
+def _check_outputs(files: dict[str, str | os.PathLike | None]) -> None:
+    """Raise where two of them are one file: nothing that is written may take the place of the data, or of the other."""
+    seen: dict[str, str] = {}
+    for name, path in files.items():
+        if path is not None and (other := seen.setdefault(os.path.realpath(path), name)) != name:
+            raise DataError(f"{name} and {other} are the same file, {path}: give another name to one of them")
 
 
 @contextlib.contextmanager

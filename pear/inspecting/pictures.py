@@ -136,8 +136,8 @@ def _range(report: dict[str, Any]) -> tuple[float, float]:
     highs += map(max, medians)
     low, high = min(*lows, -0.5), max(*highs, 0.5)
     floor, ceiling = report["options"]["log_weight_clip"]
-    low = floor if low < 0.5 * floor else low
-    high = ceiling if high > 0.5 * ceiling else high
+    low = min(low, floor) if low < 0.5 * floor else low
+    high = max(high, ceiling) if high > 0.5 * ceiling else high
     space = 0.06 * (high - low)
     return low - space, high + space
 

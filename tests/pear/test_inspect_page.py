@@ -20,6 +20,7 @@ from pear.inspecting.page import RATIO_STEPS, page, step
 from pear.inspecting.report import HEAD, TAIL
 from pear.inspecting.text import one_line, token_texts, visible
 from pear.word_tokenizer import word_tokenizer
+from pear_kernels.weights import PEAROptions
 
 HOSTILE = [
     "</script><script>document.title='hacked'</script>",
@@ -75,7 +76,7 @@ def test_page_asks_for_nothing_and_holds_no_markup_of_the_data(hostile):
     text.encode()  # no half of a surrogate pair is left
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.text(min_size=1, max_size=30))
 def test_any_text_stands_in_the_page_as_itself(text):
     """All tokens' texts together, unescaped, are the text with signs for what does not show."""
@@ -133,6 +134,50 @@ def test_terminal_ends_with_the_advice_and_markup_is_text(hostile):
     ):
         assert words in printed
     assert "\x1b" not in printed and "\u202e" not in printed
+
+
+@st.composite
+def anything(draw):
+    """Rows of every kind with any log-probs, and any options that hold."""
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    size = draw(st.sampled_from([0.0, 1e-6, 0.1, 3.0, 300.0]))
+    behavior, student, fields = [], [], {}
+    for i in range(draw(st.integers(1, 8))):
+        length = draw(st.integers(1, 25))
+        behavior.append(-size * rng.exponential(size=length))
+        student.append(-size * rng.exponential(size=length))
+        kind = draw(st.sampled_from(["own", "spans", "human", "wrong"]))
+        if kind == "spans":
+            steps = rng.integers(0, 2, length)
+            spans = np.where(rng.random(length) < 0.2, -1, np.cumsum(steps)).astype(np.int32)
+            fields[i] = {"spans": spans, "aligned": True, "policy": "spans", "sampling": {"temperature": 0.5}}
+        elif kind == "human":
+            fields[i] = {"spans": np.full(length, -1, np.int32), "policy": None}
+        elif kind == "wrong":
+            fields[i] = {"right": False, "estimated": True}
+    level = draw(st.sampled_from(["token", "block", "sequence"]))
+    options = PEAROptions(
+        level,
+        draw(st.integers(1, 30)),
+        draw(st.sampled_from([1e-3, 0.9, 1.0])),
+        draw(st.sampled_from([(-0.08, 0.3), (-20.0, 20.0), (0.0, 0.0)])),
+        draw(st.sampled_from([(-10.0, 5.0), (-700.0, 700.0), (0.0, 0.0)])),
+        center=level != "sequence" and draw(st.booleans()),
+        clip_length=draw(st.sampled_from([None, 1, 100])),
+        normalize=draw(st.sampled_from([None, "batch", "sequence"] if level != "sequence" else [None, "batch"])),
+    )
+    return make_data(behavior, fields), student, options
+
+
+@settings(max_examples=20)
+@given(anything())
+def test_whatever_the_data_the_report_is_json_and_the_page_has_numbers(example):
+    data, student, options = example
+    report = report_of(data, student, options)
+    assert json.loads(json.dumps(report, allow_nan=False)) == json.loads(json.dumps(report))
+    shown = page(report).split("</style>")[1].split("<script>")[0]
+    assert not re.search(r"\b(nan|NaN|inf|None)\b", shown)
+    terminal.show(report, Console(file=io.StringIO(), width=80))
 
 
 def test_long_rows_show_their_start_and_end():

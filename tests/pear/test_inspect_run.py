@@ -225,11 +225,19 @@ def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path,
         ({"sample": 0}, "sample must be at least 1"),
         ({"max_length": 1}, "max_length"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"html": "x.out", "json_report": "./x.out"}, "json and html are the same file"),
     ],
 )
 def test_options_out_of_range(student, files, options, words):
     with pytest.raises(DataError, match=words):
         inspect(files["own"], student, **options)
+
+
+def test_the_data_is_not_written_over(student, files):
+    before = files["own"].read_bytes()
+    with pytest.raises(DataError, match="json and data are the same file"):
+        inspect(files["own"], student, json_report=files["own"])
+    assert files["own"].read_bytes() == before
 
 
 def test_a_loaded_model_stays_as_it_was(files):
