@@ -149,8 +149,7 @@ def score(
         if column == "behavior_logprobs":
             make_spans(data, plan, sides, processes)
         written = None
-        with processes.together():  # all are done
-            pass
+        processes.gather(None)  # all are done
         with processes.together():
             if processes.main:
                 settings = {"fallback": fallback, "top_k": beside_top_k}

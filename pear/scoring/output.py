@@ -16,7 +16,7 @@ from pear.rows import prompt_and_completion
 from pear.scoring.batches import Scores
 from pear.scoring.choice import NONE
 from pear.scoring.policies import Policy
-from pear.scoring.rows import Plan, Row, line_for_hash, scored_places
+from pear.scoring.rows import Plan, Row, line_for_hash, scored_places, without_nulls
 from pear.scoring.side import SideFiles
 from pear.scoring.spans import spans_of_row, text_hash
 from pear.seal import file_id, seal
@@ -65,7 +65,7 @@ def write_out(
             digest.update(line_for_hash(line, row))
             if line in too_long:
                 continue
-            row = prompt_and_completion(row, f"{data}:{line}")
+            row = prompt_and_completion(without_nulls(row), f"{data}:{line}")
             if line in places:
                 share, tokens = places[line]
                 reader = readers[share.policy.name]

@@ -14,7 +14,7 @@ from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, chec
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
 from pear.scoring.policies import Policy
-from pear.seal import Whole, check_seal
+from pear.seal import SEALED, Whole, check_seal
 
 
 class Row(NamedTuple):
@@ -82,7 +82,7 @@ def read_plan(
         if row.get("scored") is not None:
             check_seal(row, where)
             whole.add(row, where)
-        row = prompt_and_completion(row, where)
+        row = prompt_and_completion(without_nulls(row), where)
         check_label(row, where)
         choice = _choose(row, where, policy, fallback, column)
         if choice is None:
@@ -103,6 +103,11 @@ def read_plan(
     whole.finish(data)
     plan.hash, plan.shares = digest.hexdigest(), [share for share in shares.values() if share.rows]
     return plan
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that are there in name only, as `datasets` fills them in where rows have unlike keys."""
+    return {key: value for key, value in row.items() if value is not None or key not in SEALED}
 
 
 def line_for_hash(line: int, row: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pear.io import read_jsonl
 from pear.rows import prompt_and_completion
 from pear.scoring.processes import Processes
-from pear.scoring.rows import Plan, Row, scored_places
+from pear.scoring.rows import Plan, Row, scored_places, without_nulls
 from pear.scoring.side import SideFiles, SpansOf
 
 KEPT_AT_ONCE = 64  # rows
@@ -29,7 +29,7 @@ def make_spans(data: str | os.PathLike, plan: Plan, sides: dict[str, SideFiles],
     found: dict[str, dict[int, SpansOf]] = {name: {} for name in sides}
     for line, row in read_jsonl(data):
         if line in mine:
-            row = prompt_and_completion(row, f"{data}:{line}")
+            row = prompt_and_completion(without_nulls(row), f"{data}:{line}")
             share, tokens = places[line]
             of_policy = found[share.policy.name]
             of_policy[line] = spans_of_row(row, tokens, share.policy.tokenizer)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import CORPUS, make_model, make_tokenizer
 
 from pear.align import Spans
@@ -116,6 +117,20 @@ def test_each_row_is_scored_by_whom_it_names(folders, tokenizer, other_tokenizer
     assert again["scored"] == 0 and again["passed"] == len(mixed) - counts["none"] and again["mean_logprob"] is None
     assert read(tmp_path / "again") == found
     summary_text(again)
+
+
+def test_mixed_rows_that_went_through_datasets_pass(folders, mixed, jsonl, tmp_path):
+    """Which gives every row the keys of all, null where it had none."""
+    mixed = [row for row in mixed if isinstance(row.get("prompt"), str)]
+    score(None, jsonl(mixed), tmp_path / "o", fallback="none", progress=False)
+    rows = [row for _, row in read_jsonl(tmp_path / "o")]
+    Dataset.from_list(sorted(rows, key=len, reverse=True)).to_json(tmp_path / "through")
+    assert sum(row["input_ids"] is None for _, row in read_jsonl(tmp_path / "through")) > 2
+    summary = score(None, tmp_path / "through", tmp_path / "again", progress=False)
+    assert summary["scored"] == 0
+    assert sorted((row["id"], row.get("behavior_logprobs")) for row in read(tmp_path / "again")) == sorted(
+        (row["id"], row.get("behavior_logprobs")) for row in rows
+    )
 
 
 def test_rows_of_one_policy_are_as_if_it_were_the_model(folders, mixed, jsonl, tmp_path):
