@@ -44,10 +44,8 @@ def _weighted(case: Case) -> Case | None:
     chosen = rated & [row.right for row in case.data.rows]
     if chosen.all() or not chosen.any():
         return case if chosen.all() else None
-    rows = [row for row, is_one in zip(case.data.rows, chosen, strict=True) if is_one]
-    tokens = case.tokens.of_rows(chosen)
-    at = chosen[case.tokens.rows]
-    seen = case.seen._replace(rows=rows, tokens=tokens, ratio=case.seen.ratio[at], single=case.seen.single[at])
+    seen = case.seen.of_rows(chosen)
+    rows, tokens = seen.rows, seen.tokens
 
     predict = functools.cache(lambda options: summarize(tokens, options))
     return Case(

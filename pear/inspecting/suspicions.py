@@ -37,6 +37,14 @@ class View(NamedTuple):
     special: frozenset[int]  # ids that are no text
     show: Callable[[int], str]  # a token's text
 
+    def of_rows(self, chosen: np.ndarray) -> "View":
+        """What there is to see of some rows: (S,) bool."""
+        at = chosen[self.tokens.rows]
+        rows = [row for row, is_one in zip(self.rows, chosen, strict=True) if is_one]
+        return self._replace(
+            rows=rows, tokens=self.tokens.of_rows(chosen), ratio=self.ratio[at], single=self.single[at]
+        )
+
 
 def view(rows: list[Row], tokens: Tokens, half: bool, special: Iterable[int], show: Callable[[int], str]) -> View:
     single = [
@@ -49,10 +57,23 @@ def view(rows: list[Row], tokens: Tokens, half: bool, special: Iterable[int], sh
 
 def suspicions(seen: View) -> Iterator[Finding]:
     """Everything that looks wrong, and nothing else."""
-    checks = (_zeros, _floored, _quantised, _shifted, _copy, _too_likely, _template, _outliers, _sampled, _estimated)
-    for check in checks:
+    parts = by_policy(seen)
+    for check in (_zeros, _copy, _too_likely, _outliers, _sampled, _estimated):
         if (found := check(seen)) is not None:
             yield found
+    for check in (_floored, _quantised, _shifted, _template):  # each policy may have been scored in another way
+        for name, part in parts.items():
+            if (found := check(part)) is not None:
+                yield found if len(parts) == 1 else found._replace(text=f"{name}: {found.text}")
+
+
+def by_policy(seen: View) -> dict[str, View]:
+    """The rows of each behaviour policy that has a ratio anywhere."""
+    rated = _per_row(seen.tokens.has_ratio, seen.tokens) > 0
+    names = [row.policy if has else None for row, has in zip(seen.rows, rated, strict=True)]
+    return {
+        name: seen.of_rows(np.array([n == name for n in names])) for name in dict.fromkeys(names) if name is not None
+    }
 
 
 def _zeros(seen: View) -> Finding | None:
@@ -173,31 +194,19 @@ def _correlation(seen: View, lag: int, least: int = 100) -> float | None:
 
 def _copy(seen: View) -> Finding | None:
     """Policies that are the student itself."""
-    narrow = _narrow(seen)
-    allowed = COPY_MAX_RATIO["half" if seen.half else "full"]
-    if narrow is not None:  # a number that was rounded lies so far from the student's
-        allowed = allowed + 2 * narrow[1] * np.abs(seen.tokens.behavior_logprobs)
-    off = np.where(seen.tokens.has_ratio, np.abs(seen.ratio), 0.0)
-    far = off >= allowed
-    mean: dict[str, list[float]] = {}
-    largest: dict[str, float] = {}
-    tokens: Counter[str] = Counter()
-    for row, begin, end in zip(seen.rows, seen.tokens.starts[:-1], seen.tokens.starts[1:], strict=True):
-        if row.policy is not None:
-            one = np.inf if far[begin:end].any() else float(off[begin:end].max())
-            largest[row.policy] = max(largest.get(row.policy, 0.0), one)
-            mean.setdefault(row.policy, []).append(float(off[begin:end].sum()))
-            tokens[row.policy] += int(seen.tokens.has_ratio[begin:end].sum())
-    copies = [
-        policy
-        for policy, value in largest.items()
-        if tokens[policy] and value < np.inf and sum(mean[policy]) < COPY_MEAN * tokens[policy]
-    ]
+    parts, copies = by_policy(seen), {}
+    for name, part in parts.items():
+        has = part.tokens.has_ratio
+        off, allowed = np.abs(part.ratio[has]), COPY_MAX_RATIO["half" if seen.half else "full"]
+        if (narrow := _narrow(part)) is not None:  # a number that was rounded lies so far from the student's
+            allowed = allowed + 2 * narrow[1] * np.abs(part.tokens.behavior_logprobs[has])
+        if (off < allowed).all() and off.mean() < COPY_MEAN:
+            copies[name] = off
     if not copies:
         return None
-    part = sum(tokens[policy] for policy in copies) / sum(tokens.values())
-    most = max(largest[policy] for policy in copies)
-    named = ", ".join(copies[:3]) + (", ..." if len(copies) > 3 else "")
+    part = sum(map(len, copies.values())) / seen.tokens.has_ratio.sum()
+    most = max(off.max() for off in copies.values())
+    named = ", ".join(list(copies)[:3]) + (", ..." if len(copies) > 3 else "")
     return Finding(
         "copy",
         "problem" if part > 0.5 else "warning",
@@ -210,17 +219,16 @@ def _copy(seen: View) -> Finding | None:
 
 def _too_likely(seen: View) -> Finding | None:
     """Policies whose text the student finds likelier than they do: of what pi_b drew, E[log pi - log pi_b] is -KL."""
-    counts = _per_row(seen.tokens.has_ratio, seen.tokens)
-    sums = np.add.reduceat(np.where(seen.tokens.has_ratio, seen.ratio, 0.0), seen.tokens.starts[:-1])
-    names = np.array(["" if row.policy is None or row.estimated else row.policy for row in seen.rows])
     told = []
-    for name in sorted(set(names.tolist()) - {""}):
-        mine = (names == name) & (counts > 0)
-        if mine.sum() < 5 or counts[mine].sum() < 100:
+    for name, part in by_policy(seen).items():
+        has = part.tokens.has_ratio
+        counts = _per_row(has, part.tokens)
+        sums = np.add.reduceat(np.where(has, part.ratio, 0.0), part.tokens.starts[:-1])
+        if len(counts) < 5 or counts.sum() < 100 or any(row.estimated for row in part.rows):
             continue
-        mean = sums[mine].sum() / counts[mine].sum()
+        mean = sums.sum() / counts.sum()
         # rows are independent, tokens of one row are not
-        error = math.sqrt(np.square(sums[mine] - mean * counts[mine]).sum()) / counts[mine].sum()
+        error = math.sqrt(np.square(sums - mean * counts).sum()) / counts.sum()
         if mean - 4 * error > TOO_LIKELY:
             told.append(f"{name} ({mean:+.3f} a token, give or take {2 * error:.3f})")
     if not told:

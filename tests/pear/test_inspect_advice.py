@@ -221,6 +221,16 @@ def test_log_probs_that_went_through_a_narrow_format(name, narrow):
     assert name in found[kind].text and worrying(found) == {kind}
 
 
+def test_one_policy_of_several_was_stored_in_half_precision():
+    data, student = pair(rows=12)
+    for i in (0, 1, 2, 3):
+        row = data.rows[i]
+        row.behavior_logprobs[:] = torch.from_numpy(row.behavior_logprobs).bfloat16().float().numpy()
+        data.rows[i] = row._replace(policy="server")
+    found = advice(data, student)
+    assert worrying(found) == {"half_precision"} and found["half_precision"].text.startswith("server: ")
+
+
 @pytest.mark.parametrize("lag", [-2, -1, 1, 2])
 def test_log_probs_of_a_neighbouring_token(lag):
     data, student = pair(rows=10)
