@@ -148,7 +148,8 @@ def _few_text(case: Case) -> str:
     return (
         f"Few tokens carry the gradient: half of all weight lies on {share(summary.half)} of the tokens, in "
         f"{rows} of {count(len(per_row), 'row')}; {share(summary.trains)} of the tokens will train, and the effective "
-        f"sample size is {share(summary.ess)}. The weights differ between rows more than within them."
+        f"sample size is {share(summary.ess)}."
+        + (" A few rows outweigh all others." if rows < 0.25 * len(per_row) else "")
     )
 
 

@@ -188,6 +188,21 @@ def test_samples_are_drawn_by_seed_and_long_rows_told(student, files):
     assert "too_long" in {finding["kind"] for finding in report["advice"]}
 
 
+def test_log_probs_of_a_server_without_ids_say_the_same(student, files, tmp_path):
+    """Byte rows of the student's own tokenizer: the same weights, though they come by way of bytes."""
+    rows = []
+    for _, row in read_jsonl(files["own"]):
+        logprobs = [p for p, m in zip(row["behavior_logprobs"], row["completion_mask"], strict=True) if m]
+        kept = {key: row[key] for key in ("prompt", "completion", "behavior_policy")}
+        rows.append(kept | {"behavior_spans": row["behavior_spans"] | {"logprobs": logprobs}})
+    write_scored(tmp_path / "bytes.jsonl", rows)
+    by_ids, by_bytes = (inspect(path, student, options=OPTIONS) for path in (files["own"], tmp_path / "bytes.jsonl"))
+    assert by_bytes["data"]["policies"][0]["aligned_rows"] == 9
+    for level in ("token", "sequence"):
+        found = by_bytes["levels"][level]["summary"]
+        assert found == pytest.approx(by_ids["levels"][level]["summary"], rel=1e-5, abs=1e-6)
+
+
 def test_a_row_that_does_not_align_is_left_out_and_told(student, files, tmp_path):
     rows = [row for _, row in read_jsonl(files["foreign"])]
     rows[2]["behavior_spans"] = {"problem": "the tokens do not spell the text"}
