@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pear.io import DataError, WriteError, write_error
 
@@ -26,54 +27,63 @@ class Journal:
         self.rows: dict[int, int] = {}  # record -> its rows
         self.rejected: dict[int, int] = {}  # record -> its rejects
         self._resume = resume
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._end = 0  # bytes of whole lines
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Take over what an earlier call left, and hold the file: only one process at a time has it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
+            with open(self.path, "ab", buffering=0) as file:  # nothing waits in a buffer for a close that fails
                 _lock(file, self.path)
                 if not self._resume:
                     file.truncate(0)
-                self._load(file)
-                self._file = file
-                if not file.tell():
-                    file.write(json.dumps(self.header).encode() + b"\n")
-                    file.flush()
+                self._file, self._end = file, self._load()
+                file.truncate(self._end)
+                if not self._end:
+                    self._write(self.header)
                 yield
         except WriteError:
             raise
         except OSError as error:
-            if error.filename not in (None, str(self.path), self.path):
+            if error.filename not in (None, str(self.path)):
                 raise
             kept = f"What was imported so far is in {self.path}; the same command goes on from there."
             raise write_error(self.path, error, kept=kept) from error
         finally:
             self._file = None
 
-    def _load(self, file: BinaryIO) -> None:
-        """Read which records are done; a line that a kill tore is cut off."""
-        file.seek(0)
+    def _load(self) -> int:
+        """Read which records are done; the end of the last whole line, behind which a kill tore one."""
         end = 0
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                if number == 1:
-                    if entry != self.header:
-                        raise ValueError("the header is of another import")
-                else:
-                    self._note(entry, end)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{self.path}:{number}: damaged ({error}). Delete the file, or turn resume off, to start anew."
-                ) from error
-            end += len(line)
-        file.truncate(end)
-        file.seek(end)
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    if number == 1:
+                        if entry != self.header:
+                            raise ValueError("the header is of another import")
+                    else:
+                        self._note(entry, end)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{self.path}:{number}: damaged ({error}). Delete the file, or turn resume off, to start anew."
+                    ) from error
+                end += len(line)
+        return end
+
+    def _write(self, value: dict[str, Any]) -> int:
+        """A line at the end; where it starts. Once this returns no kill can take it back."""
+        rest = memoryview(json.dumps(value, allow_nan=False).encode() + b"\n")
+        at = self._end
+        while rest:
+            written = self._file.write(rest)
+            self._end += written
+            rest = rest[written:]
+        return at
 
     def _note(self, entry: dict[str, Any], at: int) -> None:
         number = entry["record"]
@@ -82,11 +92,7 @@ class Journal:
         self.rejected[number] = len(entry["rejects"])
 
     def add(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None
-        at = self._file.tell()
-        self._file.write(json.dumps(entry, ensure_ascii=True, allow_nan=False).encode() + b"\n")
-        self._file.flush()  # out of this process: a kill cannot take it back
-        self._note(entry, at)
+        self._note(entry, self._write(entry))
 
     def forget_rejected(self) -> int:
         """Records with a reject count as not done, and are tried again; how many."""
@@ -107,7 +113,7 @@ class Journal:
             os.unlink(self.path)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: FileIO, path: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows

@@ -29,7 +29,7 @@ class Live:
         model: what the server calls its model; None takes the one that it lists, if it is one.
         sampling: `temperature`, `top_p`, `max_tokens`, `seed` (of row i: seed + i) as the API names them.
         n: responses for each prompt.
-        extra: further fields of a request, such as {"top_k": 20} or {"stop": ["\\n"]}.
+        extra: further fields of a request, such as {"top_k": 20} or {"stop": ["\\n"]}; None takes a field away.
     """
 
     def __init__(
@@ -160,11 +160,10 @@ class Live:
         body: dict[str, Any] = {"model": self.model, "n": self.n, "stream": False, **self.sampling}
         if body.get("seed") is not None:
             body["seed"] += line
-        else:
-            body.pop("seed", None)
         for key in ("tools", "chat_template_kwargs"):
             if row.get(key):
                 body[key] = row[key]
+        body = {key: value for key, value in body.items() if value is not None}  # `extra` takes a field away by null
         if isinstance(prompt, str):
             path = "/completions"
             body |= {"prompt": prompt, "logprobs": 1}

@@ -22,7 +22,7 @@ from pear.importing import import_logprobs
 from pear.importing.client import Client, Failed, ServerError, read_key
 from pear.importing.generation import Reject
 from pear.importing.journal import Journal
-from pear.io import DataError, read_jsonl, write_jsonl
+from pear.io import DataError, WriteError, read_jsonl, write_jsonl
 from pear.seal import Whole, check_seal
 
 KEY = "sk-test-0123456789-/+abc"
@@ -40,7 +40,7 @@ def ask(url: str, tmp_path, rows=ROWS, name: str = "out.jsonl", **kwargs) -> dic
         write_jsonl(data, rows)
     quick = {"timeout": 0.4, "retries": 3, "delay": 0.01}
     client = Client(url, kwargs.pop("key", None), **quick | kwargs.pop("client", {}))
-    asked = {"request": {"temperature": 1.0, "max_tokens": 8, "seed": 1}, "jobs": 4} | kwargs
+    asked = {"request": {"temperature": 1.0, "max_tokens": 8, "seed": 1, "top_p": 1.0}, "jobs": 4} | kwargs
     return import_logprobs("openai", data, tmp_path / name, client=client, progress=False, **asked)
 
 
@@ -75,7 +75,7 @@ def test_answers_become_rows_in_order(wanted):
         assert row["prompt"] == source.get("prompt", source.get("messages"))
         assert row.get("label") == source.get("label")
         assert row["behavior_policy"] == "tiny"
-        assert row["behavior_sampling"] == {"temperature": 1.0}
+        assert row["behavior_sampling"] == {"temperature": 1.0, "top_p": 1.0}
         text = row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
         spans = row["behavior_spans"]
         assert spans["bytes"][0][0] == 0 and spans["bytes"][-1][1] == len(text.encode())
@@ -85,7 +85,13 @@ def test_answers_become_rows_in_order(wanted):
 
 def test_what_is_asked_for(tmp_path):
     with serving(kind="vllm") as server:
-        ask(server.url, tmp_path, rows=[*ROWS[:2], {**ROWS[1]}], key=KEY, extra_body={"stop": ["END"], "top_k": 5})
+        ask(
+            server.url,
+            tmp_path,
+            rows=[*ROWS[:2], {**ROWS[1]}],
+            key=KEY,
+            extra_body={"stop": ["END"], "top_k": 5, "top_p": None},
+        )
     bodies = sorted(server.bodies, key=lambda body: (("messages" not in body), body["seed"]))
     chat, first, again = bodies
     assert chat["logprobs"] is True and "prompt" not in chat and chat["messages"] == ROWS[0]["messages"]
@@ -94,7 +100,7 @@ def test_what_is_asked_for(tmp_path):
     for body in bodies:
         assert (body["temperature"], body["max_tokens"], body["n"], body["stop"]) == (1.0, 8, 1, ["END"])
         assert body["return_token_ids"] and body["min_p"] == 0.0  # vLLM's own fields; the user's top_k wins
-        assert body["top_k"] == 5
+        assert body["top_k"] == 5 and "top_p" not in body
     assert set(server.authorizations) == {f"Bearer {KEY}"}
 
 
@@ -449,6 +455,37 @@ def run_with_url(server, folder, name):
         result = ask(server.url, folder, n=2)
     assert not list(folder.glob("*.partial")), name
     return result
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("room", [100, 3000])
+def test_a_full_disk_loses_nothing(room, wanted, tmp_path):
+    """Also where a line was written in part: it is cut off, and its record done again."""
+    make_data(tmp_path)
+    with serving() as server:
+        child = os.fork()
+        if child == 0:
+            code = 9
+            try:
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+                import resource
+
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+                ask(server.url, tmp_path, n=2)
+            except WriteError as error:
+                code = 7 if "the disk is full" in str(error) and "goes on from there" in str(error) else 8
+            except BaseException:
+                pass
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.WEXITSTATUS(status) == 7
+        (partial,) = tmp_path.glob("*.partial")
+        assert partial.stat().st_size == room and not (tmp_path / "out.jsonl").exists()
+        result = ask(server.url, tmp_path, n=2)
+    assert (result["resumed"] > 0) == (room > 100)  # not even the header has room in a hundred bytes
+    assert read_rows(tmp_path / "out.jsonl") == wanted
 
 
 def test_a_damaged_side_file_is_refused_with_its_line(tmp_path):
