@@ -23,6 +23,7 @@ from pear.importing.client import Client
 from pear.io import DataError, read_jsonl, write_jsonl
 from pear.rows import tokenize_row
 from pear.score import score
+from pear.scored import load_scored
 from pear.seal import Whole, check_seal
 
 if importlib.util.find_spec("xllamacpp"):
@@ -155,6 +156,26 @@ def test_without_the_policys_tokenizer_a_student_with_another_one_has_ratios(lla
         assert found.behavior_logprobs.sum() + found.left_out == pytest.approx(total, abs=1e-9)
     ended = [row for row in rows if "end_of_turn" in row["behavior_spans"]["marks"].values()]
     assert ended and result["cut_at_their_length"] == len(rows) - len(ended)
+
+
+@needs_llama
+def test_what_is_imported_trains(llama_url, policy_folder, prompts, tmp_path):
+    """Token rows give a student with the policy's tokenizer their own log-probs; byte rows give any student spans."""
+    from pear.models import load_tokenizer
+
+    rows, _ = ask_llama(llama_url, prompts, tmp_path / "tokens.jsonl", tokenizer=str(policy_folder))
+    dataset = load_scored(tmp_path / "tokens.jsonl", load_tokenizer(str(policy_folder)))
+    assert dataset["input_ids"][:] == [row["input_ids"] for row in rows] and "block_ids" not in dataset.column_names
+    for found, row in zip(dataset["behavior_logprobs"], rows, strict=True):
+        np.testing.assert_allclose(found, row["behavior_logprobs"], rtol=1e-6)
+
+    rows, _ = ask_llama(llama_url, prompts, tmp_path / "bytes.jsonl")
+    for student in (make_tokenizer(), load_tokenizer(str(policy_folder))):
+        dataset = load_scored(tmp_path / "bytes.jsonl", student)
+        assert len(dataset) == len(rows)
+        for found, blocks, row in zip(dataset["behavior_logprobs"], dataset["block_ids"], rows, strict=True):
+            told = sum(row["behavior_spans"]["logprobs"])
+            assert max(blocks) > 3 and told * 1.01 <= sum(found) < told * 0.5  # of what both sides have
 
 
 @needs_llama
