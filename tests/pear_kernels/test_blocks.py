@@ -366,6 +366,21 @@ def test_static_packs_have_the_same_answers(level, name, trained, monkeypatch):
         torch.testing.assert_close(results[1], results[0], rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_static_packs_keep_nan_from_tokens_that_do_not_count(name, monkeypatch):
+    """Those of the sequence that it is in; the loss and dW are NaN, as they must be, and so are all by "batch"."""
+    monkeypatch.setattr(packing, "capturing", lambda: True)
+    problem = blocks_problem(without=0.0, **OPTIONS[name])
+    ignored = problem.target < 0
+    problem.hidden[17] = math.nan
+    assert not ignored[17] and ignored[8:20].any()
+    for rows in (5, None):
+        out, leaves = problem.ours(workspace_bytes=rows and workspace(rows, 37))
+        of_hidden, _ = gradients(out.loss, leaves)
+        assert not out.weights[ignored].any() and out.loss.isnan()
+        assert not of_hidden[ignored].any() or OPTIONS[name].get("normalize") == "batch"
+
+
 @pytest.mark.parametrize("level, name", CASES)
 def test_nothing_between_the_kernels_waits_for_the_device(level, name, monkeypatch):
     # launches are recorded, not run: this looks at the host's side of them. (test_objective_ops has the PyTorch path)

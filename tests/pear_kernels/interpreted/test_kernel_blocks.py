@@ -42,10 +42,10 @@ def edges_to_chunks(n: int, edges) -> list[tuple[int, int]]:
 @given(
     pack=st.lists(st.lists(st.booleans(), max_size=40), min_size=1, max_size=6),  # sequences of tokens, some ignored
     static=st.booleans(),
-    case=st.sampled_from(CASES),
-    by_ids=st.booleans(),
+    case=st.sampled_from([case for case in CASES if case[0] != "token" or case[1] in ("center", "clip_length")]),
+    by_ids=st.sampled_from([True, True, True, False]),
     longest=st.sampled_from([1, 3, 9, 60]),
-    without=st.sampled_from([0.0, 0.3, 1.0]),
+    without=st.sampled_from([0.3, 0.0, 1.0]),
     ratio_clip=st.sampled_from([(-0.08, 0.3), (-1.0, 1.0), (-0.5, -0.1), (-math.inf, math.inf)]),
     reduction=st.sampled_from(["mean", "sequence_mean"]),
     cuts=st.lists(st.integers(0, 240), max_size=4),
