@@ -36,7 +36,11 @@ _TOO_LONG = (
 
 
 class ServerError(DataError):
-    """The server refused in a way that asking again does not change; its words are in the message."""
+    """The server refused, by `status`, in a way that asking again does not change; its words are in the message."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Failed(Reject):
@@ -186,7 +190,8 @@ class Client:
         moved = " Redirects are not followed: give the new address." if 300 <= status < 400 else ""
         raise ServerError(
             f"{self.url}{path}: the server answered {status} and will not answer otherwise: {said}."
-            f"{hints.get(status, moved)}"
+            f"{hints.get(status, moved)}",
+            status,
         )
 
     def _parse(self, text: str) -> dict[str, Any]:

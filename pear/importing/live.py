@@ -1,5 +1,6 @@
 """Rows through a server: prompts get responses with log-probs, and given completions get log-probs alone."""
 
+import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,7 @@ class Live:
         self.sampling = {**sampling, **NEUTRAL.get(self.kind, {}), **(extra or {})}
         self.stage = STAGE_OF.get(self.kind)
         self.seen = False  # an answer with log-probs
+        self._one = threading.Lock()  # tokenizers are not made for several threads at once
 
     def _look(self, model: str | None) -> tuple[str, str]:
         """Which program the server is, and its model's name. A server without /models is asked all the same."""
@@ -58,7 +60,7 @@ class Live:
             once = None if model is None else 0  # with a name given, only the kind of server is to be learned
             listed = self.client.ask("GET", "/models", None, lambda answer: answer.get("data"), once)
         except ServerError as error:
-            if " answered 404 " not in str(error) and " answered 405 " not in str(error):
+            if error.status not in (404, 405):
                 raise
             listed = None
         except Failed as error:
@@ -117,7 +119,8 @@ class Live:
                 "be scored there. Score them by `pear score --model`, or serve the model with vLLM."
             ) from None
         except ServerError as error:
-            raise ServerError(f"{error} (It was asked for log-probs, which not every server gives.)") from None
+            hint = "(It was asked for log-probs, which not every server gives.)"
+            raise ServerError(f"{error} {hint}", error.status) from None
         except NoLogprobs as error:
             if not self.seen:
                 raise DataError(
@@ -134,7 +137,8 @@ class Live:
         if isinstance(found, Reject):
             return found
         try:
-            return converter.row(found, where)
+            with self._one:
+                return converter.row(found, where)
         except Reject as error:
             return error
 
@@ -184,7 +188,8 @@ class Live:
     def _score(self, row: dict[str, Any], own: dict[str, Any], where: str) -> tuple[str, dict[str, Any], Any]:
         try:
             row = prompt_and_completion(row, where)
-            tokens = None if self.tokenizer is None else tokenize_row(row, self.tokenizer, where)
+            with self._one:
+                tokens = None if self.tokenizer is None else tokenize_row(row, self.tokenizer, where)
         except DataError as error:
             raise Reject(str(error).removeprefix(f"{where}: ")) from None
         if tokens is None and not isinstance(row["prompt"], str):

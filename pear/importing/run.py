@@ -79,21 +79,10 @@ def import_logprobs(
         WriteError: the disk is full; the side file stays.
     """
     began = time.monotonic()
-    if source not in SOURCES:
-        raise DataError(f"--source must be one of {', '.join(SOURCES)}, got {source!r}")
-    if client is not None and source != "openai":
-        raise DataError(f"--url goes with --source openai, got {source}")
-    if logprobs_of not in (None, *STAGES):
-        raise DataError(f"--logprobs-of must be one of {', '.join(STAGES)}, got {logprobs_of!r}")
-    if jobs < 1:
-        raise DataError(f"--jobs must be at least 1, got {jobs}")
-    if unknown := sorted(set(settings or {}) - set(KEYS)):
-        raise DataError(f"sampling settings must be of {', '.join(KEYS)}, got {', '.join(unknown)}")
     out = Path(out)
-    if out.exists() and Path(data).exists() and os.path.samefile(data, out):
-        raise DataError(f"{out}: out is the data itself, which holds more than scored rows do; give another out")
+    _check_settings(source, data, out, client, logprobs_of, jobs, settings)
     console = Console(stderr=True, quiet=not progress)
-    records, digest = _look(data)
+    records, digest = _look(data), _digest(data)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     converter = Converter(loaded, policy, settings, logprobs_of)
     live = None
@@ -154,7 +143,7 @@ def import_logprobs(
                         f"{entry['rejects'][0]['reason']}. What was imported so far is in {journal.path}; the same "
                         "command goes on from there."
                     )
-        if _look(data)[1] != digest:
+        if _digest(data) != digest:
             raise DataError(
                 f"{data}: the file changed while it was being imported; nothing was written. Import it again."
             )
@@ -178,15 +167,40 @@ def import_logprobs(
     }
 
 
-def _look(data: str | os.PathLike) -> tuple[int, str]:
-    """How many records a file has, and its hash; a line that is no JSON object is found here, before anything else."""
-    digest, count = hashlib.sha256(), 0
-    for line, record in read_jsonl(data):
-        digest.update(f"{line} {json.dumps(record, sort_keys=True)}\n".encode())
-        count += 1
+def _check_settings(
+    source: str,
+    data: str | os.PathLike,
+    out: Path,
+    client: Client | None,
+    logprobs_of: str | None,
+    jobs: int,
+    settings: dict[str, float] | None,
+) -> None:
+    if source not in SOURCES:
+        raise DataError(f"--source must be one of {', '.join(SOURCES)}, got {source!r}")
+    if client is not None and source != "openai":
+        raise DataError(f"--url goes with --source openai, got {source}")
+    if logprobs_of not in (None, *STAGES):
+        raise DataError(f"--logprobs-of must be one of {', '.join(STAGES)}, got {logprobs_of!r}")
+    if jobs < 1:
+        raise DataError(f"--jobs must be at least 1, got {jobs}")
+    if unknown := sorted(set(settings or {}) - set(KEYS)):
+        raise DataError(f"sampling settings must be of {', '.join(KEYS)}, got {', '.join(unknown)}")
+    if out.exists() and Path(data).exists() and os.path.samefile(data, out):
+        raise DataError(f"{out}: out is the data itself, which holds more than scored rows do; give another out")
+
+
+def _look(data: str | os.PathLike) -> int:
+    """How many records a file has; a line that is no JSON object is found here, before anything else."""
+    count = sum(1 for _ in read_jsonl(data))
     if not count:
         raise DataError(f"{data}: no rows in it")
-    return count, digest.hexdigest()
+    return count
+
+
+def _digest(data: str | os.PathLike) -> str:
+    with open(data, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(reader: Callable, record: dict[str, Any], converter: Converter, where: str) -> list[Any]:

@@ -253,6 +253,15 @@ def test_a_server_that_goes_away_is_not_asked_for_every_row(monkeypatch, tmp_pat
     assert (result["written"], result["rejected"]) == (12, 0)
 
 
+def test_a_server_without_a_list_of_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("server_faulty.Handler.do_GET", lambda self: self._send(404, b"not here"))
+    with serving() as server:
+        with pytest.raises(DataError, match="--server-model: name the model to ask"):
+            ask(server.url, tmp_path)
+        result = ask(server.url, tmp_path, server_model="tiny")
+    assert (result["written"], result["server"]["model"]) == (12, "tiny")
+
+
 def test_strict_stops_at_the_first(tmp_path):
     with serving(lambda body, number: "nan" if body.get("prompt") == ROWS[3]["prompt"] else None) as server:
         with pytest.raises(DataError, match=r"rows.jsonl:4: .*is nan"):
