@@ -1,7 +1,9 @@
 """Where in a rendered chat the contents of the completion's messages stand, found by rendering it with stand-ins."""
 
 import copy
+import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +109,7 @@ def find_contents(messages: list[dict[str, Any]], rendered: str, render: Render,
         raise Unaligned("the chat template leaves out the completion's contents")
     regions = sorted([*map(_region, found), *_tags(found, cuts, rendered, tags)], key=lambda region: region.begin)
     for region, after in zip(regions, [*regions, None][1:], strict=True):
-        leaf = next(leaf for leaf in leaves if leaf.at <= region.at < leaf.at + len(leaf.text))
+        leaf = leaves[bisect_right(leaves, region.at, key=lambda leaf: leaf.at) - 1]
         end = leaf.at + len(leaf.text)
         region.close = end if after is None or after.at >= end else region.at + region.end - region.begin
     return regions
@@ -140,12 +142,11 @@ def _reconstruct(
     """Where the cuts stand in `rendered`, by a rendering with stand-ins; None if the two do not fit together."""
     guard = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in rendered)
     stand_ins = copy.deepcopy(messages)
-    for leaf in {id(cut.leaf): cut.leaf for cut in cuts}.values():
+    for _, own in itertools.groupby(enumerate(cuts), key=lambda numbered: numbered[1].leaf.at):
         text, at = "", 0
-        for number, cut in enumerate(cuts):
-            if cut.leaf is leaf:
-                text += leaf.text[at : cut.begin] + f"{guard}{number}{guard}"
-                at = cut.end
+        for number, cut in own:
+            text += cut.leaf.text[at : cut.begin] + f"{guard}{number}{guard}"
+            leaf, at = cut.leaf, cut.end
         holder: Any = stand_ins[leaf.message]
         for key in leaf.keys[:-1]:
             holder = holder[key]
@@ -161,28 +162,42 @@ def _reconstruct(
 
 
 def _fill(literals: list[str], numbers: list[int], cuts: list[_Cut], rendered: str) -> list[_Found] | None:
-    """Read `rendered` as literal, cut, literal, cut, ..., literal; a cut may have lost white space at its ends."""
-
-    def read(i: int, pos: int) -> list[_Found] | None:  # pos: behind literal i
-        if i == len(numbers):
-            return [] if pos == len(rendered) else None
-        cut, literal = cuts[numbers[i]], literals[i + 1]
-        text = cut.leaf.text[cut.begin : cut.end]
-        core = text.strip()
-        lead = len(text) - len(text.lstrip())
-        trail = len(text) - lead - len(core)
-        for left in range(lead, -1, -1):
-            head = text[lead - left : lead] + core
-            if not rendered.startswith(head, pos):
-                continue
-            for right in range(trail, -1, -1):
-                shown = head + text[lead + len(core) : lead + len(core) + right]
-                end = pos + len(shown)
-                if rendered.startswith(shown + literal, pos) and (rest := read(i + 1, end + len(literal))) is not None:
-                    return [_Found(numbers[i], cut, pos, end, cut.begin + lead - left), *rest]
+    """Read `rendered` as literal, cut, literal, ..., literal; where it does not go on, the last cut is read anew."""
+    if not rendered.startswith(literals[0]):
         return None
+    pos = len(literals[0])  # behind a literal
+    found: list[_Found] = []
+    others: list[Iterator[_Found]] = []  # for each cut that is read, what else it could be
+    while len(found) < len(numbers) or pos < len(rendered):
+        if len(found) < len(numbers):
+            number = numbers[len(found)]
+            others.append(_readings(number, cuts[number], rendered, pos, literals[len(others) + 1]))
+        elif found:
+            found.pop()
+        while others and (reading := next(others[-1], None)) is None:
+            others.pop()
+            if found:
+                found.pop()
+        if not others:
+            return None
+        found.append(reading)
+        pos = reading.end + len(literals[len(found)])
+    return found
 
-    return read(0, len(literals[0])) if rendered.startswith(literals[0]) else None
+
+def _readings(number: int, cut: _Cut, rendered: str, pos: int, literal: str) -> Iterator[_Found]:
+    """The cut at `pos`, before `literal`: whole, or without some of the white space at its ends."""
+    text = cut.leaf.text[cut.begin : cut.end]
+    core = text.strip()
+    lead = len(text) - len(text.lstrip())
+    trail = len(text) - lead - len(core)
+    for left in range(lead, -1, -1):
+        shown = text[lead - left : lead] + core
+        if rendered.startswith(shown, pos):
+            for right in range(trail, -1, -1):
+                end = pos + len(shown) + right
+                if rendered.startswith(text[len(text) - trail :][:right] + literal, pos + len(shown)):
+                    yield _Found(number, cut, pos, end, cut.begin + lead - left)
 
 
 def _tags(found: list[_Found], cuts: list[_Cut], rendered: str, tags: list[str]) -> Iterator[Region]:

@@ -129,7 +129,7 @@ def _walk(ids: list[int], start: int, text: bytes, surfaces: list[bytes], pieces
             token, content = added[i - 1], surfaces[i - 1]
             end = pos
             if token.rstrip:
-                while not text[:pos].endswith(content) and pos and text[pos - 1 : pos].isspace():
+                while not text.endswith(content, 0, pos) and pos and text[pos - 1 : pos].isspace():
                     pos -= 1
             if not text.endswith(content, 0, pos):
                 if start == pos == 0 and all(map(pieces.silent, ids[:i])):

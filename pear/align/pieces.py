@@ -1,11 +1,12 @@
 """What each token stands for: the bytes that it puts into a text, as its kind of tokenizer spells them."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,13 +34,17 @@ _ALPHABET = _byte_level_alphabet()
 class Pieces:
     """The bytes of every token of one tokenizer."""
 
-    tokenizer: PreTrainedTokenizerBase
+    owner: ReferenceType  # to the tokenizer: `Pieces` are kept as long as it lives, and must not keep it alive
     kind: str  # "bytes" (byte-level BPE), "spaces" (SentencePiece), "words" (WordPiece) or "plain"
     byte_fallback: bool  # <0xAB> is the byte AB
     dummy_prefix: bool  # a space may be put before text that has none: at the start, and after an added token
     added: dict[int, Any]  # the added tokens by id: each stands for its own content, `lstrip` and `rstrip` eat spaces
     normalizer: Callable[[str], str] | None  # without the parts that `surface` undoes
     known: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.owner()
 
     def surface(self, token: int) -> bytes:
         """The bytes that a token puts into the (normalized) text; a dummy prefix is part of them."""
@@ -55,7 +60,9 @@ class Pieces:
     def _spell(self, token: int) -> bytes:
         if token in self.added:
             return self.added[token].content.encode()
-        piece = self.tokenizer.convert_ids_to_tokens(token)
+        piece = None
+        with contextlib.suppress(IndexError, KeyError, OverflowError):  # tokenizers in Python raise what they like
+            piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             raise Unaligned(f"token {token} is not in the tokenizer's vocabulary of {len(self.tokenizer)}")
         if isinstance(piece, bytes):
@@ -84,12 +91,13 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 def _make(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     added = tokenizer.added_tokens_decoder
+    owner = ref(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # tokenizers in Python: SentencePiece's, or by their authors' own rules
         model = getattr(tokenizer, "sp_model", None)
         if model is None:
-            return Pieces(tokenizer, "plain", False, False, added, None)
-        return Pieces(tokenizer, "spaces", True, True, added, lambda text: _sentencepiece_normalize(model, text))
+            return Pieces(owner, "plain", False, False, added, None)
+        return Pieces(owner, "spaces", True, True, added, lambda text: _sentencepiece_normalize(model, text))
     decoder, pre_tokenizer, normalizer = (
         _steps(getattr(backend, k)) for k in ("decoder", "pre_tokenizer", "normalizer")
     )
@@ -109,7 +117,7 @@ def _make(tokenizer: PreTrainedTokenizerBase) -> Pieces:
         step.get("add_prefix_space") or step.get("prepend_scheme", "never") != "never" for step in pre_tokenizer
     )
     undone = [step for step in normalizer if step["type"] not in ("Prepend", "ByteLevel")]
-    return Pieces(tokenizer, kind, byte_fallback, dummy, added, _normalizer(undone))
+    return Pieces(owner, kind, byte_fallback, dummy, added, _normalizer(undone))
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:

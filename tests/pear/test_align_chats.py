@@ -45,9 +45,10 @@ def text_of(row) -> bytes:
 
 def covered(row, spans) -> str:
     """The text, with a dot for each byte that no token of text has."""
-    data = bytearray(b"." * len(text_of(row)))
+    text = text_of(row)
+    data = bytearray(b"." * len(text))
     for begin, end in spans.extents:
-        data[begin:end] = text_of(row)[begin:end]
+        data[begin:end] = text[begin:end]
     return data.decode(errors="replace")
 
 
@@ -276,3 +277,12 @@ def test_thinking_that_the_prompt_has_begun():
     smollm2, _ = spans_in("smollm2", chat(THOUGHT))
     found = align(smollm2, spans, [-1.0] * len(spans.extents))
     assert found.block_ids[-1] >= 0 and found.left_out == 0 and 0.8 < found.shared < 1
+
+
+def test_thousands_of_messages():
+    turns = [{"role": role, "content": f" {i} "} for i in range(1500) for role in ("assistant", "user")]
+    row = chat(*turns, {"role": "assistant", "content": "Bye."})
+    for name in ("smollm2", "gemma"):
+        spans, _ = spans_in(name, row)
+        assert covered(row, spans).endswith("Bye.")
+        assert covered(row, spans).count(".") <= 2 * len(turns) + 1
