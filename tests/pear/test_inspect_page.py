@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from browser import browser, find_browser
+from families import family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inspected import TOKENIZER, make_data, policy_logprobs, report_of, shifted
@@ -102,6 +103,15 @@ def test_characters_of_several_tokens_show_once():
     texts = token_texts(TOKENIZER, TOKENIZER("日 é")["input_ids"])
     assert "".join(text for text in texts if not text.startswith("⟨")) == "日 é"
     assert texts[0] == "⟨E6⟩" and token_texts(TOKENIZER, [len(TOKENIZER) + 5]) == [f"⟨{len(TOKENIZER) + 5}⟩"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama2", "gemma"])
+def test_tokens_of_every_family_spell_their_text(name):
+    """Byte-level, SentencePiece with its leading space, and byte fallback."""
+    text = "Hello wörld, 日本語 naïve  two  spaces\n\ttab 123 \U0001f98a def f(x):"
+    tokenizer = family(name)
+    texts = token_texts(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert "".join(part for part in texts if not re.fullmatch("⟨[0-9A-F ]+⟩", part)).removeprefix(" ") == text
 
 
 def test_words_of_a_list_are_parted():
