@@ -12,6 +12,7 @@ from mixed_rows import other_tokenizer
 from rich.console import Console
 from tiny import make_model, make_tokenizer
 from training import make_config
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from pear.cli import app
@@ -270,3 +271,9 @@ def test_help_is_quick_and_names_the_flags():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     found = CliRunner().invoke(app, ["inspect", "--help"], env={"COLUMNS": "200"})
     assert found.exit_code == 0 and all(f"--{name}" in found.output for name in ("html", "json", "log-ratio-clip"))
+
+
+def test_the_commands_defaults_are_the_papers():
+    """They are typed out there, so that --help needs no torch."""
+    parameters = {parameter.name: parameter.default for parameter in get_command(app).commands["inspect"].params}
+    assert {name: parameters[name] for name in PEAROptions._fields} == DEFAULTS._asdict()
