@@ -1,4 +1,4 @@
-"""The command `pear`: score, import, sft, rl, eval, compare, demo, replicate.
+"""The command `pear`: score, import, sft, rl, eval, compare, inspect, demo, replicate.
 
 Heavy imports wait inside, so that --help is quick.
 """
