@@ -86,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
+        if len(raw) < int(self.headers["Content-Length"]):  # the client was killed
+            return
         body = json.loads(raw)
         with self.server.lock:
             number = self.server.asked[raw]
