@@ -32,7 +32,7 @@ def locate(ids: list[int], start: int, text: str, pieces: Pieces) -> list[Place]
         raise Unaligned("the text holds a lone surrogate, which no UTF-8 can hold") from None
     surfaces = [pieces.surface(token) for token in ids[start:]]
     spelled = b"".join(surfaces)
-    if exact.endswith(spelled):
+    if exact.endswith(spelled) and (start or len(spelled) == len(exact)):
         return _follow(surfaces, len(exact) - len(spelled))
 
     try:

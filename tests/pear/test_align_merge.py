@@ -72,6 +72,11 @@ def check_alignment(student: Spans, behavior: Spans, logprobs: np.ndarray) -> No
             np.testing.assert_allclose(found.behavior_logprobs[members].sum(), logprobs[theirs].sum(), atol=1e-9)
         assert not found.behavior_logprobs[members[1:]].any()
     assert not found.behavior_logprobs[found.block_ids < 0].any()
+    for t, mark in student.marks.items():  # without bytes: alone, where the other side has it, or with what comes next
+        if mark.startswith(NO_BYTES) and found.block_ids[t] >= 0:
+            members = np.flatnonzero(found.block_ids == found.block_ids[t])
+            after = [u for u in members if student.extents[u][0] < student.extents[u][1] and u > t]
+            assert len(members) == 1 or student.extents[after[0]][0] == student.extents[t][0]
 
 
 @settings(max_examples=300)

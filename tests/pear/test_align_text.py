@@ -6,10 +6,12 @@ import unicodedata
 import weakref
 
 import pytest
-from families import FAMILIES, family, llama3, qwen, sentencepiece
+from families import FAMILIES, family, llama3, qwen, sentencepiece, wordpiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from unicode_text import texts, texts_with_tokens
 
 from pear.align import Unaligned, align, spans_of
@@ -164,6 +166,31 @@ def test_nfc_cluster_belongs_to_the_token_that_ends_it():
     assert spans.marks == {1: NO_BYTES + "\\xc4", 4: "end_of_turn"}
 
 
+def test_a_token_that_ends_within_a_cluster_makes_no_boundary():
+    """`a` and the first byte of é are one token here: `a` has no boundary of its own behind it."""
+    characters = bytes_to_unicode()
+    vocabulary = {character: byte for byte, character in characters.items()} | {"aÃ": 256}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "Ã")]))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    spans, ids, _ = spans_in(tokenizer, "Q\n", "ae\u0301b")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["aÃ", "©", "b", "<end>"]
+    assert spans.extents == [(0, 0), (0, 4), (4, 5), (5, 5)]
+    assert spans.marks == {0: NO_BYTES + "a\\xc3", 3: "end_of_turn"}
+
+
+def test_bytes_shared_with_the_prompt_are_no_tokens():
+    """각 over the prompt's end: two of its bytes are the prompt's tokens, the third is of all that it is made of."""
+    tokenizer = family("qwen")
+    spans, ids, _ = spans_in(tokenizer, "Q\n가", "\u11a8z")
+    assert len(ids) == 3 and spans.extents == [(0, 0), (3, 4), (4, 4)]
+    assert spans.marks == {0: "joint 3: \\x81", 2: "end_of_turn"}
+    spans, ids, _ = spans_in(tokenizer, "", "e\u0307z")  # the first half of ė is the row's first token, never predicted
+    assert len(ids) == 3 and spans.extents == [(0, 0), (3, 4), (4, 4)]
+    assert spans.marks == {0: "joint 3: \\x97", 2: "end_of_turn"}
+
+
 def test_case_is_no_other_text():
     """A tokenizer that reads lower case has the same characters."""
     tokenizer = sentencepiece_with("nmt_nfkc_cf")
@@ -193,6 +220,21 @@ def test_wordpiece_where_it_loses_nothing():
     assert family("wordpiece").decode(ids[:-1]) == "lazy dog"
     assert [" Lazy dog"[b:e] for b, e in spans.extents if b < e][0].startswith(" ")
     assert "".join(" Lazy dog"[b:e] for b, e in spans.extents) == " Lazy dog"
+
+
+def test_text_lost_before_the_first_token_is_said():
+    """A row's first token is not predicted, but what is before the second must be the first's."""
+    with pytest.raises(Unaligned, match="it has ' ' where they have ''"):
+        spans_in(family("wordpiece"), "", "  the dog")
+    with pytest.raises(Unaligned, match="do not spell the text"):
+        spans_in(family("wordpiece"), "the", "  ")
+    tokenizer = wordpiece()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.convert_tokens_to_ids("[CLS]"))]
+    )
+    assert spans_in(tokenizer, "", "the dog")[0].extents[0] == (0, 3)
+    with pytest.raises(Unaligned, match="do not spell the text"):
+        spans_in(tokenizer, "", "  the dog")
 
 
 def test_unknown_tokens_are_said():
