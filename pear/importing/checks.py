@@ -27,11 +27,11 @@ CHECKS = {
 }
 
 
-def check_logprobs(generation: Generation) -> list[float]:
-    """The log-probs as floats.
+def check_logprobs(generation: Generation, floored: bool = False) -> list[float]:
+    """The log-probs as floats; with `floored`, those at the floor of -9999 may stay.
 
     Raises:
-        Reject: one is missing, no number, NaN, infinite, above 0 by more than rounding, or a floor such as -9999; their
+        Reject: one is missing, no number, NaN, infinite, above 0 by more than rounding, or the floor of -9999; their
             sum is not the source's total.
     """
     values = []
@@ -43,7 +43,7 @@ def check_logprobs(generation: Generation) -> list[float]:
             raise Reject(f"the log-prob of token {number} is {value!r}", again=True)
         if value > MAX_LOGPROB:
             raise Reject(f"the log-prob of token {number} is {value!r}, above 0: is it a logit or a probability?")
-        if value <= FLOOR:
+        if value <= FLOOR and not floored:
             raise Reject(f"the log-prob of token {number} is {value!r}: a floor that the server writes, not the value")
         values.append(float(value))
     total = generation.total

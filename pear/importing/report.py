@@ -8,7 +8,7 @@ from pear.importing import checks, sampling
 
 def report(counts: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """The report: `facts` of the run, and what `counts` (joined by `checks.add`) say: checks, sampling and warnings."""
-    rows, tokens = counts.get("rows", 0), counts.get("tokens", 0)
+    rows, tokens, floored = (counts.get(key, 0) for key in ("rows", "tokens", "without a value"))
     listed = []
     for name, means in checks.CHECKS.items():
         found = counts.get("checks", {}).get(name)
@@ -25,7 +25,7 @@ def report(counts: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
         "rows": rows,
         "tokens": tokens,
-        "mean_logprob": counts["logprob"] / tokens if tokens else None,
+        "mean_logprob": counts["logprob"] / (tokens - floored) if tokens > floored else None,
         "kinds": counts.get("kinds", {}),
         "policies": counts.get("policies", {}),
         "special_tokens": counts.get("marks", {}),
@@ -33,7 +33,7 @@ def report(counts: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         "tokens_behind_a_stop_string": counts.get("behind a stop string", 0),
         "checked_in_every_row": [
             "as many log-probs as tokens",
-            "each log-prob a finite number, at most 0 and above the floor of -9999",
+            "each log-prob a finite number, at most 0, and not the floor of -9999 (of byte rows: left out)",
             "the tokens' bytes add up to the text, or the ids to what the tokenizer makes of it",
         ],
         "checks": listed,
@@ -58,6 +58,11 @@ def _warnings(counts: dict[str, Any], listed: list[dict[str, Any]]) -> list[str]
         elif words := sampling.bias(entry["settings"]):
             said.append(f"{entry['rows']} rows sampled with {sampling.in_words(entry['settings'])}: {words}")
     said += checks.grid_in_words(counts.get("grid", {}))
+    if floored := counts.get("without a value"):
+        said.append(
+            f"{floored} of {counts['tokens']} log-probs are -9999, which says no more than unlikely: those tokens are "
+            "left out of every ratio"
+        )
     if behind := counts.get("behind a stop string"):
         said.append(f"{behind} tokens behind the end of the texts (stop strings) were left off")
     return said

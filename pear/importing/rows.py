@@ -121,7 +121,7 @@ class Converter:
         if missing := [number for number, token in enumerate(generation.tokens) if token.data is None]:
             what = "an id and no text" if generation.tokens[missing[0]].id is not None else "neither text nor id"
             raise Reject(f"token {missing[0]} has {what}: give --tokenizer, or a source that tells the tokens' text")
-        values = checks.check_logprobs(generation)
+        values = checks.check_logprobs(generation, floored=True)
         text = completion_text(generation.completion)
         data = without_dummy_prefix([token.data or b"" for token in generation.tokens], text, generation.prompt)
         check_all_there(data, text)
@@ -132,6 +132,11 @@ class Converter:
             raise Reject(str(error)) from None
         if generation.finish == "stop" and not generation.cut and not data[-1]:
             spans.marks[len(data) - 1] = END_OF_TURN  # llama.cpp tells its log-prob and not its text
+        for number, value in enumerate(values[:kept]):
+            if value <= checks.FLOOR:  # no value, so no ratio: its bytes are nobody's
+                begin, end = spans.extents[number]
+                spans.extents[number] = (begin, begin)
+                spans.marks.setdefault(number, f"{JOINT}{end - begin}: {data[number].decode('utf-8', 'replace')}")
         why = _NO_TOKENIZER if generation.tokens[0].id is not None else _NO_IDS
         asked = {name: checks.answer(None, why) for name in _OF_IDS} | {_SPANS: checks.answer(True)}
         made = {"behavior_spans": spans.to_json() | {"logprobs": values[:kept]}}
@@ -313,12 +318,14 @@ class Converter:
     ) -> dict[str, Any]:
         known = type(generation.total) in (int, float)
         asked["sum is the cumulative log-prob"] = checks.answer(True if known else None, "the source tells no total")
+        told = [value for value in values[:kept] if value > checks.FLOOR]
         counts: dict[str, Any] = {
             "kinds": {kind: 1},
             "tokens": kept,
-            "logprob": sum(values[:kept]),
+            "logprob": sum(told),
+            "without a value": kept - len(told),
             "checks": asked,
-            "grid": checks.grid(values[:kept]),
+            "grid": checks.grid(told),
             "marks": {} if spans is None else _special(spans),
         }
         if len(values) > kept:

@@ -239,14 +239,20 @@ def _done(todo: Iterator, work: Callable, client: Client | None, jobs: int) -> I
                 running.add(pool.submit(work, *item))
                 if len(running) >= 2 * jobs:  # rows are not all read at once
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in finished)
+                    yield from _results(finished)
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
+                yield from _results(finished)
         except BaseException:
             client.stop()  # or leaving the pool would wait for every answer
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _results(finished: set[Future]) -> Iterator[Any]:
+    """What came, before an error that came with it ends the run."""
+    for future in sorted(finished, key=lambda future: future.exception() is not None):
+        yield future.result()
 
 
 @contextlib.contextmanager

@@ -684,6 +684,35 @@ def test_rounded_and_floored_log_probs_are_noted(rounded, word, tmp_path):
     assert not result["warnings"]
 
 
+def test_a_floor_is_no_log_prob_and_has_no_ratio(told, tokenizer, tmp_path):
+    """OpenAI's -9999 for "not among the most likely": the row stays, and no span reaches over that token."""
+    t = told[2]
+    chosen = next(k for k, piece in enumerate(t.pieces) if k > 0 and piece.isascii() and piece.isalnum() is False)
+    honest, _ = run(tmp_path, "openai", [chat_record(t)])
+    record = break_record(chat_record(t), f"response.choices.0.logprobs.content.{chosen}.logprob", -9999.0)
+    rows, result = run(tmp_path, "openai", [record])
+    assert f"1 of {len(t.ids)} log-probs are -9999" in " ".join(result["warnings"])
+    told_values = [p for k, p in enumerate(t.logprobs) if k != chosen]
+    assert result["mean_logprob"] == pytest.approx(sum(told_values) / len(told_values))
+    found = []
+    for row in (honest[0], rows[0]):
+        student = spans_of(row, tokenize_row(row, tokenizer, "row"), tokenizer)
+        behavior = Spans.from_json(row["behavior_spans"], "row")
+        found.append(align(student, behavior, row["behavior_spans"]["logprobs"]))
+    whole, without = found
+    assert without.block_ids[chosen] == -1 and without.behavior_logprobs[chosen] == 0.0
+    others = [k for k in range(len(t.ids)) if k != chosen]
+    np.testing.assert_array_equal(without.behavior_logprobs[others], whole.behavior_logprobs[others])
+    assert (without.block_ids[others] >= 0).all()
+
+
+def test_pieces_of_a_character_as_openais_completions_spell_them(tmp_path):
+    logprobs = {"tokens": [" bytes:", "bytes:\\xe4\\xbd", "bytes:\\xa0"], "token_logprobs": [-1.0, -2.0, -3.0]}
+    choice = {"text": " bytes:你", "logprobs": logprobs, "finish_reason": "length"}
+    rows, _ = run(tmp_path, "openai", [{"prompt": "x", "response": {"model": "m", "choices": [choice]}}])
+    assert rows[0]["behavior_spans"]["bytes"] == [[0, 7], [7, 9], [9, 10]]
+
+
 def test_each_row_names_its_policy(told, tmp_path):
     text = [t for t in told if isinstance(t.prompt, str)]
     rows, result = run(tmp_path, "openai", [text_record(text[0]), {**text_record(text[1]), "behavior_policy": "other"}])
