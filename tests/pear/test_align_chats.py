@@ -144,6 +144,20 @@ def test_a_template_that_trims():
     assert found.block_ids[-1] >= 0  # both ends of turn stand at the text's end
 
 
+def test_a_token_over_two_contents():
+    """`th` and `e` are written side by side, as one token; in the second row they stand so in the text as well."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.reasoning_content or '') | trim + m.content }}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    row = chat({"role": "assistant", "reasoning_content": "th\n", "content": "e dog"})
+    spans, tokens = spans_in("smollm2", row, template)
+    assert tokens[0] == "the" and spans.marks[0] == "joint 3: the"
+    assert spans.extents[:2] == [(0, 0), (4, 8)]
+    row = chat({"role": "assistant", "reasoning_content": "th", "content": "e dog"})
+    assert spans_in("smollm2", row, template)[0].extents[:2] == [(0, 3), (3, 7)]
+
+
 def test_several_turns_with_a_tool():
     row = chat(
         {"role": "assistant", "content": "Let me add."},
