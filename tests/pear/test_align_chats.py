@@ -111,6 +111,11 @@ def test_white_space_that_a_template_changes_is_no_bytes():
     assert align(smollm2, qwen, [-1.0] * len(qwen.extents)).shared > 0.8
 
 
+def test_which_of_two_tags_is_shown_is_not_guessed():
+    spans, _ = spans_in("qwen", chat("<think>a</think></think>b"))
+    assert covered(chat("<think>a</think></think>b"), spans) == "<think>a" + "." * 16 + "b"
+
+
 def test_reasoning_in_a_key_of_its_own():
     """Qwen's template writes it between tags, which are structural then; SmolLM2's leaves it out."""
     row = chat({"role": "assistant", "reasoning_content": "Three and four.", "content": "It is 7."})
@@ -256,6 +261,8 @@ CONTENTS = [
     THOUGHT,
     "<think>Three and four.</think>It is 7.",
     "</think> \n\n<think>\nassistant\n</think>final",
+    "<think>Three and four.</think>",
+    "Three.\n\n</think>",
     " assistant\n",
 ]
 
