@@ -90,7 +90,7 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
     else:
         if tokenizer.chat_template is None:
             raise DataError(f"{where}: the row is a chat, but the tokenizer has no chat template")
-        kwargs = {**_template_arguments(row), "tokenize": True, "return_dict": True}
+        kwargs = {**template_arguments(row), "tokenize": True, "return_dict": True}
         try:
             prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
             ids = tokenizer.apply_chat_template(prompt + completion, **kwargs)["input_ids"]
@@ -112,10 +112,11 @@ def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(prompt, str):
         eos = tokenizer.eos_token or ""
         return prompt + completion + ("" if completion.endswith(eos) else eos)
-    return tokenizer.apply_chat_template(prompt + completion, **{**_template_arguments(row), "tokenize": False})
+    return tokenizer.apply_chat_template(prompt + completion, **{**template_arguments(row), "tokenize": False})
 
 
-def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row itself gives to the chat template: its `tools` (a list, or one as JSON) and `chat_template_kwargs`."""
     tools = row.get("tools")
     return {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,

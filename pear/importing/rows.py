@@ -15,8 +15,7 @@ from pear.importing.generation import Generation, Reject, completion_pieces, com
 from pear.importing.spelling import check_all_there, kept_of, roles_of, spelled, without_dummy_prefix
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
-from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
-from pear.rows import _template_arguments as template_arguments
+from pear.rows import TokenizedRow, prompt_and_completion, template_arguments, tokenize_row
 
 _NO_IDS = "the source gives no ids"
 _NO_TOKENIZER = "no --tokenizer"
@@ -136,7 +135,8 @@ class Converter:
             if value <= checks.FLOOR:  # no value, so no ratio: its bytes are nobody's
                 begin, end = spans.extents[number]
                 spans.extents[number] = (begin, begin)
-                spans.marks.setdefault(number, f"{JOINT}{end - begin}: {data[number].decode('utf-8', 'replace')}")
+                # also of one that had a mark: by its role it would be matched, without bytes go with the next token
+                spans.marks[number] = f"{JOINT}{end - begin}: {data[number].decode('utf-8', 'replace')}"
         why = _NO_TOKENIZER if generation.tokens[0].id is not None else _NO_IDS
         asked = {name: checks.answer(None, why) for name in _OF_IDS} | {_SPANS: checks.answer(True)}
         made = {"behavior_spans": spans.to_json() | {"logprobs": values[:kept]}}

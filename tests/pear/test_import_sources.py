@@ -706,6 +706,27 @@ def test_a_floor_is_no_log_prob_and_has_no_ratio(told, tokenizer, tmp_path):
     assert (without.block_ids[others] >= 0).all()
 
 
+@pytest.mark.parametrize("place", ["end of turn", "without text", "llama.cpp's end"])
+def test_a_floor_of_a_token_that_is_no_text_has_no_ratio_either(place, told, tokenizer, tmp_path):
+    """By its role it would be matched with the student's token of that role; without bytes it would go with the next."""
+    t = told[2]
+    record = chat_record(t)
+    content = record["response"]["choices"][0]["logprobs"]["content"]
+    floor = {"token": "", "logprob": -9999.0, "bytes": []}
+    if place == "without text":
+        content.insert(1, floor)
+    else:
+        content[-1] = content[-1] | {"logprob": -9999.0} if place == "end of turn" else floor
+    rows, result = run(tmp_path, "openai", [record])
+    assert any(" log-probs are -9999" in warning for warning in result["warnings"])
+    student = spans_of(rows[0], tokenize_row(rows[0], tokenizer, "row"), tokenizer)
+    spans = rows[0]["behavior_spans"]
+    found = align(student, Spans.from_json(spans, "row"), spans["logprobs"])
+    expected = t.logprobs if place == "without text" else [*t.logprobs[:-1], 0.0]
+    np.testing.assert_array_equal(found.behavior_logprobs[: len(t.ids)], expected)
+    assert (found.block_ids[len(t.ids) - 1] >= 0) == (place == "without text")
+
+
 def test_pieces_of_a_character_as_openais_completions_spell_them(tmp_path):
     logprobs = {"tokens": [" bytes:", "bytes:\\xe4\\xbd", "bytes:\\xa0"], "token_logprobs": [-1.0, -2.0, -3.0]}
     choice = {"text": " bytes:你", "logprobs": logprobs, "finish_reason": "length"}
