@@ -77,12 +77,12 @@ def fine_tune(
     logger.addHandler(warnings)
     try:
         args = PEARSFTConfig(output_dir=str(folder), **TRAINER_OPTIONS, **options)
-        more = args.more_columns()
+        loading: dict[str, Any] = dict(columns=args.more_columns(), options=args.pear_options())
         trainer = PEARSFTTrainer(
             model,
             args,
-            train_dataset=load_scored(train, tokenizer, columns=more),
-            eval_dataset=load_scored(heldout, tokenizer, columns=more),
+            train_dataset=load_scored(train, tokenizer, **loading),
+            eval_dataset=load_scored(heldout, tokenizer, **loading),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[_ticker(tick)],
