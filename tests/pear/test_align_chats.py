@@ -111,6 +111,14 @@ def test_white_space_that_a_template_changes_is_no_bytes():
     assert align(smollm2, qwen, [-1.0] * len(qwen.extents)).shared > 0.8
 
 
+def test_a_content_that_ends_in_its_thoughts():
+    row = chat("<think>Three and four.</think>")
+    spans, tokens = spans_in("qwen", row)
+    assert covered(row, spans) == row["completion"][0]["content"]
+    assert spans.extents[tokens.index("</think>")] == (22, 30)
+    assert spans.marks[tokens.index("</think>") - 1] == "\n"
+
+
 def test_which_of_two_tags_is_shown_is_not_guessed():
     spans, _ = spans_in("qwen", chat("<think>a</think></think>b"))
     assert covered(chat("<think>a</think></think>b"), spans) == "<think>a" + "." * 16 + "b"
