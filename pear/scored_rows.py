@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pear.align import ROLES, Roles, Spans, Unaligned, align, spans_of
 from pear.align.contents import contents_of
 from pear.align.roles import names_of
+from pear.align.spans import JOINT, NO_BYTES
 from pear.io import MAX_LOGPROB, DataError, check_label, check_scored_row
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
@@ -60,6 +61,12 @@ def has_policy(row: dict[str, Any]) -> bool:
 def is_byte_row(row: dict[str, Any]) -> bool:
     spans = row.get("behavior_spans")
     return has_policy(row) and "input_ids" not in row and isinstance(spans, dict) and "logprobs" in spans
+
+
+def is_cut(row: dict[str, Any]) -> bool:
+    """Whether the policy was stopped at the text's end, by a limit of tokens say, and did not end there itself."""
+    spans = row.get("behavior_spans")
+    return has_policy(row) and isinstance(spans, dict) and spans.get("cut") is True
 
 
 def check_kind(row: dict[str, Any], where: str) -> None:
@@ -112,7 +119,22 @@ class Reader:
         return self._own(row, where), False
 
     def _own(self, row: dict[str, Any], where: str) -> TokenizedRow:
-        return tokenize_row(prompt_and_completion(row, where), self.tokenizer, where)
+        row = prompt_and_completion(row, where)
+        own = tokenize_row(row, self.tokenizer, where)
+        return self._without_end(row, own) if is_cut(row) else own
+
+    def _without_end(self, row: dict[str, Any], own: TokenizedRow) -> TokenizedRow:
+        """Up to the text's last token: where a policy was cut off, an end of turn is nothing that it wrote."""
+        try:
+            spans = spans_of(row, own, self.tokenizer, self.roles)
+        except Unaligned:  # `behavior` will say so
+            return own
+        parts = (i for i in spans.marks if spans.marks[i].startswith((NO_BYTES, JOINT)))
+        last = max((*parts, *(i for i, (b, e) in enumerate(spans.extents) if e > b)), default=-1)
+        drop = len(spans.extents) - 1 - last
+        if last < 0 or not drop:
+            return own
+        return TokenizedRow(own.input_ids[:-drop], own.completion_mask[:-drop], own.prompt_cut)
 
     def behavior(self, row: dict[str, Any], where: str, tokens: TokenizedRow, own: bool) -> Behavior | str:
         """The behaviour policy's log-probs on the student's `tokens`; or, in words, why they cannot be aligned.

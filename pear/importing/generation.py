@@ -9,6 +9,8 @@ Messages = list[dict[str, Any]]
 # How far the sampler had come when it wrote a log-prob down (docs/import.md): the model's own distribution; divided by
 # the temperature; or what was drawn from, after top-p and the rest.
 STAGES = ("raw", "tempered", "processed")
+# Finish reasons of a response that the policy did not end: nothing that it drew stands behind the text.
+UNFINISHED = ("length", "abort", "content_filter")
 
 
 class Reject(ValueError):

@@ -11,7 +11,7 @@ from pear.align.pieces import pieces_of
 from pear.align.roles import END_OF_TURN, names_of
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
-from pear.importing.generation import Generation, Reject, completion_pieces, completion_text
+from pear.importing.generation import UNFINISHED, Generation, Reject, completion_pieces, completion_text
 from pear.importing.spelling import check_all_there, kept_of, roles_of, spelled, without_dummy_prefix
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
@@ -75,6 +75,8 @@ class Converter:
             made, counts = self._encoded_row(generation, text, where)
         else:
             made, counts = self._byte_row(generation)
+        if generation.written and generation.finish in UNFINISHED:
+            made["behavior_spans"]["cut"] = True
         row = {**text, **made, "behavior_policy": policy}
         if "input_ids" in row:
             row["model"] = policy

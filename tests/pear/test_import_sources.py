@@ -24,7 +24,8 @@ from pear.importing.run import _read
 from pear.io import DataError, check_scored_row, read_jsonl, write_jsonl
 from pear.rows import prompt_and_completion, tokenize_row
 from pear.score import score
-from pear.seal import Whole, check_seal
+from pear.scored import load_scored
+from pear.seal import Whole, check_seal, write_scored
 
 POLICY = "teacher"
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
@@ -578,6 +579,18 @@ def test_cut_at_max_tokens_there_is_no_end_of_turn(teacher, tokenizer, folder, t
     assert [row["input_ids"] for row in rows] == [t.prompt_ids + t.ids for t in told]
     assert result["cut_at_their_length"] == len(told) and result["special_tokens"] == {}
     assert next(e for e in result["checks"] if e["check"] == "completion re-encodes to the ids")["yes"] == len(told)
+    assert all(row["behavior_spans"]["cut"] is True for row in rows)
+    _, result = run(tmp_path, "vllm", [vllm_record(t) for t in told], tokenizer=folder, policy=POLICY)
+    assert result["cut_at_their_length"] == 0
+    told = [t for t in told if isinstance(t.prompt, list)]
+    records = [break_record(chat_record(t), "response.choices.0.finish_reason", "length") for t in told]
+    for row, t in zip(run(tmp_path, "openai", records)[0], told, strict=True):
+        assert row["behavior_spans"]["cut"] is True
+        write_scored(tmp_path / "one.jsonl", [row])
+        tokens = load_scored(tmp_path / "one.jsonl", tokenizer)[0]
+        assert tokens["input_ids"] == t.prompt_ids + t.ids  # as the token rows: no end of turn that nobody wrote
+        values = [p for p, bit in zip(tokens["behavior_logprobs"], tokens["completion_mask"], strict=True) if bit]
+        np.testing.assert_allclose(values, t.logprobs, rtol=1e-6)
 
 
 def test_reasoning_apart_from_content(tmp_path):
@@ -708,7 +721,7 @@ def test_a_floor_is_no_log_prob_and_has_no_ratio(told, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("place", ["end of turn", "without text", "llama.cpp's end"])
 def test_a_floor_of_a_token_that_is_no_text_has_no_ratio_either(place, told, tokenizer, tmp_path):
-    """By its role it would be matched with the student's token of that role; without bytes it would go with the next."""
+    """By its role it would be matched with the student's own; without bytes it would go with the next token."""
     t = told[2]
     record = chat_record(t)
     content = record["response"]["choices"][0]["logprobs"]["content"]

@@ -14,6 +14,7 @@ from mixed_rows import (
     spans_json,
     texts,
     token_row,
+    without,
 )
 from tiny import make_model, make_tokenizer
 
@@ -87,6 +88,42 @@ def test_every_kind_becomes_what_it_is(tokenizer, other, rows, write, level):
         outside = [k for k, bit in zip(loaded["block_ids"], loaded["completion_mask"], strict=True) if not bit]
         assert set(outside) == {-1}
     assert long > 20  # spans of several of the student's tokens
+
+
+@pytest.mark.parametrize("kind", ["byte row", "token row", "the student's tokenizer"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_nothing_behind_a_response_that_was_cut_is_trained_on(kind, chat, tokenizer, other, write):
+    """The policy was stopped at its limit: an end of turn there would teach the student to stop in mid-sentence."""
+    text = texts(3)[2]
+    if chat:
+        text = {
+            "prompt": [{"role": "user", "content": text["prompt"]}],
+            "completion": [{"role": "assistant", "content": text["completion"]}],
+        }
+    policy = tokenizer if kind == "the student's tokenizer" else other
+    whole = token_row(text, policy)
+    count = len(whole["behavior_spans"]["bytes"]) - 1  # the end of turn, and what the template has behind it
+    count -= chat
+    if chat:
+        ends = whole["behavior_spans"]["bytes"]
+        ends[count:] = [[ends[count - 1][1]] * 2] * 2
+        whole["behavior_spans"]["marks"] = {str(count): "end_of_turn", str(count + 1): "\n"}
+    cut = byte_row(whole)
+    cut = without(cut, *range(count, count + 1 + chat))
+    if kind == "token row":
+        length = len(whole["input_ids"]) - 1 - chat
+        lists = {name: whole[name][:length] for name in ("input_ids", "completion_mask", "behavior_logprobs")}
+        spans = {name: value for name, value in cut["behavior_spans"].items() if name != "logprobs"}
+        cut = whole | lists | {"behavior_spans": spans}
+    ended, as_it_was = load_scored(write([whole, cut]), tokenizer)
+    cut["behavior_spans"]["cut"] = True
+    stopped = load_scored(write([whole, cut]), tokenizer)[1]
+    assert as_it_was["input_ids"] == ended["input_ids"]  # nothing tells that it was cut
+    dropped = 1 + chat
+    for name in ("input_ids", "completion_mask", "block_ids", "behavior_logprobs"):
+        assert stopped[name] == as_it_was[name][:-dropped]
+    assert tokenizer.eos_token_id not in completion(stopped, "input_ids")
+    assert min(completion(stopped, "block_ids")) >= 0  # whole ends are common to both
 
 
 def test_block_columns_are_there_only_where_a_row_needs_them(tokenizer, rows, write):
