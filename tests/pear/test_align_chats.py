@@ -112,10 +112,10 @@ def test_white_space_that_a_template_changes_is_no_bytes():
 
 
 def test_a_content_that_ends_in_its_thoughts():
-    row = chat("<think>Three and four.</think>")
+    row = chat("<think>Three and four</think>")
     spans, tokens = spans_in("qwen", row)
-    assert covered(row, spans) == row["completion"][0]["content"]
-    assert spans.extents[tokens.index("</think>")] == (22, 30)
+    assert covered(row, spans) == "<think>Three and four</think>"
+    assert spans.extents[tokens.index("</think>")] == (21, 29)
     assert spans.marks[tokens.index("</think>") - 1] == "\n"
 
 
