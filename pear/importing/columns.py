@@ -9,7 +9,7 @@ from pear.io import DataError
 
 def reader(
     *,
-    prompt: str = "prompt",
+    prompt: str | None = None,
     completion: str = "completion",
     logprobs: str = "logprobs",
     ids: str | None = None,
@@ -18,10 +18,12 @@ def reader(
 ) -> Callable[[dict[str, Any]], Iterator[Generation | Reject]]:
     """A source that reads these columns; `ids` or `tokens` (strings, or lists of bytes) are one a log-prob.
 
-    With neither, the completion is tokenised again, which needs the policy's tokenizer and equal counts.
+    Without `prompt`, that is a chat in `messages`, or else the column "prompt". With neither `ids` nor `tokens` the
+    completion is tokenised again, which needs the policy's tokenizer and equal counts.
     """
     if ids is not None and tokens is not None:
         raise DataError("--ids-column and --tokens-column: give one; ids are exact, so that one if you have both")
+    chat, prompt = prompt is None, prompt or "prompt"
     taken = {prompt, completion, logprobs, ids, tokens, policy, "behavior_policy", "messages"}
 
     def column(record: dict[str, Any], name: str) -> Any:
@@ -44,7 +46,7 @@ def reader(
             pieces = [Token(None)] * len(values)
         if len(pieces) != len(values):
             raise Reject(f"{len(values)} log-probs for {len(pieces)} tokens")
-        text, asked = column(record, completion), record.get("messages") or column(record, prompt)
+        text, asked = column(record, completion), (chat and record.get("messages")) or column(record, prompt)
         if isinstance(text, str) and isinstance(asked, list):
             text = [{"role": "assistant", "content": text}]
         return Generation(

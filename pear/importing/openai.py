@@ -176,7 +176,7 @@ def scored_ids(answer: dict[str, Any], prompt: Any, completion: Any, ids: list[i
     """The answer to a request that gave `ids`, those of prompt and completion, with `prompt_logprobs` or `echo`.
 
     Raises:
-        Reject: fewer log-probs than ids, or of other ids.
+        Reject: fewer log-probs than ids, or of other ids, or of more: a server that puts a start token in front.
         NotOffered: no log-probs of the ids at all.
     """
     choices = need(answer, "choices", list, "the response")
@@ -189,6 +189,10 @@ def scored_ids(answer: dict[str, Any], prompt: Any, completion: Any, ids: list[i
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict) or len(tokens := _tokens(choice)) <= 1 < len(ids):
         raise NotOffered
+    usage = answer.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if type(counted) is int and counted != len(ids):
+        raise Reject(f"the server was given {len(ids)} tokens and counted {counted}: it has put others beside them")
     return Generation(tokens=[token._replace(id=None) for token in tokens], **common)
 
 

@@ -11,7 +11,7 @@ from pear.align.pieces import pieces_of
 from pear.align.roles import END_OF_TURN, names_of
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
-from pear.importing.generation import UNFINISHED, Generation, Reject, completion_pieces, completion_text
+from pear.importing.generation import UNFINISHED, Generation, Reject, Token, completion_pieces, completion_text
 from pear.importing.spelling import check_all_there, kept_of, roles_of, spelled, without_dummy_prefix
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
@@ -104,6 +104,8 @@ class Converter:
             row = prompt_and_completion(row, "row")
         except DataError as error:
             raise Reject(str(error).removeprefix("row: ")) from None
+        if isinstance(row["prompt"], list) and row["prompt"][-len(row["completion"]) :] == row["completion"]:
+            raise Reject("the messages of the prompt end with the completion itself: leave it out of them")
         pieces = completion_pieces(row["completion"])
         if not pieces or not all(isinstance(piece, str) for piece in pieces):
             raise Reject(f"the completion must have text to place the tokens in, got {row['completion']!r:.100}")
@@ -258,6 +260,7 @@ class Converter:
                 f"the server scored other tokens than --tokenizer makes: at position {at} token {given[at]}, not "
                 f"{own.input_ids[at]}"
             )
+        _check_spelled(tokens, own.input_ids, self.tokenizer)
         generation.tokens = tokens[start:]
         asked = {name: checks.answer(True if None not in given else None, _NO_IDS) for name in _OF_IDS}
         return self._own_row(generation, text, own, asked)
@@ -359,6 +362,21 @@ def _re_encodes(own: list[int], ids: list[int], added: Any) -> bool:
     """Whether the tokenizer cuts a completion as the policy did; it may add an end of turn that the policy did not."""
     rest = own[len(ids) :]
     return own[: len(ids)] == ids and (not rest or rest[0] in added or bool(ids) and ids[-1] in added)
+
+
+def _check_spelled(tokens: list[Token], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a Reject where a server names a plain word and the id beside it is another; pieces and spaces may differ.
+
+    A start token that it puts in front shifts all log-probs by one, and nothing else shows it.
+    """
+    pieces = pieces_of(tokenizer)
+    for at, (token, own) in enumerate(zip(tokens, map(pieces.surface, ids), strict=True)):
+        words = [data.strip() for data in (token.data or b"", own)]
+        if all(map(bytes.isalnum, words)) and words[0] != words[1]:
+            raise Reject(
+                f"the server scored other tokens than --tokenizer makes: at position {at} {words[0].decode()!r}, not "
+                f"{words[1].decode()!r}"
+            )
 
 
 def _special(spans: Spans) -> dict[str, int]:

@@ -343,3 +343,23 @@ def test_a_server_that_cuts_the_ids_otherwise_is_noticed(scorer, policy_folder, 
         )  # fmt: skip
     assert result["rejected"] == 3
     assert "scored other tokens" in (tmp_path / "out.jsonl.rejects.jsonl").read_text()
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_start_token_that_the_server_puts_in_front_is_noticed(counts, scorer, policy_folder, jsonl, tmp_path):
+    """By echo there are no ids to compare; log-probs shifted by one would pass for those of the row's tokens."""
+
+    def respond(body, chat):
+        found = scorer(body | {"prompt": [1, *body["prompt"]]}, chat)
+        if not counts:
+            del found["usage"]
+        return found
+
+    with serving(respond=respond) as server:
+        result = import_logprobs(
+            "openai", jsonl(SCORE), tmp_path / "out.jsonl", client=Client(server.url, retries=0),
+            tokenizer=str(policy_folder), progress=False,
+        )  # fmt: skip
+    assert (result["written"], result["rejected"]) == (0, 3)
+    reasons = (tmp_path / "out.jsonl.rejects.jsonl").read_text()
+    assert ("others beside them" if counts else "scored other tokens") in reasons

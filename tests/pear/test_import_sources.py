@@ -286,6 +286,26 @@ def test_jsonl_with_columns_of_any_name(told, scored, folder, tokenizer, tmp_pat
         run(tmp_path, "jsonl", with_ids, columns_named={"ids": "ids", "tokens": "tokens"})
 
 
+def test_a_prompt_column_that_is_named_is_the_prompt(tmp_path):
+    messages = [{"role": "user", "content": "the chat"}]
+    row = {"messages": messages, "prompt": "x", "question": "y", "completion": "ab", "logprobs": [-1.0, -2.0],
+           "tokens": ["a", "b"], "behavior_policy": POLICY}  # fmt: skip
+    for named, expected in (({}, messages), ({"prompt": "prompt"}, "x"), ({"prompt": "question"}, "y")):
+        rows, _ = run(tmp_path, "jsonl", [row], columns_named=named | {"tokens": "tokens"})
+        assert rows[0]["prompt"] == expected
+
+
+def test_messages_that_hold_the_response_already_are_no_prompt(told, tmp_path):
+    """It would be there twice, and the log-probs not those of the second."""
+    t = told[2]
+    doubled = [*t.prompt, {"role": "assistant", "content": t.text}]
+    record = {"messages": doubled, "completion": t.text, "logprobs": t.logprobs, "tokens": [list(b) for b in t.pieces]}
+    _, result = run(tmp_path, "jsonl", [record], policy=POLICY, columns_named={"tokens": "tokens"})
+    assert result["rejected"] == 1 and result["written"] == 0
+    _, result = run(tmp_path, "vllm", [vllm_record(t) | {"messages": doubled}], policy=POLICY)
+    assert result["rejected"] == 1 and result["written"] == 0
+
+
 def test_without_ids_a_count_that_is_not_the_tokenizers_is_set_aside(told, folder, tmp_path):
     records = [{"prompt": t.prompt, "completion": t.text, "logprobs": t.logprobs[:-2]} for t in told]
     _, result = run(tmp_path, "jsonl", records, tokenizer=folder, policy=POLICY)
