@@ -12,7 +12,14 @@ from pear.align.roles import END_OF_TURN, names_of
 from pear.align.spans import JOINT, NO_BYTES
 from pear.importing import checks
 from pear.importing.generation import UNFINISHED, Generation, Reject, Token, completion_pieces, completion_text
-from pear.importing.spelling import check_all_there, kept_of, roles_of, spelled, without_dummy_prefix
+from pear.importing.spelling import (
+    check_all_there,
+    check_prompt_ids,
+    kept_of,
+    roles_of,
+    spelled,
+    without_dummy_prefix,
+)
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, prompt_and_completion, template_arguments, tokenize_row
@@ -227,6 +234,8 @@ class Converter:
         same = _re_encodes(completion, ids, pieces_of(self.tokenizer).added)
         asked = {"completion re-encodes to the ids": checks.answer(same)}
         given, count = generation.prompt_ids, generation.prompt_count
+        if given is not None and given != prompt:
+            check_prompt_ids(given, prompt, text["prompt"], tokenizer=self.tokenizer)
         asked["prompt re-encodes to the ids"] = (
             checks.answer(None, "the source gives no ids of the prompt")
             if given is None

@@ -63,6 +63,36 @@ def check_all_there(data: Sequence[bytes], text: str) -> None:
         )
 
 
+def check_prompt_ids(
+    given: Sequence[int], own: Sequence[int], prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise a Reject where the policy's `given` ids of a prompt, other than `own`, are not those of its text.
+
+    Another chat template, a start token, a prompt whose beginning was cut off: all these are what the policy saw. But a
+    string must be there, and of a chat its last message if it is the user's; white space and added tokens aside.
+    """
+    if isinstance(prompt, str):
+        wanted = own
+    elif prompt[-1]["role"] == "user" and isinstance(prompt[-1].get("content"), str):
+        wanted = tokenizer(text=prompt[-1]["content"], add_special_tokens=False)["input_ids"]
+    else:
+        return
+    said, text = _words(given, tokenizer), _words(wanted, tokenizer)
+    cut = isinstance(prompt, str) and said and text.endswith(said)
+    if text not in said and not cut:
+        raise Reject(
+            "the ids of the prompt do not spell the prompt: is --tokenizer that of the behaviour policy, and the "
+            f"prompt the one that it saw? They spell {said[-60:].decode('utf-8', 'replace')!r}"
+        )
+
+
+def _words(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
+    pieces = pieces_of(tokenizer)
+    if (largest := max(ids, default=0)) >= len(tokenizer):
+        raise Reject(f"token {largest} of the prompt is not in the vocabulary of {len(tokenizer)}")
+    return b"".join(b"".join(b"" if token in pieces.added else pieces.surface(token) for token in ids).split())
+
+
 def without_dummy_prefix(data: Sequence[bytes], text: str, prompt: Any) -> list[bytes]:
     """SentencePiece's first token says a space that the text does not start with; nor is it the end of the `prompt`."""
     data = list(data)

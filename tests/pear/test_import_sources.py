@@ -545,6 +545,25 @@ def test_another_tokenizer_than_the_policys_is_noticed(told, tmp_path):
     assert "--tokenizer" in (tmp_path / "scored.jsonl.rejects.jsonl").read_text()
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_the_prompts_ids_are_those_of_the_prompt(number, told, tokenizer, folder, tmp_path):
+    """By another tokenizer the answer may be spelled alike, byte by byte say, and the prompt is not what it saw."""
+    t = told[number]
+    other = tokenizer("Another question, of other words.")["input_ids"]
+    front = tokenizer("<|im_start|>system\nToday is Monday.<|im_end|>\n")["input_ids"]
+    chat = isinstance(t.prompt, list)
+    kept = {"as it is": t.prompt_ids, "start token": [tokenizer.eos_token_id, *t.prompt_ids]}
+    kept |= {"template": front + t.prompt_ids} if chat else {"cut at its beginning": t.prompt_ids[1:]}
+    for name, ids in (kept | {"other": other, "end missing": t.prompt_ids[:2], "nothing": []}).items():
+        rows, result = run(tmp_path, "vllm", [vllm_record(t) | {"prompt_token_ids": ids}], tokenizer=folder, policy="p")
+        assert len(rows) == (name in kept), name
+        if rows:
+            assert rows[0]["input_ids"] == ids + t.ids
+        else:
+            reason = (tmp_path / "scored.jsonl.rejects.jsonl").read_text()
+            assert "do not spell the prompt" in reason
+
+
 def test_tokens_as_sampled_stay_where_the_tokenizer_would_cut_otherwise(teacher, tokenizer, told, folder, tmp_path):
     t = told[0]
     first = t.pieces[0]
