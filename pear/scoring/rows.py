@@ -145,7 +145,7 @@ def _add(
     plan: Plan,
 ) -> None:
     tokenizer = share.policy.tokenizer
-    tokenized = tokenize_row(row, tokenizer, where)
+    tokenized = _sealed_tokens(row, share.policy, where, replaced) or tokenize_row(row, tokenizer, where)
     _check_what_stays(row, tokenized, tokenizer, where, replaced)
     limit = share.policy.max_length
     if limit is not None and len(tokenized.input_ids) > limit:
@@ -153,6 +153,22 @@ def _add(
         return
     ids, start = np.array(tokenized.input_ids, dtype=np.int32), tokenized.completion_mask.index(1)
     share.rows.append(Row(line, ids, start, tokenized.prompt_cut, choice.estimated))
+
+
+def _sealed_tokens(row: dict[str, Any], policy: Policy, where: str, replaced: tuple[str, ...]) -> TokenizedRow | None:
+    """The tokens that a row keeps, if the seal says whose they are, and they are this tokenizer's: as they were drawn.
+
+    `pear import` writes rows that the tokenizer would cut otherwise: without an end of turn where the policy was
+    stopped, or without the line end that a template puts behind it.
+    """
+    if "behavior_logprobs" in replaced or row.get("scored") is None or row.get("tokenizer") != policy.fingerprint:
+        return None
+    tokens = {key: row[key] for key in ("input_ids", "completion_mask") if key in row}
+    if len(tokens) < 2:
+        return None
+    check_scored_row(tokens, where, needs=())
+    mask = [int(bit) for bit in row["completion_mask"]]
+    return TokenizedRow(row["input_ids"], mask, 0) if mask == sorted(mask) else None
 
 
 def _check_what_stays(

@@ -632,6 +632,24 @@ def test_cut_at_max_tokens_there_is_no_end_of_turn(teacher, tokenizer, folder, t
         np.testing.assert_allclose(values, t.logprobs, rtol=1e-6)
 
 
+def test_imported_tokens_are_scored_as_they_were_drawn(teacher, tokenizer, folder, tmp_path):
+    """For ref_logprobs or the top-k beside them: cut off, or without the line end that a template puts behind."""
+    told = [tell(teacher, tokenizer, row, end=end) for row in ROWS for end in (True, False)]
+    rows, _ = run(tmp_path, "vllm", [vllm_record(t) for t in told], tokenizer=folder, policy=POLICY)
+    out, source = tmp_path / "more.jsonl", tmp_path / "scored.jsonl"
+    score(folder, source, out, column="ref_logprobs", progress=False)
+    score(folder, out, out, column="none", top_k=3, progress=False)
+    for (_, row), own in zip(read_jsonl(out), rows, strict=True):
+        assert {key: row[key] for key in own if key != "scored"} == {key: own[key] for key in own if key != "scored"}
+        np.testing.assert_allclose(row["ref_logprobs"], own["behavior_logprobs"], atol=2e-5)
+        assert [len(ids) for ids in row["top_k_ids"]] == [3 * bit for bit in row["completion_mask"]]
+    load_scored(out, tokenizer, columns=("ref_logprobs", "top_k_ids", "top_k_logprobs"))
+    edited = [{key: value for key, value in row.items() if key != "scored"} for row in rows]
+    write_jsonl(source, edited)
+    with pytest.raises(DataError, match="no more tokens"):  # nothing says that these are the tokens of the text
+        score(folder, source, out, column="ref_logprobs", progress=False)
+
+
 def test_reasoning_apart_from_content(tmp_path):
     """vLLM's reasoning parser: the tokens hold the tags and line ends between the two, the message does not."""
     tokens = ["<think>", "\n", "3+4", " is 7", "\n", "</think>", "\n\n", "It is", " 7.", "<|im_end|>"]
