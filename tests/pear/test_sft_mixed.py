@@ -25,6 +25,7 @@ from training import OPTIONS, assert_close, batch_of, gradients, make_config
 
 from pear.health import block_sums
 from pear.io import DataError
+from pear.pipeline import fine_tune
 from pear.runs import read_run
 from pear.score import score
 from pear.scored import load_scored
@@ -411,3 +412,16 @@ def test_roles_file_of_the_command(tokenizer, save_model, tmp_path):
 def test_options_of_ours_are_off_unless_asked_for(tmp_path):
     assert make_config(tmp_path).pear_options()[5:] == (False, False, None, None)
     assert make_config(tmp_path, **OPTIONS | {"normalize": "batch"}).loss_options()["normalize"] == "batch"
+
+
+def test_the_pipeline_loads_its_data_in_the_blocks_of_its_options(tokenizer, tmp_path):
+    """As `pear demo` and `pear replicate` train: blocks of one token would be refused by the trainer of blocks of 3."""
+    model, path = make_model(tokenizer), tmp_path / "scored.jsonl"
+    told = texts(3)
+    write_scored(path, [token_row(told[0], tokenizer), token_row(told[1], tokenizer), nobodys_row(told[2])])
+    trained = fine_tune(
+        lambda done, total: None, model, tokenizer, tmp_path / "run", path, path,
+        level="block", block_size=3, max_steps=1, logging_steps=1, per_device_train_batch_size=3,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    assert 0 < trained.log[0]["pear/ratio_tokens"] < 1
