@@ -56,13 +56,21 @@ def generations(record: dict[str, Any], stage: str | None = None) -> Iterator[Ge
         ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids") if isinstance(choice, dict) else None
         seen = {
             "prompt_ids": ids_of(ids, "`prompt_token_ids`") if ids else None,
-            "cut": bool(request.get("stop")) or isinstance(choice, dict) and isinstance(choice.get("stop_reason"), str),
+            "cut": _stopped(choice, request),
         }
         if isinstance(prompt, str):
             return _text_choice(choice, prompt, bool(request.get("echo")), common | seen)
         return _chat_choice(choice, prompt, common | seen)
 
     yield from each(choices, read)
+
+
+def _stopped(choice: Any, request: dict[str, Any]) -> bool:
+    """Whether a stop string may have ended a choice; vLLM (`stop_reason`) and SGLang (`matched_stop`) tell."""
+    for key in ("stop_reason", "matched_stop"):
+        if isinstance(choice, dict) and key in choice:
+            return isinstance(choice[key], str)
+    return bool(request.get("stop"))
 
 
 def _body(value: dict[str, Any]) -> dict[str, Any]:

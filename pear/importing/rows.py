@@ -82,8 +82,10 @@ class Converter:
             made, counts = self._encoded_row(generation, text, where)
         else:
             made, counts = self._byte_row(generation)
-        if generation.written and generation.finish in UNFINISHED:
-            made["behavior_spans"]["cut"] = True
+        spans = made["behavior_spans"]
+        last = spans.get("marks", {}).get(str(len(spans.get("bytes", ())) - 1))
+        if generation.written and generation.finish in UNFINISHED and last != END_OF_TURN:
+            spans["cut"] = True
         row = {**text, **made, "behavior_policy": policy}
         if "input_ids" in row:
             row["model"] = policy
@@ -169,7 +171,7 @@ class Converter:
         if pieces_of(tokenizer).dummy_prefix:
             data = without_dummy_prefix(data, content, generation.prompt)
         check_all_there(data, content)
-        kept = kept_of(data, content, generation.cut)
+        kept = kept_of(data, content, generation.cut, self.roles[END_OF_TURN])
         ids, data, values_kept = ids[:kept], data[:kept], values[:kept]
         prompt_ids, asked = self._prompt(generation, text, ids, where)
         spans = self._spans(prompt_ids, ids, data, text, asked)

@@ -7,11 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
 from pear.align.pieces import pieces_of
+from pear.align.roles import END_OF_TURN
 from pear.importing.generation import Reject
 
 
-def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
-    """How many tokens the text has. All; but where a stop string `cut` it, the tokens of that stand behind its end.
+def kept_of(data: Sequence[bytes], text: str, cut: bool, ends: Sequence[str] = ROLES[END_OF_TURN]) -> int:
+    """How many tokens the text has. All; but where a stop string may have `cut` it, the tokens of that stand behind it.
+
+    An end of turn there is none, but the policy's own.
 
     Raises:
         Reject: the stop string began inside a token.
@@ -19,7 +22,8 @@ def kept_of(data: Sequence[bytes], text: str, cut: bool) -> int:
     wanted = text.encode("utf-8", "surrogatepass")
     joined = b"".join(data)
     at = joined.find(wanted)
-    if not cut or at < 0 or not joined[at + len(wanted) :].strip():
+    behind = joined[at + len(wanted) :].strip()
+    if not cut or at < 0 or not behind or behind.decode("utf-8", "replace") in ends:
         return len(data)
     end = 0
     for number, token in enumerate(data, start=1):

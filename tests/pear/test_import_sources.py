@@ -632,6 +632,23 @@ def test_cut_at_max_tokens_there_is_no_end_of_turn(teacher, tokenizer, folder, t
         np.testing.assert_allclose(values, t.logprobs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_an_end_of_turn_that_was_drawn_stays(tokenized, told, folder, tmp_path):
+    """Also where the request had stop strings that it did not meet, or the end was the last token that it had."""
+    t = told[2]
+    record = chat_record(t, ids=tokenized)
+    record["request"]["stop"] = ["Question:"]
+    choice = record["response"]["choices"][0]
+    told_so = {"stop_reason": None}, {"matched_stop": t.ids[-1]}, {}, {"finish_reason": "length"}
+    records = [record | {"response": record["response"] | {"choices": [choice | more]}} for more in told_so]
+    rows, result = run(tmp_path, "openai", records, tokenizer=folder if tokenized else None)
+    assert len(rows) == len(records) and result["tokens_behind_a_stop_string"] == 0
+    for row in rows:
+        spans = row["behavior_spans"]
+        assert len(spans["bytes"]) == len(t.ids) and spans["marks"] == {str(len(t.ids) - 1): "end_of_turn"}
+        assert "cut" not in spans
+
+
 def test_imported_tokens_are_scored_as_they_were_drawn(teacher, tokenizer, folder, tmp_path):
     """For ref_logprobs or the top-k beside them: cut off, or without the line end that a template puts behind."""
     told = [tell(teacher, tokenizer, row, end=end) for row in ROWS for end in (True, False)]
