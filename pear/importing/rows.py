@@ -23,6 +23,7 @@ from pear.importing.spelling import (
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, prompt_and_completion, template_arguments, tokenize_row
+from pear.seal import SEALED
 
 _NO_IDS = "the source gives no ids"
 _NO_TOKENIZER = "no --tokenizer"
@@ -86,6 +87,8 @@ class Converter:
         last = spans.get("marks", {}).get(str(len(spans.get("bytes", ())) - 1))
         if generation.written and generation.finish in UNFINISHED and last != END_OF_TURN:
             spans["cut"] = True
+        if "input_ids" not in made or generation.extra.get("input_ids") != made["input_ids"]:
+            text = {key: value for key, value in text.items() if key not in _OF_TOKENS}
         row = {**text, **made, "behavior_policy": policy}
         if "input_ids" in row:
             row["model"] = policy
@@ -354,6 +357,8 @@ _MADE = {
     "input_ids", "completion_mask", "behavior_logprobs", "behavior_spans", "behavior_policy", "behavior_estimated",
     "behavior_sampling", "tokenizer", "model", "scored", "prompt", "completion",
 }  # fmt: skip
+# Keys about single tokens that a row may have from an earlier `pear score`: none of them is of any other tokens.
+_OF_TOKENS = {key for key in SEALED if key.startswith(("ref_", "top_k_"))}
 _SPANS = "every row's spans"
 _OF_IDS = ("ids are the text", "completion re-encodes to the ids", "prompt re-encodes to the ids")
 

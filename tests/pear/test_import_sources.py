@@ -667,6 +667,23 @@ def test_imported_tokens_are_scored_as_they_were_drawn(teacher, tokenizer, folde
         score(folder, source, out, column="ref_logprobs", progress=False)
 
 
+def test_columns_of_other_tokens_do_not_stay(told, scored, folder, tmp_path):
+    """A row that was scored before and is imported now, in as many tokens: its references are of the old ones."""
+    own, t = scored[0], told[0]
+    before = own | {"ref_logprobs": own["behavior_logprobs"], "ref_model": "r", "top_k_model": "k", "label": False}
+    record = before | {"logprobs": t.logprobs, "ids": t.ids}
+    names = {"ids": "ids"}
+    rows, _ = run(tmp_path, "jsonl", [record], tokenizer=folder, policy=POLICY, columns_named=names)
+    assert rows[0]["ref_logprobs"] == own["behavior_logprobs"] and rows[0]["input_ids"] == own["input_ids"]
+    others = record | {"input_ids": [*reversed(own["input_ids"])]}
+    rows, _ = run(tmp_path, "jsonl", [others], tokenizer=folder, policy=POLICY, columns_named=names)
+    assert rows[0]["input_ids"] == own["input_ids"] and rows[0]["label"] is False
+    assert not {"ref_logprobs", "ref_model", "top_k_model"} & set(rows[0])
+    in_bytes = record | {"tokens": [list(piece) for piece in t.pieces]}
+    rows, _ = run(tmp_path, "jsonl", [in_bytes], policy=POLICY, columns_named={"tokens": "tokens"})
+    assert not {"ref_logprobs", "ref_model", "top_k_model", "input_ids"} & set(rows[0])
+
+
 def test_reasoning_apart_from_content(tmp_path):
     """vLLM's reasoning parser: the tokens hold the tags and line ends between the two, the message does not."""
     tokens = ["<think>", "\n", "3+4", " is 7", "\n", "</think>", "\n\n", "It is", " 7.", "<|im_end|>"]
