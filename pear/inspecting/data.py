@@ -114,6 +114,7 @@ def _checked(path: str | os.PathLike) -> int:
     """How many rows there are; their seals hold."""
     whole, count = Whole(), 0
     for line, row in read_jsonl(path):
+        check_kind(without_nulls(row), f"{path}:{line}")  # first, for rows that were never scored have no seal either
         check_seal(row, f"{path}:{line}")
         whole.add(row, f"{path}:{line}")
         count += 1

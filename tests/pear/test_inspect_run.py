@@ -220,9 +220,10 @@ def test_a_row_that_does_not_align_is_left_out_and_told(student, files, tmp_path
         (lambda rows: rows[:4], "cut off after"),
         (lambda rows: [{**rows[0], "completion": "edited"}, *rows[1:]], ":1: edited after it was scored"),
         (lambda rows: [{k: v for k, v in row.items() if k != "scored"} for row in rows], ":1: no seal"),
+        (lambda rows: [{k: row[k] for k in ("prompt", "completion")} for row in rows], ":1: no log-probs of a behav"),
         (lambda rows: [], "no row to look at"),
     ],
-    ids=["cut", "edited", "unsealed", "empty"],
+    ids=["cut", "edited", "unsealed", "unscored", "empty"],
 )
 def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path, spoil, words):
     write_jsonl(tmp_path / "spoiled.jsonl", spoil([row for _, row in read_jsonl(files["own"])]))
@@ -242,6 +243,7 @@ def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path,
         ({"max_length": 1}, "max_length"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"html": "x.out", "json_report": "./x.out"}, "json and html are the same file"),
+        ({"html": "."}, "html is a folder, .*: give the name of a file"),
     ],
 )
 def test_options_out_of_range(student, files, options, words):
