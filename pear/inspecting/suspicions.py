@@ -93,7 +93,8 @@ def _zeros(seen: View) -> Finding | None:
         f"{count(len(lines), 'row')} of {len(seen.rows)} have a behaviour log-prob of exactly 0 at every token "
         f"({listed(lines)}): a policy that was certain of everything. That is what greedy decoding, a server that "
         "reports processed log-probs, or a column that was never filled leaves behind. Score the rows with the model "
-        'that wrote them, or mark them `"behavior_policy": "none"`.',
+        "that wrote them (`pear score --model`; without --model it keeps log-probs that are sealed); or take all keys "
+        "but `prompt` and `completion` out of them, and `pear score --fallback none` gives them weight 1.",
     )
 
 
@@ -112,8 +113,8 @@ def _floored(seen: View) -> Finding | None:
                 "problem",
                 f"{count(int(pile), 'behaviour log-prob')} of {len(values)} "
                 f"({share(pile / len(values))}) lie at {lowest:.2f} and none lies below: {what}. The true ones are "
-                "lower, so these tokens' ratios are too low. Score the data with `pear score`, or import log-probs of "
-                "the tokens that were drawn and not of the top k.",
+                "lower, so these tokens' ratios are too low. Score the data with `pear score --model`, or import "
+                "log-probs of the tokens that were drawn and not of the top k.",
             )
     return None
 
@@ -404,8 +405,8 @@ def _beside_human_text(rows: list[Row], tokens: Tokens, g: np.ndarray) -> Findin
     return Finding(
         "some_without_policy",
         "warning",
-        f"{text}, so that rows without one have {share(part)} of all weight. --normalize sequence puts all rows on "
-        "a mean weight of 1; or train on the two kinds apart.",
+        f"{text}, so that rows without one have {share(part)} of all weight. At levels token and block, --normalize "
+        "sequence puts all rows on a mean weight of 1; or train on the two kinds apart.",
     )
 
 

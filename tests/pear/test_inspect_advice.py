@@ -175,6 +175,7 @@ def test_log_probs_that_are_all_zero():
     finding = advice(data, student)["zeros"]
     assert finding.severity == "problem" and "2 rows of 24" in finding.text and "lines 3, 6" in finding.text
     assert "greedy" in finding.text
+    assert "without --model it keeps log-probs that are sealed" in finding.text and "--fallback none" in finding.text
     everything = [np.zeros(900)] * 6
     found = advice(make_data(everything), policy_logprobs(np.random.default_rng(0), 6, 900))
     assert "repair them first" in found["floor"].text and not found["floor"].options
@@ -334,6 +335,7 @@ def test_human_text_beside_a_collapsed_teacher():
     assert alone.options == found["floor"].options and alone.text[:40] == found["floor"].text[:40]
     finding = found["some_without_policy"]
     assert finding.severity == "warning" and "of all weight" in finding.text
+    assert "At levels token and block, --normalize sequence" in finding.text  # level sequence refuses it
 
 
 def test_rows_without_a_policy():
