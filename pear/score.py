@@ -119,6 +119,8 @@ def score(
         return Policy(name, tokenizer, max_length, dtype, where)
 
     with processes.together():
+        if os.path.isdir(out):  # else it would show when everything is scored
+            raise DataError(f"out is a folder, {out}: give the name of a file in it")
         policy = None if model is None else open_policy(model)
         plan = read_plan(data, policy, fallback, column, replaced, open_policy)
         _check_plan(plan, data, out, wanted, column)

@@ -37,7 +37,7 @@ def behavior_choice(row: dict[str, Any], where: str, model: str | None, fallback
             raise DataError(
                 f"{where}: the row names {named!r} as its behaviour policy, and the model is {model!r}. Leave out "
                 "--model, and each row is scored by the policy that it names; or, if both are one, give the model by "
-                "the name that the row has."
+                "the name that the row has, or take `behavior_policy` and `scored` out of the rows."
             )
         return Choice("score", model, named is not None and row.get("behavior_estimated") is True)
     if has_logprobs(row) and row.get("scored") is not None:

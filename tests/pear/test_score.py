@@ -601,6 +601,13 @@ def test_no_row_left_is_an_error(model, tokenizer, jsonl, tmp_path, text_rows):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_folder_in_the_way_is_said_before_anything_is_scored(model, tokenizer, jsonl, tmp_path, text_rows):
+    (tmp_path / "o").mkdir()
+    with pytest.raises(DataError, match="out is a folder, .*: give the name of a file in it"):
+        score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills and full disks
 

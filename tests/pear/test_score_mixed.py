@@ -167,6 +167,10 @@ def test_a_model_scores_no_row_of_another(folders, text_rows, jsonl, tmp_path):
         DataError, match=rf"o:1: the row names '{folders['first']}' .* the model is '.*third.*Leave out"
     ):
         score(folders["third"], tmp_path / "o", tmp_path / "p", progress=False)
+    with pytest.raises(DataError, match="or take `behavior_policy` and `scored` out of the rows"):
+        score(folders["third"], tmp_path / "o", tmp_path / "p", progress=False)
+    renamed = [{k: v for k, v in row.items() if k != "behavior_policy"} for row in read(tmp_path / "o")]
+    assert score(folders["third"], jsonl(renamed, "renamed.jsonl"), tmp_path / "q", progress=False)["scored"] == 4
     rows[3]["behavior_policy"] = "api"
     with pytest.raises(DataError, match=r"data\.jsonl:4: the row names 'api' as its behaviour policy"):
         score(folders["first"], jsonl(rows), tmp_path / "p", progress=False)
