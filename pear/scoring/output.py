@@ -13,6 +13,7 @@ import numpy as np
 
 from pear.io import DataError, atomic_writer, read_jsonl
 from pear.rows import prompt_and_completion
+from pear.scored_rows import is_cut
 from pear.scoring.batches import Scores
 from pear.scoring.choice import NONE
 from pear.scoring.policies import Policy
@@ -77,9 +78,10 @@ def write_out(
                         spans = spans_of_row(row, tokens, share.policy.tokenizer)
                     if "problem" in spans.spans:
                         written.unaligned[line] = spans.spans["problem"]
+                cut = {"cut": True} if is_cut(row) else {}  # of who wrote it, so it stays
                 row = _scored(row, tokens, scores, share.policy, column, beside_top_k)
                 if spans is not None:
-                    row["behavior_spans"] = spans.spans
+                    row["behavior_spans"] = spans.spans | cut
                 written.tokens += len(scores.logprobs)
                 written.total += float(scores.logprobs.sum(dtype=np.float64))
             elif line in plan.none:

@@ -1,6 +1,7 @@
 """The models that score: given loaded, or by name and then loaded when their turn comes."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from pear.fused_head import add_fused_head
 from pear.io import DataError
 from pear.models import load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+from pear.scored_rows import Reader
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -46,6 +48,10 @@ class Policy:
         if max_length is None:
             max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.max_length = max_length
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer)
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[PreTrainedModel]:

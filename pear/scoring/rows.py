@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, read_jsonl
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
+from pear.scored_rows import is_cut
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
 from pear.scoring.policies import Policy
 from pear.seal import SEALED, Whole, check_seal
@@ -145,7 +146,7 @@ def _add(
     plan: Plan,
 ) -> None:
     tokenizer = share.policy.tokenizer
-    tokenized = _sealed_tokens(row, share.policy, where, replaced) or tokenize_row(row, tokenizer, where)
+    tokenized = _sealed_tokens(row, share.policy, where, replaced) or _own_tokens(row, share.policy, where)
     _check_what_stays(row, tokenized, tokenizer, where, replaced)
     limit = share.policy.max_length
     if limit is not None and len(tokenized.input_ids) > limit:
@@ -169,6 +170,14 @@ def _sealed_tokens(row: dict[str, Any], policy: Policy, where: str, replaced: tu
     check_scored_row(tokens, where, needs=())
     mask = [int(bit) for bit in row["completion_mask"]]
     return TokenizedRow(row["input_ids"], mask, 0) if mask == sorted(mask) else None
+
+
+def _own_tokens(row: dict[str, Any], policy: Policy, where: str) -> TokenizedRow:
+    """What the tokenizer makes of a row, without the end of turn where it is known that the policy was cut off."""
+    if not is_cut(row):
+        return tokenize_row(row, policy.tokenizer, where)
+    keys = ("prompt", "completion", "tools", "chat_template_kwargs", "behavior_spans")
+    return policy.reader.tokens({key: row[key] for key in keys if key in row}, where, ())[0]
 
 
 def _check_what_stays(

@@ -190,6 +190,29 @@ def test_byte_rows_are_scored_anew_only_by_their_own_policy(folders, jsonl, tmp_
         score(folders["third"], tmp_path / "bytes", tmp_path / "p", column="ref_logprobs", progress=False)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_response_that_was_cut_has_no_end_when_it_is_scored_anew(
+    folders, text_rows, chat_rows, jsonl, tmp_path, chat
+):
+    """As `pear import` marks it: its policy wrote no end of turn, and a student must not learn one there."""
+    text = (chat_rows if chat else text_rows)[0] | {"behavior_policy": folders["first"]}
+    score(folders["first"], jsonl([text]), tmp_path / "ended", progress=False)
+    (ended,) = read(tmp_path / "ended")
+    count = 1 + chat  # the end of turn, and the line end that the template has behind it
+    assert "end_of_turn" in ended["behavior_spans"]["marks"].values()
+    byte_row = text | {"behavior_spans": {"bytes": [[0, 1]], "marks": {}, "logprobs": [-1.0], "cut": True}}
+    write_scored(tmp_path / "imported", [byte_row])
+    score(folders["first"], tmp_path / "imported", tmp_path / "again", progress=False)
+    (cut,) = read(tmp_path / "again")
+    assert cut["behavior_spans"]["cut"] is True
+    assert not {"end_of_turn"} & set(cut["behavior_spans"]["marks"].values())
+    assert cut["behavior_spans"]["bytes"] == ended["behavior_spans"]["bytes"][:-count]
+    for key in ("input_ids", "completion_mask", "behavior_logprobs"):
+        assert cut[key] == pytest.approx(ended[key][:-count], rel=1e-5), key
+    again = score(folders["first"], tmp_path / "again", tmp_path / "again", progress=False)  # and stays so
+    assert again["scored"] == 1 and read(tmp_path / "again") == [cut]
+
+
 def test_reference_scores_every_row_and_keeps_who_wrote_it(folders, text_rows, jsonl, tmp_path):
     rows = [dict(row, behavior_policy=("none", folders["first"])[n % 2]) for n, row in enumerate(text_rows)]
     score(None, jsonl(rows), tmp_path / "o", progress=False)
