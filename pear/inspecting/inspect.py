@@ -20,6 +20,7 @@ from pear.inspecting.student import logprobs
 from pear.io import DataError
 from pear.pictures import write_whole
 from pear.scoring.policies import Policy
+from pear.scoring.processes import device_named
 from pear_kernels.checks import check_options
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -67,7 +68,8 @@ def inspect(
         DataError: damaged, edited or older rows, no row to look at; options out of range.
         WriteError: a file cannot be written.
     """
-    for name, value, least in (("rows", rows, 0), ("sample", sample, 1), ("batch_tokens", batch_tokens, 1)):
+    bounds = (("rows", rows, 0), ("sample", sample, 1), ("seed", seed, 0), ("batch_tokens", batch_tokens, 1))
+    for name, value, least in bounds:
         if value is not None and value < least:
             raise DataError(f"{name} must be at least {least}, got {value}")
     if max_length is not None and max_length < 2:
@@ -78,7 +80,7 @@ def inspect(
         raise DataError(str(error)) from None
     _check_outputs({"data": data, "html": html, "json": json_report})
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    place = torch.device(device) if device else accelerator or torch.device("cpu")
+    place = device_named(device) if device else accelerator or torch.device("cpu")
     student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
     found = read(data, student.tokenizer, max_length=student.max_length, sample=sample, seed=seed, roles=roles)
     with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:

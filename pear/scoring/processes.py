@@ -40,7 +40,7 @@ class Processes:
             own = found or torch.device("cpu")
         self.device = own
         if device is not None and (own.type != device or self.count == 1):  # "cuda" is each process's own GPU
-            self.device = torch.device(device)
+            self.device = device_named(device)
 
     @property
     def warning(self) -> str | None:
@@ -115,3 +115,20 @@ def leave_group() -> None:
     """At the end of a program: the processes part, and nobody warns about it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def device_named(name: str) -> torch.device:
+    """The device, which is there.
+
+    Raises:
+        DataError: no such device, or none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a build without CUDA it is an AssertionError
+        said = " ".join(str(error).split())
+        raise DataError(
+            f"device = {name!r} cannot be used here: {said:.200}. Give cpu, or leave it out for the accelerator, if any"
+        ) from None
+    return device
