@@ -223,6 +223,8 @@ def _negatives(case: Case) -> Iterator[Finding]:
         f"{right_tokens} of right ones. Trained with --negatives, their weights sum to {push:.4g} against "
         f"{pull:.4g}; at --negative_lambda {NEGATIVE_LAMBDA:g} "
     )
+    if case.options.normalize == "batch":
+        text = "`pear sft` refuses --normalize batch beside --negatives; take --normalize sequence. " + text
     outweigh = NEGATIVE_LAMBDA * push > pull
     if wrong_tokens > WRONG_TO_RIGHT * right_tokens or outweigh:
         text += (

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from pear.inspecting.data import Data
 from pear.inspecting.finding import Option, share
 from pear.inspecting.statistics import Summary, at_level
@@ -65,7 +67,7 @@ def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]
     if lengths:
         yield [(f"--clip_length {n}", options._replace(clip_length=n)) for n in lengths]
     clips = [(_two_digits(low / k), _two_digits(high / k)) for k in NARROWER]
-    yield [(f"--log_ratio_clip {a:g} {b:g}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
+    yield [(f"--log_ratio_clip {_plain(a)} {_plain(b)}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
     if options.normalize is None and options.level != "sequence":
         yield [("--normalize sequence", options._replace(normalize="sequence"))]
     if options.normalize is None and all(row.right for row in case.data.rows):  # negatives refuse it
@@ -98,3 +100,8 @@ def _effect(then: Summary, now: Summary) -> str:
 
 def _two_digits(x: float) -> float:
     return float(f"{x:.1g}") if abs(float(f"{x:.1g}") - x) < 0.1 * abs(x) else float(f"{x:.2g}")
+
+
+def _plain(x: float) -> str:
+    """Without an exponent: argparse takes -3.1e-05 for the name of an option."""
+    return np.format_float_positional(x, trim="-")

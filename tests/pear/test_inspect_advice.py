@@ -1,7 +1,9 @@
 """Each failure that people met, constructed, is named; data with none of them is called fine."""
 
+import argparse
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -102,6 +104,19 @@ def test_each_option_states_what_it_would_do():
         assert f"{share(then.trains)} of the tokens train (now {share(case.summary.trains)})" in option.effect
         assert f"effective sample size {share(then.ess)}" in option.effect
         assert then.trains > 0.5 > case.summary.trains
+
+
+def test_the_clips_that_are_named_can_be_typed():
+    """argparse takes -5e-05 for the name of an option, so no number is written with an exponent."""
+    data, student = pair(rows=8, lengths=(900, 1000), mean=-0.3, spread=0.1)
+    options = PEAROptions(log_ratio_clip=(-0.0001, 0.0004), log_weight_clip=(-0.15, 5.0))
+    finding = advice(data, student, options)["floor"]
+    told = " ".join([finding.text, *(option.flags for option in finding.options)])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--log_ratio_clip", type=float, nargs=2)
+    (flags,) = re.findall(r"--log_ratio_clip \S+ \S+", told)
+    low, high = parser.parse_args(flags.split()).log_ratio_clip
+    assert -1e-4 < low < 0 < high
 
 
 def test_drift_to_the_ceiling():
@@ -371,6 +386,8 @@ def test_wrong_answers():
     wrong = {"right": False}
     few = data._replace(rows=[row._replace(**wrong) if i < 4 else row for i, row in enumerate(data.rows)])
     assert advice(few, student)["negatives_present"].severity == "note"
+    refused = advice(few, student, DEFAULTS._replace(normalize="batch"))["negatives_present"]
+    assert "refuses --normalize batch beside --negatives" in refused.text
     many = data._replace(rows=[row._replace(**wrong) if i else row for i, row in enumerate(data.rows)])
     assert "--negative_lambda" in advice(many, student)["negatives"].text
     loud = [values + (0.06 if i else 0.0) for i, values in enumerate(np.array(s) - 0.5 for s in student)]
