@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,12 @@ class WriteError(OSError):
 
 def _shorten(text: str, width: int = 120) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def line_list(numbers: Sequence[int], most: int = 20) -> str:
+    """Line numbers in a message, as many as a person reads."""
+    many = "line " if len(numbers) == 1 else "lines "
+    return many + ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

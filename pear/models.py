@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pear.io import DataError, WriteError, disk_error, write_error
 
@@ -57,10 +64,16 @@ def _named(name: str) -> Iterator[None]:
         ) from error
 
 
+def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
+    """The config of `name` (see `load_model`), without its weights."""
+    with _named(name):
+        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+
+
 def head_size(name: str, **kwargs: Any) -> int | None:
     """Rows of the head of model `name`, by its config alone; None if there is none to read. `kwargs` as above."""
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
+        config = load_config(name, **kwargs)
     except (OSError, ValueError):  # an adapter's folder, say
         return None
     return getattr(config.get_text_config(), "vocab_size", None)

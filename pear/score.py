@@ -155,7 +155,8 @@ def score(
         with processes.together():
             if processes.main:
                 settings = {"fallback": fallback, "top_k": beside_top_k}
-                written = _write(out, data, plan, sides, column, beside_top_k, settings)
+                with _kept(out, sides):
+                    written = write_out(out, data, plan, sides, column, beside_top_k, settings)
     with processes.together():
         if processes.main:
             for side in sides.values():
@@ -289,17 +290,11 @@ def _score_share(
             advance(len(rows))
 
 
-def _write(
-    out: str | os.PathLike,
-    data: str | os.PathLike,
-    plan: Plan,
-    sides: dict[str, SideFiles],
-    column: str,
-    beside_top_k: dict[str, Any],
-    settings: dict[str, Any],
-) -> Written:
+@contextlib.contextmanager
+def _kept(out: str | os.PathLike, sides: dict[str, SideFiles]) -> Iterator[None]:
+    """If `out` cannot be written, say what of the work is still there."""
     try:
-        return write_out(out, data, plan, sides, column, beside_top_k, settings)
+        yield
     except OSError as error:
         kept = ", ".join(side.path.name for side in sides.values())
         kept = f"The scores are kept in {kept} beside it; the same command goes on from there." if kept else ""

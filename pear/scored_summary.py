@@ -8,17 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pear.importing.sampling import bias, changed
-from pear.io import DataError
+from pear.io import DataError, line_list
 from pear.scored_rows import NO_RATIO, Behavior, has_policy
 
 logger = logging.getLogger("pear.scored")  # not accelerate's, which needs a trainer's state
 
 FEW_SHARED = 0.5  # of a row's tokens with a log-ratio: below it, a warning is due
-
-
-def line_list(numbers: Sequence[int]) -> str:
-    many = "line " if len(numbers) == 1 else "lines "
-    return many + ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
 
 
 def _rows(count: int) -> str:

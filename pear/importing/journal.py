@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from pear.appending import appending, write_all
 from pear.io import DataError, WriteError, write_error
 
 
@@ -28,20 +29,18 @@ class Journal:
         self.rejected: dict[int, int] = {}  # record -> its rejects
         self._resume = resume
         self._file: FileIO | None = None
-        self._end = 0  # bytes of whole lines
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Take over what an earlier call left, and hold the file: only one process at a time has it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:  # nothing waits in a buffer for a close that fails
-                _lock(file, self.path)
+            with appending(self.path, "importing") as file:
                 if not self._resume:
                     file.truncate(0)
-                self._file, self._end = file, self._load()
-                file.truncate(self._end)
-                if not self._end:
+                self._file, end = file, self._load()
+                file.truncate(end)
+                if not end:
                     self._write(self.header)
                 yield
         except WriteError:
@@ -76,13 +75,9 @@ class Journal:
         return end
 
     def _write(self, value: dict[str, Any]) -> int:
-        """A line at the end; where it starts. Once this returns no kill can take it back."""
-        rest = memoryview(json.dumps(value, allow_nan=False).encode() + b"\n")
-        at = self._end
-        while rest:
-            written = self._file.write(rest)
-            self._end += written
-            rest = rest[written:]
+        """A line at the end; where it starts."""
+        at = self._file.seek(0, os.SEEK_END)
+        write_all(self._file, json.dumps(value, allow_nan=False).encode() + b"\n")
         return at
 
     def _note(self, entry: dict[str, Any], at: int) -> None:
@@ -111,14 +106,3 @@ class Journal:
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-
-
-def _lock(file: FileIO, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"{path}: another process is importing this very data now; wait for it, or stop it") from None

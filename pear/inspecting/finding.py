@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from pear.io import line_list
+
 SEVERITIES = ("problem", "warning", "note", "fine")  # in this order
 
 
@@ -30,11 +32,8 @@ def share(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def listed(numbers: list[int], most: int = 10) -> str:
-    """Line numbers, as many as a person reads."""
-    if len(numbers) == 1:
-        return f"line {numbers[0]}"
-    return "lines " + ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+def listed(numbers: list[int]) -> str:
+    return line_list(numbers, most=10)
 
 
 def count(number: int, what: str) -> str:

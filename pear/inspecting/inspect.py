@@ -79,8 +79,7 @@ def inspect(
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from None
     _check_outputs({"data": data, "html": html, "json": json_report})
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    place = device_named(device) if device else accelerator or torch.device("cpu")
+    place = device_named(device or None)
     student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
     found = read(data, student.tokenizer, max_length=student.max_length, sample=sample, seed=seed, roles=roles)
     with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.fused_head import add_fused_head
 from pear.io import DataError
-from pear.models import load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+from pear.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint
 from pear.scored_rows import Reader
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -37,7 +37,7 @@ class Policy:
         if isinstance(model, str):
             self.name = model
             self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-            config = AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=False)
+            config = load_config(model)
             self._dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
         else:
             self.name = model.config.name_or_path or type(model).__name__

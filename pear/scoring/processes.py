@@ -36,8 +36,7 @@ class Processes:
             self._group = torch.distributed.new_group(backend="gloo", timeout=WAIT)
             own = state.device
         else:
-            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            own = found or torch.device("cpu")
+            own = device_named(None)
         self.device = own
         if device is not None and (own.type != device or self.count == 1):  # "cuda" is each process's own GPU
             self.device = device_named(device)
@@ -117,12 +116,15 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def device_named(name: str) -> torch.device:
-    """The device, which is there.
+def device_named(name: str | None) -> torch.device:
+    """The device, which is there; None: the accelerator, or else the CPU.
 
     Raises:
         DataError: no such device, or none here.
     """
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pear.appending import appending, write_all
 from pear.io import TOP_K_COLUMNS, DataError, WriteError, write_error
 from pear.scoring.batches import Scores
 from pear.scoring.processes import Processes
@@ -83,7 +84,7 @@ class SideFiles:
 
     def _hold(self, held: contextlib.ExitStack) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = held.enter_context(_locked(self.path))
+        self._file = held.enter_context(appending(self.path, "scoring"))
 
     def _begin(self) -> None:
         if self.path.stat().st_size == 0:
@@ -103,7 +104,7 @@ class SideFiles:
         """Cut off what a kill tore, of all files, as nobody else is at work on them; the main process does it."""
         for number in self._existing():
             path = self._path(number)
-            with contextlib.nullcontext(self._file) if path == self.path else _locked(path) as file:
+            with contextlib.nullcontext(self._file) if path == self.path else appending(path, "scoring") as file:
                 file.truncate(self._whole(path) if resume else 0)
             if path != self.path and path.stat().st_size == 0:
                 path.unlink()
@@ -192,9 +193,7 @@ class SideFiles:
             self._write(b"".join(lines))
 
     def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:  # a call may write less than all, as on a disk that is nearly full
-            rest = rest[self._file.write(rest) :]
+        write_all(self._file, data)
 
     def without_spans(self) -> list[int]:
         """Lines whose spans nobody has made before this call, in order; the same in every process."""
@@ -238,21 +237,3 @@ class Reader:
         file = self._files[number]
         file.seek(at)
         return self._side._parse(file.readline())[1]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[FileIO]:
-    """The file, open to append; only one process at a time has it. Nothing waits in a buffer for a close that fails."""
-    with open(path, "ab", buffering=0) as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{path}: another process is scoring this very data now; wait for it, or stop it"
-                ) from None
-        yield file
