@@ -1,7 +1,7 @@
 """What MkDocs is told beyond mkdocs.yml: pages that lie outside docs/, links between them, formulas as MathML.
 
-README, CONTRIBUTING, CHANGELOG, the examples and the committed results keep their place in the repository and are pages of
-the site as well. So any page may link to any of them by the path that works in the repository.
+README, CONTRIBUTING, CHANGELOG, the examples and the committed results keep their place in the repository and are pages
+of the site as well. So any page may link to any of them by the path that works in the repository.
 """
 
 import posixpath
