@@ -1,7 +1,7 @@
 """Not run: what a caller's type checker sees of both packages as they are installed (tests/test_wheel.py).
 
-The lines that end in `type: ignore` are mistakes of a caller. Were a name untyped, its mistake would pass unseen, and the
-checker would call the comment unused.
+The lines that end in `type: ignore` are mistakes of a caller. Were a name untyped, its mistake would pass unseen, and
+the checker would call the comment unused.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def cost() -> int:
     found: Plan = pear_kernels.plan(8192, 151936, 4096, dtype=torch.bfloat16)
-    found.chunks.append  # type: ignore[attr-defined]
+    print(found.chunks.append)  # type: ignore[attr-defined]
     return found.peak_bytes
 
 
@@ -58,5 +58,5 @@ def files(path: Path, student: Spans, behavior: Spans) -> dict[str, object]:
     except DataError as error:
         print(error.args)
     found: Alignment = align(student, behavior, [0.0])
-    found.nothing  # type: ignore[attr-defined]
+    print(found.nothing)  # type: ignore[attr-defined]
     return score("smollm2", path, path, batch_tokens="many")  # type: ignore[arg-type]
