@@ -266,7 +266,11 @@ class TinyRig(Rig):
 
 def trials_of(store: Store, case: Case) -> list[Trial]:
     rows = [row for row in store.rows.values() if all(row[name] == value for name, value in case._asdict().items())]
-    return [Trial(**{name: row[name] for name in Trial._fields}) for row in rows]
+    return [trial_of(row) for row in rows]
+
+
+def trial_of(row: dict) -> Trial:
+    return Trial(**{name: row.get(name) for name in Trial._fields})
 
 
 def rules_of(store: Store, case: Case, rules: Rules) -> Rules:
@@ -297,7 +301,8 @@ def measure_all(
                     trial = rig.trial(head, tokens)
                 except Exception as error:
                     trial = Trial(tokens, False, error=f"no model to try it on: {in_a_line(error)}")
-                store.finish(case.cell(tokens), {**case._asdict(), **trial._asdict()})
+                known = {name: value for name, value in trial._asdict().items() if value is not None}
+                store.finish(case.cell(tokens), {**case._asdict(), **known})
                 print(f"{model}, {trunk}, {head}: {in_words(trial)}", flush=True)
                 if trial.error:
                     stop_if_broken()
@@ -358,14 +363,14 @@ def text(facts: dict, rows: Iterable[dict], rules: Rules, left: bool, picture: s
     for (model, trunk), heads in found.items():
         (naive, _, _), (ours, closed, there) = heads["naive"], heads["pear"]
         row = [label(model, trunk)]
-        row += [str(naive.tokens), f"{'' if closed else '> '}{ours.tokens}"]
+        row += [str(naive.tokens or "none"), f"{'' if closed else '> '}{ours.tokens or 'none'}"]
         row += [f"{ours.tokens / naive.tokens:.1f}" if naive.tokens else ""]
         for pair in ((naive, there), (ours,)):
             row += [gib(trial and trial.bytes) for trial in pair]
             row += ["" if trial is None or trial.seconds is None else f"{trial.seconds:.2f}" for trial in pair]
         body.append(row)
     for row in rows:
-        if row["error"]:
+        if "error" in row:
             notes.append(f"- {row['model']}, {row['trunk']}, {row['head']}, {row['tokens']} tokens: {row['error']}")
     lines += [*table(head, body), *([""] + notes if notes else [])]
     lines += ["", "## Every try", ""]
@@ -378,7 +383,7 @@ def text(facts: dict, rows: Iterable[dict], rules: Rules, left: bool, picture: s
         if row["fits"]:
             cells += [gib(row["bytes"]), f"{row['seconds']:.2f}", f"{row['tokens'] / row['seconds']:.0f}"]
         else:
-            cells += ["error" if row["error"] else "out of memory", "", ""]
+            cells += ["error" if "error" in row else "out of memory", "", ""]
         body.append(cells)
     lines += table(head, body)
     return "\n".join(lines) + "\n"
@@ -390,7 +395,7 @@ def longest(rows: Iterable[dict], rules: Rules) -> dict[tuple[str, str], dict[st
     trials: dict[tuple[str, str], dict[str, list[Trial]]] = {}
     for row in sorted(rows, key=place):
         heads = trials.setdefault((row["model"], row["trunk"]), {head: [] for head in HEADS})
-        heads[row["head"]].append(Trial(**{name: row[name] for name in Trial._fields}))
+        heads[row["head"]].append(trial_of(row))
     found: dict[tuple[str, str], dict[str, tuple]] = {}
     for key, heads in trials.items():
         beside = limits(heads["naive"])[0]
@@ -473,6 +478,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all, in this order")
     parser.add_argument("--step-seconds", type=float, default=45.0, help="no try that should take longer (default 45)")
     parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary embedding and MLP in the trunk")
+    parser.add_argument("--retry", action="store_true", help="try again what ended in another error than of memory")
     parser.add_argument("--device", choices=("cuda", "tiny"), default="cuda", help="tiny: try the machinery on a CPU")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write the report of its long_context.json anew")
     arguments = parser.parse_args()
@@ -496,6 +502,8 @@ def main() -> None:
         rules, capacity = rules._replace(multiple=16, probes=(64, 128)), TinyRig.capacity
     facts = facts_of(arguments.device, capacity)
     store = Store(arguments.out, facts)
+    if arguments.retry:
+        store.forget_errors()
     trunk = "liger" if arguments.liger else "transformers"
     done = measure_all(store, arguments.models, trunk, rules, gpu_rig if on_gpu else TinyRig, deadline)
     results = arguments.results or (machine.ROOT / "bench" / "results" if on_gpu else arguments.out)

@@ -162,12 +162,26 @@ def test_the_deadline_ends_it_and_says_so(tmp_path):
     assert store.rows == {}
 
 
+def test_an_error_is_kept_until_asked_to_retry(tmp_path):
+    def broken(_):
+        raise RuntimeError("no such library")
+
+    store = Store(tmp_path, FACTS)
+    assert long_context.measure_all(store, ["qwen3-0.6b"], "transformers", SMALL, broken, time.time() + 100)
+    assert [row["error"] for row in store.rows.values()] == ["no model to try it on: RuntimeError: no such library"] * 2
+    again, _ = measured(tmp_path)
+    assert again == []
+    Store(tmp_path, FACTS).forget_errors()
+    again, store = measured(tmp_path)
+    assert again[0] == ("naive", 64) and not any("error" in row for row in store.rows.values())
+
+
 def test_the_report_has_the_figures_that_were_stored(tmp_path):
     rows = {}
 
     def add(head, tokens, fits, gib=None, seconds=None):
-        row = {"model": "qwen3-4b", "trunk": "transformers", "head": head, "commit": "abc", "error": None}
-        row |= {"tokens": tokens, "fits": fits, "bytes": gib and int(gib * 2**30), "seconds": seconds}
+        row = {"model": "qwen3-4b", "trunk": "transformers", "head": head, "commit": "abc", "tokens": tokens}
+        row |= {"fits": True, "bytes": int(gib * 2**30), "seconds": seconds} if fits else {"fits": False}
         rows[f"{head}/{tokens}"] = row
 
     add("naive", 20480, True, 76.5, 3.25)
