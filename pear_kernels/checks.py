@@ -189,7 +189,9 @@ def check_reduction(reduction: str, denominator: float | Tensor | None, choices:
 # ---- shapes and dtypes
 
 
-def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, autocast: bool) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, autocast: bool, least_rows: int = 2
+) -> None:
     """`hidden` (N, D) or (B, T, D), `weight` (V, D), `target` of hidden's leading shape, `bias` (V,)."""
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
@@ -198,7 +200,7 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
             f"weight must be (V, D) with hidden's D = {hidden.shape[-1]}, got shape {tuple(weight.shape)}: "
             "pass the LM head's weight as nn.Linear stores it"
         )
-    if weight.shape[0] < 2:
+    if weight.shape[0] < least_rows:
         raise ValueError(f"weight must have a vocabulary of at least 2 rows, got shape {tuple(weight.shape)}")
     same_shape("target", target, "hidden's leading shape", hidden.shape[:-1])
     if target.dtype != torch.int64:

@@ -59,6 +59,7 @@ class Head:
         self.temperature = temperature
         self.softcap = softcap
         self.compute_dtype = compute_dtype
+        self.planned = weight.shape
         self.workspace: Tensor | None = None
 
     @property
@@ -67,7 +68,7 @@ class Head:
 
     def row_bytes(self, gradient: bool) -> int:
         """Bytes of workspace a row takes: its logits, with or without a gradient."""
-        return torch_row_bytes(self.vocabulary, self.dtype.itemsize)
+        return torch_row_bytes(self.planned[0], self.dtype.itemsize)
 
     def reserve(self, rows: int, gradient: bool) -> None:
         """One (rows, V) workspace for every chunk to come."""
@@ -89,9 +90,11 @@ class Head:
 
     # ---- first product: logits, and the softmax in place
 
-    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
+    def softmax(
+        self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
+    ) -> Softmax:
         """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
-        logits, anchor, below = self._logits(x, target)
+        logits, anchor, below = self._logits(x, self.target_logits(x, target) if logit is None else logit)
         S = torch.empty_like(below)
         mean_log = torch.empty_like(below) if entropy else None  # sum_v E_v log E_v
         for rows in self._row_blocks(len(x)):
@@ -99,13 +102,19 @@ class Head:
             tanh = self._activate_(z)
             z.sub_(anchor[rows, None])
             log = z.clamp(min=MIN_LOG) if entropy else None
-            exp = z.exp_().scatter_(1, y, 0.0)
+            exp = z.exp_()
+            if logit is None:
+                exp.scatter_(1, y, 0.0)
+            else:
+                place = y.clamp(min=0)
+                exp.scatter_(1, place, exp.gather(1, place).masked_fill_(y >= 0, 0.0))
             of_rows = exp.sum(1)
             S[rows] = of_rows.double()
             if entropy:
                 mean_log[rows] = log.mul_(exp).sum(1).double()
-            if gradient:
+            if gradient and logit is None:
                 exp.scatter_(1, y, -of_rows[:, None])
+            if gradient:
                 self._chain_(exp, tanh)
         logprobs = -self._nll(S, below)
         normaliser = below.exp() + S
@@ -117,13 +126,12 @@ class Head:
         mean_log = (mean_log + torch.xlogy(below.exp(), below.exp())) / normaliser
         return Softmax(logits, row_scale, logprobs, log_z - mean_log)
 
-    def _logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, x: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits (R, V) in the workspace; of the activated ones the anchor (R,), and the target's less the anchor.
 
         The latter is float64: next to 0 where the target is the anchor, else how far it lies under the row's maximum.
         """
         logits = self._product(x)
-        target_logit = self._target_logits(x, target)
         largest = logits.amax(1)
         self._activate_(largest)  # increasing, so the largest stays the largest
         anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit).to(self.dtype)
@@ -139,7 +147,7 @@ class Head:
                 torch.addmm(self.bias[tile], x, weight.t(), out=logits[:, tile])
         return logits
 
-    def _target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         """(R,) float64: the target's activated logit, which is a dot product a row."""
         logit = torch.empty(len(x), dtype=torch.float64, device=x.device)
         step = max(1, ROW_BLOCK_BYTES // (x.shape[1] * logit.itemsize))
@@ -200,3 +208,30 @@ class Head:
     def add_grad_bias_(self, grad: Tensor, exp: Tensor, row_scale: Tensor) -> None:
         """grad (V,) += E^T row_scale."""
         grad.addmv_(exp.t(), row_scale)
+
+    def subtract_targets_(
+        self,
+        grad_weight: Tensor | None,  # (V, D)
+        grad_bias: Tensor | None,  # (V,)
+        hidden: Tensor,  # (N, D)
+        index: Tensor,  # (n,)
+        target: Tensor,  # (n,)
+        scale: Tensor,  # (n,)
+    ) -> None:
+        """dW[target_i] -= scale_i hidden[index_i] and db[target_i] -= scale_i, which a shard keeps apart from E."""
+        step = max(1, ROW_BLOCK_BYTES // (hidden.shape[1] * self.dtype.itemsize))
+        for begin in range(0, len(target) if grad_weight is not None else 0, step):
+            rows = slice(begin, begin + step)
+            by = scale[rows, None]
+            x = self.widen(hidden[index[rows]]).masked_fill(by == 0, 0.0)  # an ignored token's row may hold NaN
+            add_rows_(grad_weight, target[rows], x.mul_(by).neg_())
+        if grad_bias is not None:
+            add_rows_(grad_bias, target, -scale)
+
+
+def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index_i] += rows_i, in an order that repeats: each device has one way of it."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
+        total.index_put_((index,), rows, accumulate=True)

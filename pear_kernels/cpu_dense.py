@@ -40,7 +40,7 @@ class DenseHead(cpu.Head):
     """`cpu.Head` for gradients that are no row scale times E."""
 
     def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
-        logits, target_logit = self._product(x), self._target_logits(x, target)
+        logits, target_logit = self._product(x), self.target_logits(x, target)
         known = teacher is not None and teacher.ids is not None
         temperature = 1.0 if teacher is None else teacher.options.temperature
         R = len(x)

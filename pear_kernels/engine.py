@@ -123,7 +123,7 @@ class Walk:
         self.target = pack.take(target)  # (n,)
         self.pack = pack
         self.wanted = wanted
-        self.workspace_bytes = workspace_bytes or default_workspace(head.weight, head.dtype.itemsize)
+        self.workspace_bytes = workspace_bytes or default_workspace(head.planned, head.dtype.itemsize)
         self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
         self.entropy = torch.zeros_like(self.logprobs) if entropy else None  # (n,)
         self.target_scale: Tensor | None = None  # (n,): dW[target] less this times x, if the head keeps that apart
@@ -178,7 +178,8 @@ class Walk:
             scalable=not coupled or objective.scalable,
             lengths=self.pack.lengths.tolist() if known else None,
             waits=objective.waits() if known else None,
-            head_bytes=self.head.dtype.itemsize * (self.grads.weight.numel() + self.grads.bias.numel()),
+            head_bytes=self.head.dtype.itemsize
+            * (self.wanted.weight * self.head.planned.numel() + self.wanted.bias * self.head.planned[0]),
         )
         self.reserve(planned)
         return planned

@@ -18,7 +18,7 @@ ROW_PARTIALS = 3  # float32 of each row and tile, at most: the sum of E, the max
 class Softmax(NamedTuple):
     """What one pass over a chunk's logits gives. `exp` is the workspace: the next chunk overwrites it."""
 
-    exp: Tensor  # (R, V): E, the gradient of the raw logits but for c * row_scale
+    exp: Tensor  # (R, V): E, the gradient of the raw logits but for c * row_scale; what it is, the head knows
     row_scale: Tensor  # (R,) float64: 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
     logprobs: Tensor  # (R,) float64: log p of the target
     entropy: Tensor | None  # (R,) float64
@@ -53,6 +53,7 @@ class Head(Protocol):
     """An LM head and its workspace: logits, softmax and the two gradient products of a chunk of R rows."""
 
     weight: Tensor  # (V, D)
+    planned: torch.Size  # (V, D) that chunks are cut for: of a shard, that of the largest one
     dtype: torch.dtype  # of every product and sum: float32 (float64 for float64)
 
     def row_bytes(self, gradient: bool) -> int:
@@ -64,8 +65,17 @@ class Head(Protocol):
     def widen(self, x: Tensor) -> Tensor:
         """Rows (R, D) as operand of the products below: rounded to the compute dtype."""
 
-    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
-        """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
+    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        """(R,) float64: the logits of `target` (R,), softcap and temperature applied, a dot product a row."""
+
+    def softmax(
+        self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
+    ) -> Softmax:
+        """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`.
+
+        Of a shard, which has not all targets, `logit` are their `target_logits` (R,): -1 is a target elsewhere, the
+        softmax is that of the head's own columns and the target, and E_y is 0 in `exp`.
+        """
 
     def write_grad_hidden_(
         self,

@@ -23,7 +23,7 @@ def explain_out_of_memory(
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in SIGNS):
             raise
-        workspace = workspace_bytes or default_workspace(head.weight, head.dtype.itemsize)
+        workspace = workspace_bytes or default_workspace(head.planned, head.dtype.itemsize)
         needs = [f"a workspace of up to {mebibytes(workspace)} (lower it: workspace_bytes, now {workspace})"]
         if wanted.weight:
             size = mebibytes(head.weight.numel() * head.dtype.itemsize)

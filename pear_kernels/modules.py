@@ -1,5 +1,6 @@
 """nn.Module faces of the functions in losses/."""
 
+import torch
 from torch import Tensor, nn
 
 from pear_kernels import checks
@@ -97,10 +98,12 @@ class LinearPEARLoss(_LinearLoss):
         sequence_label: Tensor | None = None,  # (S,)
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> LossOutput:
         return linear_pear_loss(
             hidden, weight, target, behavior_logprobs, block_ids=block_ids, bias=bias, cu_seqlens=cu_seqlens,
-            sequence_label=sequence_label, sequence_scale=sequence_scale, denominator=denominator, **self.options,
+            sequence_label=sequence_label, sequence_scale=sequence_scale, denominator=denominator, group=group,
+            **self.options,
         )  # fmt: skip
 
 
@@ -149,10 +152,11 @@ class LinearWeightedLoss(_LinearLoss):
         reference: Teacher | None = None,
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> LossOutput:
         return linear_weighted_loss(
             hidden, weight, target, weights, bias=bias, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
-            reference=reference, sequence_scale=sequence_scale, denominator=denominator, **self.options,
+            reference=reference, sequence_scale=sequence_scale, denominator=denominator, group=group, **self.options,
         )  # fmt: skip
 
 
@@ -212,10 +216,11 @@ class LinearDistillLoss(_LinearLoss):
         cu_seqlens: Tensor | None = None,  # (S+1,)
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> LossOutput:
         return linear_distill_loss(
             hidden, weight, teacher, target, behavior_logprobs, block_ids=block_ids, bias=bias, cu_seqlens=cu_seqlens,
-            sequence_scale=sequence_scale, denominator=denominator, **self.options,
+            sequence_scale=sequence_scale, denominator=denominator, group=group, **self.options,
         )  # fmt: skip
 
 
@@ -272,9 +277,10 @@ class LinearPolicyLoss(_LinearLoss):
         sampler_logprobs: Tensor | None = None,  # (N,) or (B, T)
         sequence_scale: Tensor | None = None,  # (S,)
         denominator: float | Tensor | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> LossOutput:
         return linear_policy_loss(
             hidden, weight, target, old_logprobs, advantages, bias=bias, cu_seqlens=cu_seqlens,
             ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs, sequence_scale=sequence_scale,
-            denominator=denominator, **self.options,
+            denominator=denominator, group=group, **self.options,
         )  # fmt: skip

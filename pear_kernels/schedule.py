@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pear_kernels.packing import chunk_rows, cut, cut_at_sequences
@@ -53,8 +54,8 @@ class Schedule(NamedTuple):
         return sum(end - begin for begin, end in self.visits)
 
 
-def default_workspace(weight: Tensor, itemsize: int) -> int:
-    """As many bytes as the float32 gradient of the head takes anyway, within 128 MiB and 1 GiB.
+def default_workspace(weight: Tensor | torch.Size, itemsize: int) -> int:
+    """For a head (V, D), as many bytes as the float32 gradient of the head takes anyway, within 128 MiB and 1 GiB.
 
     That is D rows or more of logits, and at that many rows adding a chunk to dW costs little beside making it.
     """

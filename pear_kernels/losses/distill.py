@@ -1,5 +1,6 @@
 """Distillation: `linear_distill_loss`."""
 
+import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
@@ -15,6 +16,7 @@ from pear_kernels.losses.shared import (
     wanted_gradients,
 )
 from pear_kernels.objectives import STATS
+from pear_kernels.shards import local_head, refuse
 from pear_kernels.weightings import WEIGHTED_STATS
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -50,6 +52,7 @@ def linear_distill_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LossOutput:
     """Distillation of an LM head with PEAR's weights, heads included, without ever holding the (N, V) logits of either.
 
@@ -69,7 +72,7 @@ def linear_distill_loss(
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
-            ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
+            ignore_index, workspace_bytes, backend, group: see `linear_pear_loss`. (No sharded weight yet: an error.)
         teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
             do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
             its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
@@ -97,7 +100,9 @@ def linear_distill_loss(
     )
     checks.check_options(options)
     checks.check_reduction(reduction, denominator)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    refuse(shared, "linear_distill_loss")
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
     columns = {"behavior_logprobs": behavior_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
     checks.check_block_ids_kind(target, "target's shape", block_ids, level)

@@ -1,10 +1,12 @@
 """Log-probs for a loss of the caller's, and those of the most likely tokens."""
 
+import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.distill import TopKTeacher
-from pear_kernels.losses.shared import checked_head
+from pear_kernels.losses.shared import checked_head, wanted_gradients
+from pear_kernels.shards import local_head, refuse
 
 
 def linear_logprobs(
@@ -19,6 +21,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log pi of each target under an LM head, without ever holding the (N, V) logits; any loss may be built on top.
 
@@ -33,7 +36,10 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, what it got and what to do.
         RuntimeError: for a double backward.
     """
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
+    if return_entropy and any(wanted_gradients(hidden, weight, bias)):
+        refuse(shared, "the gradient of return_entropy")
     logprobs, entropy = ops.linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -45,6 +51,7 @@ def linear_logprobs(
         return_entropy,
         workspace_bytes,
         backend,
+        shared,
         compute_dtype,
     )
     if return_entropy:
@@ -64,6 +71,7 @@ def linear_topk_logprobs(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> TopKTeacher:
     """The k most likely tokens of an LM head and their log-probs, without ever holding the (N, V) logits.
 
@@ -77,8 +85,10 @@ def linear_topk_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do.
     """
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
-    checks.check_k("k", k, weight.shape[0])
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
+    if shared is None:  # else the op knows the vocabulary
+        checks.check_k("k", k, weight.shape[0])
     ids, logprobs = ops.linear_topk_logprobs(
         hidden.detach().reshape(-1, hidden.shape[-1]),
         weight.detach(),
@@ -90,6 +100,7 @@ def linear_topk_logprobs(
         ignore_index,
         workspace_bytes,
         backend,
+        shared,
         compute_dtype,
     )
     return TopKTeacher(ids.view(*target.shape, k), logprobs.view(*target.shape, k))

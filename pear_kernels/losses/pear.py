@@ -1,11 +1,13 @@
 """PEAR: `linear_pear_loss`."""
 
+import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.losses.shared import LossOutput, as_tensor, checked_head, flat, loss_output, wanted_gradients
 from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA, WRONG_STATS
 from pear_kernels.objectives import STATS
+from pear_kernels.shards import local_head
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 
@@ -38,6 +40,7 @@ def linear_pear_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LossOutput:
     """PEAR loss of an LM head (arXiv 2602.01058), head included, without ever holding the (N, V) logits.
 
@@ -78,6 +81,10 @@ def linear_pear_loss(
         ignore_index: the target of tokens that do not count.
         workspace_bytes: size of the chunk of logits. None: the size of a float32 gradient of the head, within 128 MiB
             and 1 GiB. It changes speed and memory, not the result.
+        group: of ranks that share the vocabulary: `weight` and `bias` are then this rank's rows of it (V_r, D), in the
+            group's order, all else is the same on every rank, and `target` holds ids of the whole. Loss, log-probs and
+            dX are those of the whole head on every rank, dW that of the rank's rows. A `weight` that is a DTensor of
+            placement Shard(0) brings its group along. docs/sharded.md has the rest.
         backend: "triton", kernels for NVIDIA GPUs of compute capability 8.0 or newer, or "torch", any device; None:
             the environment variable PEAR_KERNELS_BACKEND, or else the kernels wherever they run. float64 is always
             computed by "torch".
@@ -100,7 +107,8 @@ def linear_pear_loss(
     checks.check_options(options)
     checks.check_negative_options(negative_lambda, logprob_floor)
     checks.check_reduction(reduction, denominator)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
     checks.check_loss_arguments(
         hidden, target, {"behavior_logprobs": behavior_logprobs}, cu_seqlens, sequence_scale, denominator
     )
@@ -131,6 +139,7 @@ def linear_pear_loss(
         ignore_index,
         workspace_bytes,
         backend,
+        shared,
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )

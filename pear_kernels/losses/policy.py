@@ -1,10 +1,12 @@
 """RL: `linear_policy_loss`."""
 
+import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.losses.shared import LossOutput, as_tensor, checked_head, flat, loss_output, wanted_gradients
 from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, POLICY_STATS, PolicyOptions
+from pear_kernels.shards import local_head, refuse
 
 
 def linear_policy_loss(
@@ -37,6 +39,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LossOutput:
     """Policy-gradient loss of an LM head, head included, without ever holding the (N, V) logits.
 
@@ -67,7 +70,7 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, temperature, softcap, ignore_index,
-            workspace_bytes, backend: see `linear_pear_loss`. All log-probs are at this `temperature`.
+            workspace_bytes, backend, group: see `linear_pear_loss`. All log-probs are at this `temperature`.
         old_logprobs: like target, float32 or float64: log-probs under the policy before the update. None: the policy
             in training itself, so that every ratio is exactly 1 and the gradient is the policy gradient.
         advantages: (S,) or (B,), one of each sequence, or like target, one of each token. (Read as (S,) where a pack
@@ -106,7 +109,10 @@ def linear_policy_loss(
         raise ValueError(f"beta is {beta!r}, but ref_logprobs is None: pass the reference policy's log-probs")
     if sampler_logprobs is not None and old_logprobs is None:
         raise ValueError("sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None")
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
+    if entropy_coef and torch.is_grad_enabled():
+        refuse(shared, "entropy_coef")
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
     checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)
@@ -130,6 +136,7 @@ def linear_policy_loss(
         ignore_index,
         workspace_bytes,
         backend,
+        shared,
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )

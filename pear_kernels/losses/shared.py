@@ -28,12 +28,17 @@ def loss_output(found: tuple[Tensor, ...], target: Tensor, names: tuple[str, ...
     return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
 
 
-def checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend) -> torch.dtype:
-    """Checks the arguments that every function shares; returns the dtype that operands are rounded to."""
+def checked_head(
+    hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared: str | None
+) -> torch.dtype:
+    """Checks the arguments that every function takes; returns the dtype that operands are rounded to.
+
+    `shared` is the name of the group whose ranks share the vocabulary.
+    """
     device_type = hidden.device.type
     # autocast leaves float64 alone, as it does in F.linear
     autocast = torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype)
-    checks.check_head(hidden, weight, target, bias, autocast)
+    checks.check_head(hidden, weight, target, bias, autocast, 2 if shared is None else 0)
     checks.check_head_options(temperature, softcap, workspace_bytes)
     check_backend(backend)
     return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype

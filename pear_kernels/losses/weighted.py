@@ -18,6 +18,7 @@ from pear_kernels.losses.shared import (
     loss_output,
     wanted_gradients,
 )
+from pear_kernels.shards import local_head, refuse
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTING_DEFAULTS, WEIGHTINGS, Tokens, WeightingOptions
 
 
@@ -45,6 +46,7 @@ def linear_weighted_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LossOutput:
     """SFT loss of an LM head with any weights a token, head included, without ever holding the (N, V) logits.
 
@@ -71,7 +73,7 @@ def linear_weighted_loss(
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
-            ignore_index, workspace_bytes, backend: see `linear_pear_loss`.
+            ignore_index, workspace_bytes, backend, group: see `linear_pear_loss`.
         weights: like target, float32 or float64, of any sign; what stands at ignored tokens does not matter. Or a
             function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights
             (n,), both float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It
@@ -103,13 +105,15 @@ def linear_weighted_loss(
             f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
         )
     checks.check_reduction(reduction, denominator)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend)
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
+    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
     checks.check_loss_arguments(hidden, target, {"ref_logprobs": ref_logprobs}, cu_seqlens, sequence_scale, denominator)
     if weights is not None and not callable(weights):
         checks.check_given_weights(hidden, target, weights)
     if reference is not None:
         if not isinstance(reference, Teacher):
             raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
+        refuse(shared, "reference")
         checks.check_teacher(hidden, weight, target, reference, "reference")
     run = functools.partial(
         run_weighted,
@@ -131,6 +135,7 @@ def linear_weighted_loss(
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        group=shared,
         compute_dtype=compute_dtype,
         wanted=wanted_gradients(hidden, weight, bias),
     )

@@ -11,6 +11,7 @@ from pear_kernels.objectives import FixedCoefficients
 from pear_kernels.ops.shared import forbid_double_backward, one_sequence, result_dtype
 from pear_kernels.packing import pack_tokens, unpack
 from pear_kernels.schedule import Wanted
+from pear_kernels.shards import meet, sharded, sharded_topk, whole_vocabulary
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
@@ -25,14 +26,17 @@ def linear_logprobs(
     return_entropy: bool,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs (N,), entropy (N,) or empty)."""
     size = target.numel()
     valid = target != ignore_index
-    checks.check_target(target, valid, weight.shape[0], ignore_index)
+    shard = meet(group, hidden, weight, target, workspace_bytes=workspace_bytes)
+    checks.check_target(target, valid, whole_vocabulary(weight, shard), ignore_index)
     pack = pack_tokens(valid, one_sequence(target))
-    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    of_backend = head_class(backend, hidden.device, compute_dtype)
+    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
     nothing = Wanted(False, False, False)
     with explain_out_of_memory("linear_logprobs", hidden, head, nothing, workspace_bytes):
         walk = Walk(hidden, head, target, pack, nothing, workspace_bytes, entropy=return_entropy)
@@ -63,6 +67,7 @@ def linear_logprobs_backward(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +75,8 @@ def linear_logprobs_backward(
     pack = pack_tokens(target != ignore_index, one_sequence(target))
     dense = grad_entropy is not None
     of_backend = (dense_head_class if dense else head_class)(backend, hidden.device, compute_dtype)
-    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
+    shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
+    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
     known = [None if grad is None else pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
     of_nll = None if known[0] is None else -known[0]
     with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, Wanted(*wanted), workspace_bytes):
@@ -130,12 +136,17 @@ def linear_topk_logprobs(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(ids (N, k), logprobs (N, k)); at ignored tokens 0..k-1 and 0."""
-    checks.check_target(target, target != ignore_index, weight.shape[0], ignore_index)
+    shard = meet(group, hidden, weight, target, workspace_bytes=workspace_bytes)
+    checks.check_target(target, target != ignore_index, whole_vocabulary(weight, shard), ignore_index)
+    checks.check_k("k", k, whole_vocabulary(weight, shard))
     pack = pack_tokens(target != ignore_index, one_sequence(target))
     head = dense_head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    if shard is not None:
+        shard.plan(head)
     nothing, size = Wanted(False, False, False), target.numel()
     ids = torch.arange(k, device=target.device).repeat(size, 1)
     logprobs = torch.zeros(size, k, dtype=head.dtype, device=target.device)
@@ -143,7 +154,11 @@ def linear_topk_logprobs(
         walk = DenseWalk(hidden, head, target, pack, nothing, workspace_bytes)
         for _, chunks in walk.start().steps:
             for begin, end in chunks:
-                top, where = head.log_softmax(walk.rows(begin, end), 1.0).topk(k, dim=1)
+                x = walk.rows(begin, end)
+                if shard is None:
+                    top, where = head.log_softmax(x, 1.0).topk(k, dim=1)
+                else:
+                    top, where = sharded_topk(head, shard, x, k)
                 index = pack.index[begin:end]
                 if pack.counts is None:
                     ids[index], logprobs[index] = where, top

@@ -11,6 +11,7 @@ from pear_kernels.negatives import WRONG_STATS, LabelledObjective
 from pear_kernels.objectives import STATS, token_scale
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.schedule import Wanted
+from pear_kernels.shards import meet, sharded, whole_vocabulary
 from pear_kernels.weights import PEAROptions
 
 
@@ -43,6 +44,7 @@ def linear_pear_loss(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,12 +52,15 @@ def linear_pear_loss(
 
     9 statistics, or 13 with labels.
     """
+    shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
     columns = {"behavior_logprobs": behavior_logprobs}
     pack = checked_pack(
-        target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator, block_ids
-    )
+        target, cu_seqlens, whole_vocabulary(weight, shard), ignore_index, columns, sequence_scale, denominator,
+        block_ids,
+    )  # fmt: skip
     ids = checked_ids(pack, block_ids)
-    head = head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    of_head = head_class(backend, hidden.device, compute_dtype)
+    head = sharded(of_head(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
     options = PEAROptions(
         level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize
     )

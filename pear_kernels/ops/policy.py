@@ -10,6 +10,7 @@ from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.policy import POLICY_STATS, EntropyBonus, PolicyObjective, PolicyOptions, policy_scale
 from pear_kernels.schedule import Wanted
+from pear_kernels.shards import meet, sharded, whole_vocabulary
 
 
 @torch.library.custom_op("pear_kernels::linear_policy_loss", mutates_args=())
@@ -43,16 +44,19 @@ def linear_policy_loss(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats (11,), dX, dW, db); the last three are empty where not wanted."""
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
+    vocabulary = whole_vocabulary(weight, shard)
+    pack = checked_pack(target, cu_seqlens, vocabulary, ignore_index, columns, sequence_scale, denominator)
     checks.check_advantages(advantages, None if by_sequence else target != ignore_index)
     bonus = entropy_coef != 0 and any(wanted)
     of_backend = (dense_head_class if bonus else head_class)(backend, hidden.device, compute_dtype)
-    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
+    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
     options = PolicyOptions(
         objective, beta, clip_low, clip_high, dual_clip, tuple(sapo_temperatures), sampler_clip, sampler_level,
         entropy_coef, max_length, unbiased_kl,

@@ -16,6 +16,7 @@ from pear_kernels.objectives import token_scale
 from pear_kernels.ops.distill import loaded_teacher
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.schedule import Wanted
+from pear_kernels.shards import meet, sharded, whole_vocabulary
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, Tokens, WeightedObjective, WeightingOptions, by
 
 # functions of log-probs, which no op can take, by the number that stands for each while its call runs
@@ -52,15 +53,18 @@ def linear_weighted_loss(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    group: str | None,  # the name of the one that shares the vocabulary
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats (7,), dX, dW, db); the last three are empty where not wanted."""
     columns = {"ref_logprobs": ref_logprobs}
-    pack = checked_pack(target, cu_seqlens, weight.shape[0], ignore_index, columns, sequence_scale, denominator)
+    shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
+    vocabulary = whole_vocabulary(weight, shard)
+    pack = checked_pack(target, cu_seqlens, vocabulary, ignore_index, columns, sequence_scale, denominator)
     anchored = ref_hidden is not None
     of_backend = (dense_head_class if anchored else head_class)(backend, hidden.device, compute_dtype)
-    head = of_backend(weight, bias, temperature, softcap, compute_dtype)
+    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
     if weights is not None:
         valid = target != ignore_index
         checks.check_weights(weights, valid)

@@ -38,7 +38,7 @@ class DenseHead(head.Head):
     def row_bytes(self, gradient: bool) -> int:
         """Of float32 logits, and what a gradient takes beside, always: one chunk size for both."""
         itemsize = self.compute_dtype.itemsize
-        return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=True, plain=True)
+        return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=True, plain=True)
 
     def reserve(self, rows: int, gradient: bool) -> None:
         device = self.weight.device

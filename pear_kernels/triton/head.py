@@ -43,7 +43,7 @@ class Head:
         self.inverse_temperature = 1.0 / temperature
         self.softcap = 1.0 if softcap is None else float(softcap)
         self.activation = {"SOFTCAP": softcap is not None, "TEMPERATURE": temperature != 1.0}
-        self.vocabulary, self.hidden_size = weight.shape
+        self.vocabulary, self.hidden_size = self.planned = weight.shape
         self.architecture = tiles.architecture(weight.device)
         self.choice = tiles.choose(self.architecture, compute_dtype, self.hidden_size)
         self.padded = padded_vocabulary(self.vocabulary)
@@ -57,7 +57,7 @@ class Head:
         plain = self.choice.product == "plain"
         tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
         itemsize = self.compute_dtype.itemsize
-        return triton_row_bytes(self.vocabulary, self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
+        return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
 
     def reserve(self, rows: int, gradient: bool) -> None:
         device = self.weight.device
@@ -75,8 +75,13 @@ class Head:
 
     # ---- first product
 
-    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
-        logit, slope, anchor = self._target_logits(x, target)
+    def softmax(
+        self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
+    ) -> Softmax:
+        if logit is None:
+            logit, slope, anchor = self._target_logits(x, target)
+        else:  # of a shard, whose target_mass nobody looks at; -1, a target elsewhere, is no column
+            slope, anchor = torch.ones_like(logit), logit.float()
         logprobs, row_scale, target_mass = (torch.empty_like(logit) for _ in range(3))
         entropies = torch.empty_like(logit) if entropy else None
         out = logprobs, row_scale, target_mass, entropies
@@ -85,6 +90,9 @@ class Head:
         else:
             exp = self._fused(x, target, logit, slope, anchor, out, gradient)
         return Softmax(exp, row_scale, logprobs, entropies, target_mass)
+
+    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        return self._target_logits(x, target)[0]
 
     def _target_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target's logit and d logit / d raw (R,) float64, and that logit as the anchor (R,) float32."""

@@ -106,12 +106,12 @@ def test_torch_library_opcheck(problem):
     torch.library.opcheck(
         ops.linear_pear_loss,
         (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, None, bounds, None, None, 0.1, -5.0,
-         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, torch.float32, [True, True, True]),
+         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, torch.float32, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
         ops.linear_logprobs,
-        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, torch.float32),
+        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, None, torch.float32),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -123,7 +123,7 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
     monkeypatch.setattr(packing, "capturing", lambda: True)
     N, V, D = 40, 37, 16
     head_options = 0.7, 3.0, -100
-    how = 9 * V * 4, "torch", torch.float32
+    how = 9 * V * 4, "torch", None, torch.float32
     with torch.device("meta"):
         hidden, weight, bias, target = torch.randn(N, D), torch.randn(V, D), torch.randn(V), torch.zeros(N).long()
         bounds, scale, denominator = torch.zeros(3, dtype=torch.int32), torch.ones(2), torch.ones(())
