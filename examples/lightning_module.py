@@ -53,6 +53,7 @@ class Student(LightningModule):
 
 
 seed_everything(0, verbose=False)
+torch.set_num_threads(1)  # products this small are slower on several
 student = Student()
 student.head.weight.data.mul_(8)  # distributions that are not flat
 

@@ -34,6 +34,7 @@ class Decoder(nn.Module):
 
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # products this small are slower on several
 model = Decoder()
 
 # The policy that writes the data: here the model with somewhat other weights. Sequences end at different lengths.
