@@ -35,6 +35,7 @@ kernels: $(STAMP)  ## compile every kernel for sm_80, sm_90 and sm_100: register
 
 docs: $(STAMP)  ## the documentation's site: build/site/index.html; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/_site/check.py build/site
 
 lint: $(STAMP)  ## ruff, as CI runs it
 	$(BIN)/ruff check .

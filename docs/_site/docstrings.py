@@ -1,0 +1,39 @@
+"""Three habits of our docstrings, told to the reader that makes the API's pages of them (an extension of griffe)."""
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+import griffe
+
+# Several arguments that share a sentence may take more than one line: "    a, b,\n        c: see elsewhere"
+BROKEN_NAMES = re.compile(r"^( {4}\w[\w, ]*,)\n {8}(?=\w[\w, ]*[:,])", re.M)
+COMMENT = re.compile(r"#\s*(?P<text>.*\S)")
+NAME = re.compile(r"[A-Z_]{2,}(\.\w+)?")
+
+
+class OurDocstrings(griffe.Extension):
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            before = None
+            while before != obj.docstring.value:
+                before = obj.docstring.value
+                obj.docstring.value = BROKEN_NAMES.sub(r"\1 ", before)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """A field's comment is its documentation."""
+        if attr.docstring is None and attr.parent is not None and attr.parent.is_class:
+            lines = attr.parent.lines_collection[attr.filepath][attr.lineno - 1 : attr.endlineno]
+            if found := COMMENT.search(" ".join(lines)):
+                attr.docstring = griffe.Docstring(found["text"].rstrip(" )"), lineno=attr.lineno, parent=attr)
+
+    def on_function_instance(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        """Defaults that are constants of a module are shown as what they are."""
+        named = [p for p in func.parameters if p.default is not None and NAME.fullmatch(str(p.default))]
+        if named and func.path.startswith("pear_kernels."):
+            found = importlib.import_module(func.module.path)
+            for part in func.path.removeprefix(func.module.path + ".").split("."):
+                found = getattr(found, part)
+            for parameter in named:
+                parameter.default = repr(inspect.signature(found).parameters[parameter.name].default)
