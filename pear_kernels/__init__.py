@@ -1,5 +1,6 @@
 """Fused, chunked losses for PyTorch, PEAR's (arXiv 2602.01058) and RL's, that never hold the full logits of a batch."""
 
+from pear_kernels.causal_lm import patch_causal_lm, unpatch_causal_lm
 from pear_kernels.distill import Teacher, TopKTeacher
 from pear_kernels.losses import (
     LossOutput,
@@ -29,7 +30,9 @@ __all__ = [
     "linear_policy_loss",
     "linear_topk_logprobs",
     "linear_weighted_loss",
+    "patch_causal_lm",
     "pear_weights",
     "plan",
+    "unpatch_causal_lm",
 ]
 __version__ = "0.1.0"

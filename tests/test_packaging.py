@@ -74,7 +74,9 @@ def test_kernels_work_with_torch_alone():
         "linear_policy_loss",
         "linear_topk_logprobs",
         "linear_weighted_loss",
+        "patch_causal_lm",
         "pear_weights",
         "plan",
+        "unpatch_causal_lm",
     ]
     assert done.stdout.strip() == str(names)
