@@ -16,7 +16,7 @@ from pear_kernels.head import TeacherRows
 from pear_kernels.packing import Pack
 from pear_kernels.triton import launch, tiles
 from pear_kernels.triton.dense import DenseHead
-from pear_kernels.triton.head import Head
+from pear_kernels.triton.head import Head, scale_and_round
 from pear_kernels.triton.product import exp_product
 from pear_kernels.triton.weights import PEARWeights
 from pear_kernels.weights import PEAROptions
@@ -108,6 +108,8 @@ def head(
         made.add_grad_weight_(grad_weight, found.exp, x, found.row_scale.float(), True)
         if bias:
             made.add_grad_bias_(grad_bias, found.exp, found.row_scale.float())
+        if made.compute_dtype != FP32:
+            scale_and_round(grad_weight, meta(dtype=FP32), dtype)
         of_weight = [grad_weight, None] if bias else [grad_weight]  # a frozen weight's bias may be trained
         for grad in of_weight:
             made.subtract_targets_(grad, grad_bias, hidden, index, target, found.row_scale.float())

@@ -148,10 +148,12 @@ def triton_row_bytes(
 ) -> int:
     """Workspace of a row in `triton.Head`, its temporaries included; `itemsize` is that of the compute dtype.
 
-    The row's partial sums, and its x, gathered. For a gradient also E (padded; float32 logits first in the `plain`
-    variant), a float32 row of dX and the scaled row of x.
+    The row's partial sums, and its x, gathered; float32 logits in the `plain` variant. For a gradient also E (padded;
+    in place of the logits, where there are any), a float32 row of dX and the scaled row of x.
     """
     scored = ROW_PARTIALS * 4 * -(-vocabulary // tile) + hidden_size * itemsize
-    if not gradient:
-        return scored
-    return scored + padded_vocabulary(vocabulary) * (4 if plain else itemsize) + hidden_size * (4 + itemsize)
+    if plain:
+        scored += 4 * padded_vocabulary(vocabulary)
+    elif gradient:
+        scored += itemsize * padded_vocabulary(vocabulary)
+    return scored + hidden_size * (4 + itemsize) if gradient else scored

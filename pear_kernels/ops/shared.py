@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
+from pear_kernels import backend, checks
 from pear_kernels.blocks import carrying
 from pear_kernels.engine import Walk
 from pear_kernels.packing import Pack, pack_tokens, unpack
@@ -31,6 +31,10 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if gradient.is_cuda and gradient.dtype != dtype and type(gradient) is Tensor and not torch.compiler.is_compiling():
         # one pass over dW in place of two. A CPU would make a float32 copy for it
+        if gradient.is_contiguous() and backend.resolve(None, gradient.device, gradient.dtype) == "triton":
+            from pear_kernels.triton.head import scale_and_round
+
+            return scale_and_round(gradient, upstream, dtype)
         return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():

@@ -54,7 +54,7 @@ class Head:
         self.precision = "tf32x3" if exact else "tf32"
 
     def row_bytes(self, gradient: bool) -> int:
-        plain = self.choice.product == "plain"
+        plain = self.choice.plain(gradient, self.compute_dtype)
         tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
         itemsize = self.compute_dtype.itemsize
         return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
@@ -62,9 +62,11 @@ class Head:
     def reserve(self, rows: int, gradient: bool) -> None:
         device = self.weight.device
         self.workspace = None
-        if gradient:
-            dtype = self.dtype if self.choice.product == "plain" else self.compute_dtype
+        plain = self.choice.plain(gradient, self.compute_dtype)
+        if gradient or plain:
+            dtype = self.dtype if plain else self.compute_dtype
             self.workspace = torch.empty(rows, self.padded, dtype=dtype, device=device)
+        if gradient:
             self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
             self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
 
@@ -85,8 +87,8 @@ class Head:
         logprobs, row_scale, target_mass = (torch.empty_like(logit) for _ in range(3))
         entropies = torch.empty_like(logit) if entropy else None
         out = logprobs, row_scale, target_mass, entropies
-        if gradient and self.choice.product == "plain":
-            exp = self._plain(x, target, logit, slope, out)
+        if self.choice.plain(gradient, self.compute_dtype):
+            exp = self._plain(x, target, logit, slope, out, gradient)
         else:
             exp = self._fused(x, target, logit, slope, anchor, out, gradient)
         return Softmax(exp, row_scale, logprobs, entropies, target_mass)
@@ -145,14 +147,15 @@ class Head:
             )  # fmt: skip
         return exp
 
-    def _plain(self, x, target, logit, slope, out) -> Tensor:
+    def _plain(self, x, target, logit, slope, out, gradient: bool) -> Tensor | None:
         """The product by cuBLAS, then one kernel over its rows; E takes the place of the logits."""
         logits, exp = self._logits(x)
+        exp = exp if gradient else None
         logprobs, row_scale, target_mass, entropies = out
         max_exponent = float("-inf") if self.compute_dtype == torch.float16 else MAX_EXPONENT
         launch(
             rows.softmax_rows, (len(x),),
-            logits, exp, logits.stride(0), exp.stride(0), self.bias, target, logit, slope,
+            logits, exp, logits.stride(0), 0 if exp is None else exp.stride(0), self.bias, target, logit, slope,
             logprobs, row_scale, target_mass, entropies,
             self.vocabulary, self.softcap, self.inverse_temperature, max_exponent,
             **self.activation, BLOCK_V=ROW_BLOCK, num_warps=8,
@@ -239,6 +242,17 @@ class Head:
             hidden, hidden.stride(0), index, order, targets, stops, scale, grad_weight, grad_bias, self.hidden_size,
             ROUNDED=TRITON_DTYPES[self.compute_dtype], BLOCK_N=8, BLOCK_D=256,
         )  # fmt: skip
+
+
+def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in another dtype, in one pass; `gradient` is contiguous."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    block = 4096
+    launch(
+        gradients.scale_and_round, (-(-gradient.numel() // block),),
+        gradient, upstream, out, gradient.numel(), BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

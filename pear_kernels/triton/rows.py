@@ -166,7 +166,7 @@ def largest_logit(
 @triton.jit(do_not_specialize_on_alignment=["target"])
 def softmax_rows(
     logits,  # (R, V) float32, x W^T
-    e,  # (R, V) out, in the same bytes: a row's E, in its own dtype, lies in the front part of the row's logits
+    e,  # (R, V) out, or None; in the same bytes: a row's E, in its own dtype, in the front part of the row's logits
     stride,  # of logits, from row to row
     e_stride,  # of e, likewise
     bias,  # (V,) or None
@@ -201,8 +201,9 @@ def softmax_rows(
             logits, stride, bias, row, column, y, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE
         )
         exp = tl.exp(z - anchor)
-        tl.debug_barrier()  # E overwrites logits that other threads of this program may still have to read
-        tl.store(e + row * e_stride + column, (exp * of_z).to(e.dtype.element_ty), mask=column < V)
+        if e is not None:
+            tl.debug_barrier()  # E overwrites logits that other threads of this program may still have to read
+            tl.store(e + row * e_stride + column, (exp * of_z).to(e.dtype.element_ty), mask=column < V)
         S += tl.sum(exp, 0).to(tl.float64)
         if entropy is not None:
             exp_log += tl.sum(tl.where(exp > 0, exp * (z - anchor), 0.0), 0).to(tl.float64)

@@ -36,9 +36,17 @@ class Tile(NamedTuple):
 class Choice(NamedTuple):
     """An entry of the table."""
 
-    product: str  # of gradients: "fused" (exp in the product's epilogue) or "plain" (cuBLAS, then a row kernel)
+    product: str  # "fused" (exp in the product's epilogue) or "plain" (cuBLAS, then a row kernel); see `plain`
     softmax: Tile  # of exp_product where E is wanted
     logprobs: Tile  # where only sums are
+
+    def plain(self, gradient: bool, dtype: torch.dtype) -> bool:
+        """Whether cuBLAS makes the logits of a pass.
+
+        Of float32 also without a gradient: no tensor core has a float32 product (on an H100, tf32x3 was found to be
+        biased by 9e-8 of a logit), and log-probs of passes with and without a gradient are to agree.
+        """
+        return self.product == "plain" and (gradient or dtype == torch.float32)
 
 
 # under the interpreter tiles are small, so that small problems have several

@@ -163,6 +163,26 @@ def test_grad_weight_of_float16_whatever_the_coefficients_size(size):
     assert torch.equal(grad, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upstream", [1.0, -0.3])
+@pytest.mark.parametrize("rows", [1, 341])  # 24 columns: less than a block, and no multiple of one
+def test_gradients_are_scaled_and_rounded_once(rows, upstream, dtype):
+    gradient, by = randn(rows, D), torch.tensor(upstream, device=DEVICE)
+    found = triton_head.scale_and_round(gradient, by, dtype)
+    assert torch.equal(found, (gradient * by).to(dtype))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_float32_log_probs_are_the_same_with_and_without_a_gradient(entropy):
+    """Bit for bit, in the variant that the table has for float32: ratios to a policy's own log-probs are 1."""
+    head, x, *_ = make_head()
+    head.choice = head.choice._replace(product="plain")
+    found = [head.softmax(x, TARGETS, gradient=gradient, entropy=entropy) for gradient in (True, False)]
+    assert found[1].exp is None
+    assert torch.equal(found[0].logprobs, found[1].logprobs)
+    assert not entropy or torch.equal(found[0].entropy, found[1].entropy)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, columns", [(1, 2), (31, 127), (32, 128), (33, 129), (70, 300)])
 def test_grad_bias_adds_to_what_is_there(dtype, rows, columns):
