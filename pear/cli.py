@@ -1,4 +1,4 @@
-"""The command `pear`: score, import, sft, rl, eval, compare, inspect, demo, replicate.
+"""The command `pear`: score, import, sft, rl, eval, compare, inspect, plan, demo, replicate.
 
 Heavy imports wait inside, so that --help is quick.
 """
@@ -321,6 +321,78 @@ def inspect(
     for path in (html, json):
         if path is not None:
             typer.echo(f"written: {path}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(help="smollm2, a transformers folder, a hub name, or qwen3-0.6b, -1.7b, -4b, -8b (no network)."),
+    ],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a row; default: the longest that fits, with each loss.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 80GB; default: the GPU that is here.")] = None,
+    batch: Annotated[int, typer.Option("--batch", "--per_device_train_batch_size", help="Rows of a micro-batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = True,
+    optim: Annotated[str, typer.Option(help="Transformers' name of the optimizer.")] = "adamw_torch_fused",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient_checkpointing/--no-gradient_checkpointing", help="Of the layers.")
+    ] = True,
+    activation_offloading: Annotated[
+        bool, typer.Option("--offload", "--activation_offloading", help="Hidden states between layers to the host.")
+    ] = False,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option("--gradient_accumulation_steps", help="Micro-batches of an optimizer step.")
+    ] = 1,
+    use_peft: Annotated[bool, typer.Option("--use_peft", help="LoRA, all else frozen.")] = False,
+    lora_r: Annotated[int, typer.Option("--lora_r", help="LoRA: its rank.")] = 16,
+    lora_target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--lora_target_modules", help="LoRA: a module's name, or all-linear; default: PEFT's own choice."),
+    ] = None,
+    workspace_bytes: Annotated[
+        int | None, typer.Option("--workspace_bytes", help="Of our head: size of the chunk of logits.")
+    ] = None,
+    rope_factor: Annotated[
+        float, typer.Option("--rope_factor", help="Positions are so many times the config's, by RoPE scaling to come.")
+    ] = 1.0,
+    json: Annotated[bool, typer.Option("--json", help="Print it for machines: bytes and tokens.")] = False,
+) -> None:
+    """Before any GPU is rented: a training step's memory by part, and the longest context, with both losses.
+
+    Options with underscores, --dtype, --bf16 and --optim are those of `pear sft`, with its defaults.
+    """
+    from json import dumps
+
+    from pear.io import DataError, WriteError
+    from pear.planning import Setup, lines, table
+    from pear.planning import plan as run
+
+    setup = Setup(
+        dtype=dtype,
+        bf16=bf16,
+        optim=optim,
+        gradient_checkpointing=gradient_checkpointing,
+        activation_offloading=activation_offloading,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        per_device_train_batch_size=batch,
+        use_peft=use_peft,
+        lora_r=lora_r,
+        lora_target_modules=tuple(lora_target_modules or ()),
+        workspace_bytes=workspace_bytes,
+    )
+    try:
+        found = run(model, context, gpu, setup, rope_factor)
+    except (DataError, WriteError) as error:
+        raise _fail(error) from None
+    if json:
+        typer.echo(dumps(found, indent=1))
+        return
+    Console().print(table(found))
+    for line in lines(found):
+        typer.echo(line)
 
 
 @app.command()
