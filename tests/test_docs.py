@@ -9,15 +9,20 @@ import contextlib
 import doctest
 import io
 import json
+import runpy
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 import yaml
 from doc_blocks import Block, blocks_of
 from doc_commands import Wrong, check, commands_of, run
 from markdown_it import MarkdownIt
+
+from pear_kernels import pear_weights
+from pear_kernels.reference import naive_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -130,7 +135,36 @@ def test_links_to_the_outside_are_addresses(page):
                 assert not target.startswith("/"), f"{name(page)}: {target} is a path of one machine"
 
 
+def test_the_pictures_are_of_what_the_definition_says(tmp_path):
+    """docs/pictures: the numbers behind them agree with the naive weights, and the script still draws."""
+    pictures = runpy.run_path(str(ROOT / "docs" / "_site" / "pictures.py"))
+    scored = {
+        steps: torch.tensor(found, dtype=torch.float64) for steps, found in pictures["read"]()["logprobs"].items()
+    }
+    behavior = scored[pictures["WRITER"]]
+    for steps in pictures["STUDENTS"]:
+        for level, block in (("token", 1), ("block", 16), ("sequence", 16)):
+            found = pear_weights(scored[steps], behavior, level=level, block_size=block)
+            torch.testing.assert_close(found, naive_weights(scored[steps], behavior, level, block), check_dtype=False)
+    pictures["main"](tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+
+
 # ---- the checks themselves
+
+
+def test_what_leads_nowhere_on_the_site_is_told(tmp_path):
+    problems = runpy.run_path(str(ROOT / "docs" / "_site" / "check.py"))["problems"]
+    assert problems(tmp_path)  # no page at all
+    (tmp_path / "other.html").write_text('<p id="here">text</p><img src="picture.png">')
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "index.html").write_text('<a href="other.html#here"></a><a href="https://example.org/">far</a>')
+    assert problems(tmp_path) == []
+    for broken in ("other.html#there", "no.html", "#nothing"):
+        (tmp_path / "index.html").write_text(f'<a href="{broken}"></a>')
+        assert len(problems(tmp_path)) == 1
+    (tmp_path / "index.html").write_text('<script src="https://example.org/far.js"></script>')
+    assert problems(tmp_path) == ["index.html loads https://example.org/far.js"]
 
 
 @pytest.mark.parametrize(

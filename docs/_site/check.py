@@ -1,4 +1,4 @@
-"""`python docs/_site/check.py build/site`: every link and anchor of the built pages leads somewhere, and nothing is loaded
+"""`python docs/_site/check.py build/site`: links and anchors of the built pages lead somewhere, and nothing is loaded
 from elsewhere. MkDocs checks the links of the Markdown; this one reads what came of it, the API's pages included.
 """
 
@@ -42,7 +42,7 @@ def problems(site: Path) -> list[str]:
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 found.append(f"{here}: no {link}")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors | {"__top"}:
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 found.append(f"{here}: no anchor {link}")
     return found if pages else [f"{site}: no page"]
 
