@@ -40,7 +40,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     """Where a page's blocks run: an empty folder, with the helpers of the hidden set-up at hand."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "pear"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
