@@ -12,6 +12,7 @@ import types
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
@@ -38,7 +39,12 @@ COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B
 
 
 def add_fused_head(
-    model: PreTrainedModel, *, temperature: float = 1.0, entropy: bool = False, float32: bool = False
+    model: PreTrainedModel,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    float32: bool = False,
+    offloaded: bool = False,
 ) -> None:
     """Patch `model.forward`, once. Call it on the model itself, under PEFT and before FSDP or DDP wraps it.
 
@@ -75,6 +81,8 @@ def add_fused_head(
         temperature: divides the logits, besides what the model's own forward does to them.
         entropy: whether TRL's keyword is answered with entropies too.
         float32: run the head in float32, outside autocast (TRL's `cast_lm_head_to_fp32`).
+        offloaded: whether TRL's `activation_offloading` is on, which is kept away from the gradients that our pass
+            has made already: they are needed first, and that of the weight is as large as the head.
 
     Raises:
         DataError: the model's head does something that our pass cannot repeat exactly; the message names it.
@@ -83,10 +91,10 @@ def add_fused_head(
     if temperature != 1.0:
         options["temperature"] = temperature * options.get("temperature", 1.0)
     if getattr(model.forward, "is_pear_forward", False):  # ours, and nobody else's around it
-        model._pear_fused_head = FusedHead(options, entropy, float32)  # the latest call's hold
+        model._pear_fused_head = FusedHead(options, entropy, float32, offloaded)  # the latest call's hold
         return
     check_head(model)
-    model._pear_fused_head = FusedHead(options, entropy, float32)
+    model._pear_fused_head = FusedHead(options, entropy, float32, offloaded)
     # The function, not the bound method, so that a deep copy of the model runs its own forward.
     original_forward = model.forward.__func__
 
@@ -110,7 +118,8 @@ def add_fused_head(
         autocast = contextlib.nullcontext()
         if head.float32:
             hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        with gathered, autocast:
+        kept = saved_tensors_hooks(_itself, _itself) if head.offloaded else contextlib.nullcontext()
+        with gathered, autocast, kept:
             if for_trl:
                 return _run_head_for_trl(hidden, weight, bias, labels, head)
             return _run_head(hidden, weight, bias, labels, columns, cu_seqlens, pear | head.options)
@@ -119,12 +128,17 @@ def add_fused_head(
     model.forward = types.MethodType(forward, model)
 
 
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 class FusedHead(NamedTuple):
     """How `model.forward` runs our pass."""
 
     options: dict[str, float]  # what repeats the model's own treatment of its logits
     entropy: bool
     float32: bool
+    offloaded: bool
 
 
 def _run_head(

@@ -70,13 +70,18 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
 
 
+def find_config(name: str, **kwargs: Any) -> PretrainedConfig | None:
+    """`load_config`, or None where there is none to read: in an adapter's folder, say."""
+    try:
+        return load_config(name, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
 def head_size(name: str, **kwargs: Any) -> int | None:
     """Rows of the head of model `name`, by its config alone; None if there is none to read. `kwargs` as above."""
-    try:
-        config = load_config(name, **kwargs)
-    except (OSError, ValueError):  # an adapter's folder, say
-        return None
-    return getattr(config.get_text_config(), "vocab_size", None)
+    config = find_config(name, **kwargs)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
 def resolve_model(name: str) -> str:

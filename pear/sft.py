@@ -14,22 +14,24 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
-from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from transformers import PretrainedConfig, PreTrainedModel
+from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from pear.align import read_roles
+from pear.attention import attention_for, check_packs
 from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
-from pear.models import head_size, load_tokenizer, resolve_model
+from pear.long_context import check_context, longest_row, prepare_device_options
+from pear.models import find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import load_scored
-from pear.sft_config import DataArguments, PEARSFTConfig
+from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare, top_k_vocabularies
-from pear.teacher import HeldTeacher, load_teacher, target_logprobs
+from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear_kernels import LossOutput, Teacher
 
 logger = get_logger(__name__)
@@ -80,10 +82,13 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
             raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
         if teacher is not None:
             args.check_teacher("a teacher is given")
+        prepare_device_options(args)
         self._columns = args.more_columns(teacher_in_memory=teacher is not None)
         self._vocabulary: int | None = None
         self._largest_id = -1  # of the data's top-k
         self._has_blocks = False
+        self._longest: dict[str, int] = {}  # row, by dataset
+        self._configs: dict[str, PretrainedConfig] = {}  # by what the model is called
         self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
@@ -113,13 +118,22 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
                     f"{base.active_peft_config.peft_type}: prompt-learning adapters are not supported; use LoRA"
                 )
             base = base.get_base_model()
-        add_fused_head(base)
+        self._configs["model"] = base.config
+        self._check_context()
+        add_fused_head(base, offloaded=args.activation_offloading)
         self._vocabulary = base.get_output_embeddings().weight.shape[0]
         self._check_top_k_ids()
         self._teacher = None
         if teacher is not None:
+            self._configs["teacher"] = teacher.config
+            self._check_context()
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor holds one
             self._teacher = HeldTeacher(teacher, base, tokenizer, self.accelerator.device)
+        if self.padding_free:
+            with self.accelerator.autocast():
+                for what, each in (("model", base), ("teacher", teacher)):
+                    if each is not None:
+                        check_packs(each, self.train_dataset[0]["input_ids"], what)
         self._names = names_logged(args, teacher is not None, self._has_blocks)
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
@@ -133,11 +147,17 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
         prepared = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
         self._largest_id = max(self._largest_id, largest_top_k_id(prepared))
+        self._longest[dataset_name] = longest_row(prepared)
+        self._check_context()
         self._has_blocks |= "block_ids" in prepared.column_names
         if "top_k_vocabulary" in self._columns:
             self._top_k_vocabularies |= top_k_vocabularies(dataset)
         self._check_top_k_ids()
         return prepared
+
+    def _check_context(self) -> None:
+        for what, config in self._configs.items():  # none before there is a model
+            check_context(self._longest, config, what)
 
     def _check_top_k_ids(self) -> None:
         if self._vocabulary is None:  # before there is a model
@@ -273,7 +293,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
 
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     """`pear sft --config x.yaml --flag value ...`; `argv` without the program's name, None for the process's own."""
-    data_args, args, model_args = parse((DataArguments, PEARSFTConfig, ModelConfig), "pear sft", argv)
+    data_args, args, model_args = parse((DataArguments, PEARSFTConfig, ModelArguments), "pear sft", argv)
     name = model_name(data_args.model, model_args)
     if data_args.data is None:
         raise DataError("no data given: pass --data, a file written by `pear score`")
@@ -300,10 +320,19 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     eval_dataset = None
     if data_args.eval_data is not None:
         eval_dataset = load_scored(data_args.eval_data, tokenizer, args.max_length, **how)
+    init = model_init_kwargs(args, model_args)
+    config = find_config(name, **init)
+    datasets = {"train": train_dataset, "eval": eval_dataset}
+    longest = {which: longest_row(dataset) for which, dataset in datasets.items() if dataset is not None}
+    check_context(longest, config)
+    init["attn_implementation"] = attention_for(init["attn_implementation"], args, config, init["dtype"], "model")
+    args.model_init_kwargs = init
     teacher = None
     if in_memory:
-        teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=model_args.attn_implementation)
-    args.model_init_kwargs = model_init_kwargs(args, model_args)
+        config = find_config(data_args.teacher)
+        check_context(longest, config, "teacher")
+        attention = attention_for(model_args.attn_implementation, args, config, teacher_dtype(), "teacher")
+        teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=attention)
     trainer = PEARSFTTrainer(
         resolve_model(name),
         args,

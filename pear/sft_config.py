@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from pear.io import DataError
+from pear.long_context import check_optimizer
 from pear.scored import UNALIGNED
 from pear_kernels.checks import (
     NORMALIZE,
@@ -145,6 +146,7 @@ class PEARSFTConfig(SFTConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
         super().__post_init__()
+        check_optimizer(self.optim)
         check_options(self.pear_options())
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -250,6 +252,20 @@ class PEARSFTConfig(SFTConfig):
                 raise DataError(f"{name} = {getattr(self, name)!r} does not go with `pear sft`: {why}")
         if self.packing and self.max_length is None:
             raise DataError("packing needs max_length, the length of a pack; got None")
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's ModelConfig, with an attention that suits packs unless one is named."""
+
+    attn_implementation: str | None = field(
+        default="auto",
+        metadata={
+            "help": "The attention of student and teacher. 'auto': of packs (packing, padding_free) flash-attn where "
+            "it is installed and a GPU runs it, else flex attention on a GPU, else sdpa; of padded rows transformers' "
+            "own choice. Or any of transformers' names: flash_attention_2, flex_attention, sdpa, eager, ..."
+        },
+    )
 
 
 @dataclass

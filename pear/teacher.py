@@ -111,8 +111,12 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -
         DataError: ids do not mean the same tokens as in the student's `tokenizer`
     """
     check_same_vocabulary(load_tokenizer(name), tokenizer, name)
-    dtype = "auto" if torch.accelerator.is_available() else torch.float32
-    return load_model(name, dtype=dtype, **kwargs)
+    return load_model(name, dtype=teacher_dtype(), **kwargs)
+
+
+def teacher_dtype() -> str | torch.dtype:
+    """What a teacher's weights are loaded in: as stored, but in float32 on a CPU."""
+    return "auto" if torch.accelerator.is_available() else torch.float32
 
 
 def check_same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str) -> None:

@@ -15,6 +15,7 @@ from pear.fused_head import add_fused_head
 from pear.io import DataError
 from pear.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint
 from pear.scored_rows import Reader
+from pear_kernels.positions import position_limit
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -45,9 +46,14 @@ class Policy:
                 raise DataError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=load_tokenizer(name)")
             self._given, self.tokenizer, config = model, tokenizer, model.config
         self.fingerprint = tokenizer_fingerprint(self.tokenizer)
-        if max_length is None:
-            max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length
+        context = position_limit(config)
+        if max_length is not None and context is not None and max_length > context:
+            raise DataError(
+                f"max_length = {max_length} tokens, but model {self.name!r} has positions for {context} "
+                f"(max_position_embeddings). Give max_length {context} or less, or none, which is that; or RoPE "
+                "scaling in the model's config.json, if it can be trusted that far."
+            )
+        self.max_length = context if max_length is None else max_length
 
     @functools.cached_property
     def reader(self) -> Reader:
