@@ -103,17 +103,30 @@ def naive_head_bytes(tokens: int, vocabulary: int) -> int:
     return 12 * tokens * vocabulary
 
 
-def our_head_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, workspace_bytes: int | None) -> int:
-    """Most that `linear_pear_loss` at token level holds, gradients of hidden states and head included."""
-    head = model.get_output_embeddings()
+def our_head_bytes(
+    tokens: int,
+    vocabulary: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    train_head: bool = True,
+    bias: bool = False,
+    workspace_bytes: int | None = None,
+    device: str = "cuda",
+) -> int:
+    """Most that `linear_pear_loss` at token level holds, gradients of hidden states and head included.
+
+    Arguments as those of `pear_kernels.plan`, whose docstring says what of it is what.
+    """
     planned = plan_head(
         tokens,
-        *head.weight.shape,
+        vocabulary,
+        hidden_size,
         dtype=dtype,
-        train_head=head.weight.requires_grad,
-        bias=getattr(head, "bias", None) is not None,
+        train_head=train_head,
+        bias=bias,
         workspace_bytes=workspace_bytes,
-        device="cuda",
+        device=device,
     )
     return planned.peak_bytes
 
@@ -155,7 +168,7 @@ class Step(NamedTuple):
             held[:, GRADIENTS] = self.gradients
         totals, end = held.sum(1), self.held.head
         forward, backward = int(totals[:end].argmax()), end + int(totals[end:].argmax())
-        head = self.model.get_output_embeddings().weight
+        head, bias = (getattr(self.model.get_output_embeddings(), name, None) for name in ("weight", "bias"))
         if loss == "naive":
             # in the forward pass autocast's copies are there, in the backward pass not any more
             of_logits = tokens * head.shape[0]
@@ -167,7 +180,14 @@ class Step(NamedTuple):
             copies = 0
             if head.dtype != self.dtype:
                 copies = self.dtype.itemsize * (head.numel() + tokens * head.shape[1])
-            ours = our_head_bytes(self.model, tokens, self.dtype, self.workspace_bytes)
+            ours = our_head_bytes(
+                tokens,
+                *head.shape,
+                dtype=self.dtype,
+                train_head=head.requires_grad,
+                bias=bias is not None,
+                workspace_bytes=self.workspace_bytes,
+            )
             moments = [("head", held[end - 1], ours + copies)]
         moments += [("forward", held[forward], 0), ("backward", held[backward], 0)]
         peaks = [self._parts(moment, kinds, of_head) for moment, kinds, of_head in moments]

@@ -66,10 +66,15 @@ def trace(model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> Tra
             f"{type(model).__name__}: its decoder cannot be run on tensors without data, which is how memory is "
             f"planned: {type(error).__name__}: {said:.300}"
         ) from error
-    if short[0].shape != long[0].shape or short[1] != long[1]:
-        raise DataError(f"{type(model).__name__}: its decoder runs other operations on longer rows; it is not planned")
-    a_token = (long[0] - short[0]) / (LENGTHS[1] - LENGTHS[0])
-    return Trace(short[0] - a_token * LENGTHS[0], a_token, short[1])
+    if short[0].shape == long[0].shape and short[1] == long[1]:
+        a_token = (long[0] - short[0]) / (LENGTHS[1] - LENGTHS[0])
+        fixed = short[0] - a_token * LENGTHS[0]
+        if fixed.min() > -1024:  # where memory grows with the square of the length, it would be far below 0
+            return Trace(fixed, a_token, short[1])
+    raise DataError(
+        f"{type(model).__name__}: the memory of its decoder does not grow in proportion to the tokens (attention that "
+        "makes all scores, or layers that go through a row step by step); it is not planned"
+    )
 
 
 def model_without_data(config: PretrainedConfig, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
@@ -88,8 +93,10 @@ def model_without_data(config: PretrainedConfig, dtype: torch.dtype, checkpointi
     except ValueError as error:
         raise DataError(f"model type {config.model_type!r}: {' '.join(str(error).split()):.300}") from error
     if checkpointing:
+        # its name from transformers 6 on, and before
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         # no state of random numbers, which the meta device has none of
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     return model.train()
 
 
