@@ -1,5 +1,6 @@
 """The wheel and the sdist: built from the tree, installed apart from it, and used as they come."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,9 @@ def build(tree: Path, hook: str, out: Path) -> Path:
     return out / run([sys.executable, "-c", BUILD.format(hook=hook, out=str(out))], tree).split()[-1]
 
 
-def run(command: list, folder: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+def run(command: list, folder: Path, **environment: str) -> str:
+    words, variables = [str(part) for part in command], {**os.environ, **environment}
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -111,7 +113,7 @@ def test_the_wheel_has_both_packages_whole_and_nothing_else(built):
     [info] = {name.partition("/")[0] for name in found if name.partition("/")[0].endswith(".dist-info")}
     assert {name for name in found if not name.startswith(info)} == expected
     assert found[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
-    assert b"pear = pear.cli:app" in found[f"{info}/entry_points.txt"]
+    assert b"pear = pear.__main__:main" in found[f"{info}/entry_points.txt"]
 
 
 def test_the_sdist_is_the_repository_and_makes_the_same_wheel(built, tmp_path):
@@ -128,15 +130,19 @@ def test_the_sdist_is_the_repository_and_makes_the_same_wheel(built, tmp_path):
 
 def test_the_wheel_works_beside_torch_alone(venv):
     run([python(venv), "-I", "-W", "ignore", "-c", USE], venv)
+    done = subprocess.run([python(venv).with_name("pear"), "--help"], cwd=venv, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().endswith("pip install 'pear-kernels[train]'")
 
 
 def test_the_command_of_the_wheel_runs(venv):
     """With everything that the extra `train` asks for, by the path of this environment."""
     paths = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (packages(venv) / "train.pth").write_text("".join(f"{path}\n" for path in paths))
-    told = run([python(venv).with_name("pear"), "--help"], venv)
+    everything = os.pathsep.join(paths)  # the editable install of this tree is no folder of these
+    told = run([python(venv).with_name("pear"), "--help"], venv, PYTHONPATH=everything)
     assert all(f" {command} " in told for command in ("score", "import", "sft", "rl", "eval", "compare", "inspect"))
-    assert str(venv) in run([python(venv), "-I", "-c", "import pear.io; print(pear.io.__file__)"], venv)
+    ask = "import pear.io, pear_kernels; print(pear.io.__file__, pear_kernels.__file__)"
+    where = run([python(venv), "-c", ask], venv, PYTHONPATH=everything)
+    assert [Path(path).is_relative_to(venv) for path in where.split()] == [True, True]
 
 
 @pytest.mark.slow
