@@ -102,12 +102,7 @@ class Head:
             tanh = self._activate_(z)
             z.sub_(anchor[rows, None])
             log = z.clamp(min=MIN_LOG) if entropy else None
-            exp = z.exp_()
-            if logit is None:
-                exp.scatter_(1, y, 0.0)
-            else:
-                place = y.clamp(min=0)
-                exp.scatter_(1, place, exp.gather(1, place).masked_fill_(y >= 0, 0.0))
+            exp = put_(z.exp_(), y, 0.0)
             of_rows = exp.sum(1)
             S[rows] = of_rows.double()
             if entropy:
@@ -227,6 +222,12 @@ class Head:
             add_rows_(grad_weight, target[rows], x.mul_(by).neg_())
         if grad_bias is not None:
             add_rows_(grad_bias, target, -scale)
+
+
+def put_(matrix: Tensor, column: Tensor, value: Tensor | float) -> Tensor:
+    """matrix[i, column_i] = value_i, for `column` and `value` (r, 1); where the column is -1, nothing."""
+    place = column.clamp(min=0)
+    return matrix.scatter_(1, place, torch.where(column < 0, matrix.gather(1, place), value))
 
 
 def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -39,8 +39,17 @@ class _Rows(NamedTuple):
 class DenseHead(cpu.Head):
     """`cpu.Head` for gradients that are no row scale times E."""
 
-    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
-        logits, target_logit = self._product(x), self.target_logits(x, target)
+    def scores(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        entropy: bool = False,
+        teacher: TeacherRows | None = None,
+        logit: Tensor | None = None,
+    ) -> Scores:
+        logits = self._product(x)
+        target_logit = self.target_logits(x, target) if logit is None else logit
         known = teacher is not None and teacher.ids is not None
         temperature = 1.0 if teacher is None else teacher.options.temperature
         R = len(x)
@@ -105,9 +114,15 @@ class DenseHead(cpu.Head):
         if temperature != 1.0:
             u.div_(temperature)
         log = u.clamp(min=MIN_LOG) if entropy else None
-        exp = u.exp_().scatter_(1, torch.stack([largest, target], dim=1), 0.0)
+        both = torch.stack([largest, target.where(target >= 0, largest)], dim=1)  # -1 is another shard's
+        exp = u.exp_().scatter_(1, both, 0.0)
         others = exp.sum(1).double() + (largest != target)  # the largest's E is 1, and its logarithm 0
         return others, log.mul_(exp).sum(1).double() if entropy else None
+
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
+        rows: _Rows = scores.rows
+        log_z = logit - rows.top.double() - logprobs
+        return Scores(logprobs, entropy, None, rows._replace(log_z=log_z, logprobs=logprobs, entropy=entropy))
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
@@ -145,7 +160,7 @@ class DenseHead(cpu.Head):
             if h is not None:
                 parts.append((log_p + state.entropy[rows, None].to(z)).mul_(p).mul_(-h))
             if c is not None:
-                parts.append(p.scatter_(1, y, torch.expm1(state.logprobs[rows, None]).to(z)).mul_(c))
+                parts.append(cpu.put_(p, y, torch.expm1(state.logprobs[rows, None]).to(z)).mul_(c))
         if g is not None:
             log_p, temperature = z, teacher.options.temperature
             if not state.has_log_p:
@@ -187,7 +202,7 @@ class DenseHead(cpu.Head):
         z.sub_(top[:, None])
         if temperature != 1.0:
             z.div_(temperature)
-        return z.sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG).scatter_(1, y, log_p_y[:, None].to(z))
+        return cpu.put_(z.sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG), y, log_p_y[:, None].to(z))
 
     def _chain(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor | None:
         """d logit / d raw logit but for the 1 / temperature, of activated logits less `shift`; None for ones."""

@@ -112,8 +112,22 @@ class Head(Protocol):
 class DenseHead(Head, Protocol):
     """The same for losses whose gradient in the logits is no row scale times E. Its logits lie in the workspace."""
 
-    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
-        """Product 1 for rows `x` (R, D), and log-probs, entropies and divergences of their logits."""
+    def scores(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        entropy: bool = False,
+        teacher: TeacherRows | None = None,
+        logit: Tensor | None = None,
+    ) -> Scores:
+        """Product 1 for rows `x` (R, D), and log-probs, entropies and divergences of their logits.
+
+        `logit` is that of `softmax`; a shard has no teacher.
+        """
+
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
+        """Of a shard: the same columns, as part of a distribution with these log-probs and entropies (R,)."""
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pear_kernels import checks
-from pear_kernels.head import DenseHead, Head, Softmax
+from pear_kernels.head import DenseHead, Head, Scores, Softmax
 from pear_kernels.packing import capturing
 
 _sizes: dict[tuple[str, int], tuple[int, ...]] = {}  # of a group's shards, by its name and this rank's own size
@@ -242,10 +242,15 @@ class ShardedHead:
     def widen(self, x: Tensor) -> Tensor:
         return self.own.widen(x)
 
+    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        """(R,) float64, from those ranks whose `target` is not -1."""
+        own = self.own.target_logits(x, target.clamp(min=0))
+        return self.shard.pick(own.where(target >= 0, 0.0))
+
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         target = self.shard.find(target)
         here = target >= 0
-        logit = self.shard.pick(self.own.target_logits(x, target.clamp(min=0)).where(here, 0.0))
+        logit = self.target_logits(x, target)
         own = self.own.softmax(x, target, gradient=gradient, entropy=entropy, logit=logit)
         own_nll = -own.logprobs
         shares = self.shard.gather(torch.stack([own_nll, own.entropy] if entropy else [own_nll]))
@@ -260,14 +265,18 @@ class ShardedHead:
     def write_grad_hidden_(
         self, into: Tensor, index: Tensor, rows: ShardRows, row_scale: Tensor, target: Tensor, target_mass: Tensor
     ) -> None:
-        """The target's term is its owner's, and added to the sum in float32."""
-        partial = torch.empty(len(rows), self.weight.shape[1], dtype=self.dtype, device=into.device)
-        own_index = torch.arange(len(rows), device=into.device)
+        """The target's term is its owner's, and added in the dtype of the sums."""
         target = self.shard.find(target).clamp(min=0)
-        self.own.write_grad_hidden_(partial, own_index, rows.exp, self.scaled(row_scale, rows.scale), target, None)
+        partial = self.partial(rows.exp, self.scaled(row_scale, rows.scale), target)
         of_target = self.scaled(row_scale, target_mass)[:, None]
         partial.addcmul_(of_target, self.own.widen(self.weight[target]).to(self.dtype), value=-1)
         into.index_copy_(0, index, self.shard.sum(partial).to(into.dtype))
+
+    def partial(self, factor: Tensor, row_scale: Tensor, target: Tensor) -> Tensor:
+        """(R, D) this rank's share of product 2."""
+        out = torch.empty(len(factor), self.weight.shape[1], dtype=self.dtype, device=factor.device)
+        self.own.write_grad_hidden_(out, torch.arange(len(out), device=out.device), factor, row_scale, target, None)
+        return out
 
     def add_grad_weight_(self, grad: Tensor, rows: ShardRows, x: Tensor, row_scale: Tensor, first: bool) -> None:
         self.own.add_grad_weight_(grad, rows.exp, x, self.scaled(row_scale, rows.scale), first)
@@ -297,9 +306,45 @@ class ShardedHead:
         return (row_scale * by).to(self.dtype)
 
 
+class ShardedDenseHead(ShardedHead):
+    """`head.DenseHead` over a rank's own columns, for losses with an entropy in them; of no teacher."""
+
+    own: DenseHead
+
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: None = None) -> Scores:
+        target = self.shard.find(target)
+        logit = self.target_logits(x, target)
+        own = self.own.scores(x, target, entropy=True, logit=logit)
+        own_nll = -own.logprobs
+        # a target 700 above this rank's largest logit has no entropy beside it, and exp(700) no number
+        own_entropy = own.entropy.where(own_nll > 1e-300, 0.0)
+        shares = self.shard.gather(torch.stack([own_nll, own_entropy]))
+        nll = joint_nll(shares[:, 0])
+        return self.own.joined(own, logit, -nll, joint_entropy(nll, *shares.unbind(1)))
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.own.gradient(scores, nll, entropy)
+
+    def write_grad_hidden_(
+        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: None
+    ) -> None:
+        into.index_copy_(0, index, self.shard.sum(self.partial(factor, row_scale, target)).to(into.dtype))
+
+    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
+        self.own.add_grad_weight_(grad, factor, x, row_scale, first)
+
+    def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
+        self.own.add_grad_bias_(grad, factor, row_scale)
+
+
 def sharded(head: Head, shard: Shard | None, temperature: float, softcap: float | None) -> Head:
     """The head itself, or a rank's part of one."""
-    return head if shard is None else ShardedHead(head, shard, temperature, softcap)
+    if shard is None:
+        return head
+    kind = ShardedDenseHead if hasattr(head, "scores") else ShardedHead
+    return kind(head, shard, temperature, softcap)
 
 
 def joint_nll(nll: Tensor) -> Tensor:

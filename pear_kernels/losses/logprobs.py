@@ -5,8 +5,8 @@ from torch import Tensor
 
 from pear_kernels import checks, ops
 from pear_kernels.distill import TopKTeacher
-from pear_kernels.losses.shared import checked_head, wanted_gradients
-from pear_kernels.shards import local_head, refuse
+from pear_kernels.losses.shared import checked_head
+from pear_kernels.shards import local_head
 
 
 def linear_logprobs(
@@ -38,8 +38,6 @@ def linear_logprobs(
     """
     hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    if return_entropy and any(wanted_gradients(hidden, weight, bias)):
-        refuse(shared, "the gradient of return_entropy")
     logprobs, entropy = ops.linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -6,7 +6,7 @@ from torch import Tensor
 from pear_kernels import checks, ops
 from pear_kernels.losses.shared import LossOutput, as_tensor, checked_head, flat, loss_output, wanted_gradients
 from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, POLICY_STATS, PolicyOptions
-from pear_kernels.shards import local_head, refuse
+from pear_kernels.shards import local_head
 
 
 def linear_policy_loss(
@@ -111,8 +111,6 @@ def linear_policy_loss(
         raise ValueError("sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None")
     hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    if entropy_coef and torch.is_grad_enabled():
-        refuse(shared, "entropy_coef")
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
     checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)

@@ -47,9 +47,17 @@ class DenseHead(head.Head):
             self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
             self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
 
-    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
+    def scores(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        entropy: bool = False,
+        teacher: TeacherRows | None = None,
+        logit: Tensor | None = None,
+    ) -> Scores:
         R = len(x)
-        target_logit, _, _ = self._target_logits(x, target)
+        target_logit = self.target_logits(x, target) if logit is None else logit
         logits, _ = self._logits(x)
         known = teacher is not None and teacher.ids is not None
         if known:
@@ -69,6 +77,11 @@ class DenseHead(head.Head):
             return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None))
         buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
         return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets))
+
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
+        sums = scores.rows.sums
+        sums[0], sums[4] = logprobs, logit - sums[1] - logprobs  # log p of the target, and log_z
+        return Scores(logprobs, entropy, None, scores.rows._replace(entropy=entropy))
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
