@@ -34,7 +34,8 @@ kernels: $(STAMP)  ## compile every kernel for sm_80, sm_90 and sm_100: register
 	$(BIN)/python -m bench.kernels $(KERNELS_ARGS)
 
 docs: $(STAMP)  ## the documentation's site: build/site/index.html; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@# not --quiet: warnings that are not shown are not counted by --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/_site/check.py build/site
 
 lint: $(STAMP)  ## ruff, as CI runs it
