@@ -21,6 +21,7 @@ from doc_blocks import Block, blocks_of
 from doc_commands import Wrong, check, commands_of, run
 from markdown_it import MarkdownIt
 
+import pear_kernels
 from pear_kernels import pear_weights
 from pear_kernels.reference import naive_weights
 
@@ -132,6 +133,12 @@ def test_links_to_the_outside_are_addresses(page):
                 assert parts.scheme == "https" and "." in parts.netloc and " " not in target, f"{name(page)}: {target}"
             else:
                 assert not target.startswith("/"), f"{name(page)}: {target} is a path of one machine"
+
+
+def test_every_public_name_has_its_place():
+    page = (ROOT / "docs" / "api" / "pear_kernels.md").read_text()
+    named = [line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")]
+    assert sorted(named) == sorted(pear_kernels.__all__)
 
 
 def test_the_pictures_are_of_what_the_definition_says(tmp_path):
