@@ -42,7 +42,7 @@ def main(rank: int, port: int) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=511, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2,
+        max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     behavior = copy.deepcopy(model).requires_grad_(False)

@@ -31,7 +31,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)  # products this small are slower on several
 config = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=512, initializer_range=0.2,
+    max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 model = LlamaForCausalLM(config)
 

@@ -3,7 +3,7 @@
     python examples/trl_grpo.py
 
 Needs `pip install -e '.[train]'`. Rollouts, rewards and advantages are TRL's own; the loss comes from
-`linear_policy_loss` and all log-probs from `linear_logprobs`, inside the model's forward, so that no logits are made.
+`linear_policy_loss` and all log-probs from `linear_logprobs`, inside the model's forward: training makes no logits.
 At the end the second step, whose ratios are no longer 1, is compared with GRPO's formula on full logits, in float64.
 """
 
