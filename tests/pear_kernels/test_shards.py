@@ -83,12 +83,12 @@ def test_the_ends_of_the_softmax(ranks, kind, dtype):
     problem = cases(len(ranks))[name].problem
     (loss, logprobs, _), (hidden, weight) = problem.naive()
     grads = torch.autograd.grad(UPSTREAM * loss, (hidden, weight))
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    # float64 too cancels at p near 1, in the full logits that this is held to
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-8 if kind == "confident" else 1e-12
     for of_rank in found(ranks, name):
         for ours, exact in ((of_rank["logprobs"], logprobs), (of_rank["grad_hidden"], grads[0])):
             for row, of_row in zip(ours.double(), exact, strict=True):  # no row hides behind a larger one
-                # the reference itself cancels at p near 1, in the last digits of 1
-                assert (row - of_row).norm() <= 10 * tolerance * of_row.norm() + 1e-14
+                assert (row - of_row).norm() <= 10 * tolerance * of_row.norm()
     assert relative_error(torch.cat([of_rank["grad_weight"] for of_rank in found(ranks, name)]), grads[1]) < tolerance
 
 
