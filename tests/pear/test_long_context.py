@@ -265,11 +265,13 @@ def test_a_loss_of_ligers_is_refused(tokenizer, make_trainer, liger, name):
         make_trainer(use_liger_kernel=True, liger_kernel_config={name: True})
 
 
-def test_ligers_own_patch_leaves_our_forward(tokenizer):
+def test_ligers_own_patch_leaves_our_forward(tokenizer, monkeypatch):
     """The package itself, if it is there: its patch of a model with our options, kernels not run."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed", exc_type=ImportError)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    llama = transformers.models.llama.modeling_llama
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", llama.apply_rotary_pos_emb)  # replaced for all models; put back
     model = make_model(tokenizer)
     add_fused_head(model)
     forward = model.forward
