@@ -36,14 +36,14 @@ GRADIENTS, STATES, OTHER = range(3)  # kinds of memory: of parameters; hidden st
 
 
 class Trace(NamedTuple):
-    """Bytes of the kinds after each operation of a trunk's step: `fixed + a_token * tokens`, both (operations, 3)."""
+    """Bytes of the kinds after each operation of a trunk's step: `fixed + a_token * tokens`, both (rows, 3)."""
 
     fixed: np.ndarray
     a_token: np.ndarray
-    head: int  # operations of the forward pass, after which the head runs
+    head: int  # the row after those of the forward pass: what the trunk holds when the loss's backward pass begins
 
     def at(self, tokens: int) -> np.ndarray:
-        """(operations, 3) bytes."""
+        """(rows, 3) bytes."""
         return self.fixed + self.a_token * tokens
 
 
@@ -64,7 +64,7 @@ def trace(model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> Tra
         said = " ".join(str(error).split())
         raise DataError(
             f"{type(model).__name__}: its decoder cannot be run on tensors without data, which is how memory is "
-            f"planned: {type(error).__name__}: {said:.300}"
+            f"planned: {type(error).__name__}: {said:.300} (Mixtures of experts may need dtype bfloat16.)"
         ) from error
     if short[0].shape == long[0].shape and short[1] == long[1]:
         a_token = (long[0] - short[0]) / (LENGTHS[1] - LENGTHS[0])
@@ -101,7 +101,7 @@ def model_without_data(config: PretrainedConfig, dtype: torch.dtype, checkpointi
 
 
 def _run(model: PreTrainedModel, tokens: int, autocast: torch.dtype | None) -> tuple[np.ndarray, int]:
-    """(operations, 3) bytes after each operation, and how many of them are the forward pass."""
+    """(rows, 3) bytes after each operation, and how many of them are the forward pass."""
     counter = _Counter()
     held = [*model.parameters(), *model.buffers()]  # the weights are counted elsewhere
     for tensor in held:
@@ -114,6 +114,7 @@ def _run(model: PreTrainedModel, tokens: int, autocast: torch.dtype | None) -> t
             with _autocast(autocast, keep=True):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             forward = len(counter.rows)
+            counter.rows.append(tuple(counter.live))  # autocast's copies are gone, and no gradient is made yet
             for parameter in model.get_output_embeddings().parameters():  # made by the head, before the trunk's
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
