@@ -16,25 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import (
-    LossOutput,
-    TopKTeacher,
-    linear_distill_loss,
-    linear_logprobs,
-    linear_pear_loss,
-    linear_policy_loss,
-    linear_topk_logprobs,
-    linear_weighted_loss,
-)
+from pear_kernels import LossOutput, linear_logprobs, linear_policy_loss, linear_topk_logprobs, lm_head
+from pear_kernels.shifted import IGNORE, TOP_K, first_tokens_ignored, shift_left, shift_right, supervised_loss
 
-IGNORE = -100
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
-TOP_K = ("top_k_ids", "top_k_logprobs")
 COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted
 
 
@@ -113,16 +103,19 @@ def add_fused_head(
         kwargs["use_cache"] = False
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         hidden = self.base_model(*args, **kwargs).last_hidden_state  # (B, T, D)
-        weight, bias, gathered = _head_parameters(self)
-        hidden = hidden.to(weight.device)
         autocast = contextlib.nullcontext()
         if head.float32:
             hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         kept = saved_tensors_hooks(_itself, _itself) if head.offloaded else contextlib.nullcontext()
-        with gathered, autocast, kept:
+
+        def run(hidden, weight, bias):
+            hidden = hidden.to(weight.device)
             if for_trl:
                 return _run_head_for_trl(hidden, weight, bias, labels, head)
             return _run_head(hidden, weight, bias, labels, columns, cu_seqlens, pear | head.options)
+
+        with autocast, kept:
+            return lm_head.run_with_parameters(self.get_output_embeddings(), hidden, run)
 
     forward.is_pear_forward = True
     model.forward = types.MethodType(forward, model)
@@ -169,30 +162,8 @@ def _run_head(
     else:
         if label is not None:  # the same at all tokens of a sequence, so its first one tells
             options["sequence_label"] = label[:, 0] if cu_seqlens is None else label[0, cu_seqlens[:-1].long()]
-        output = _supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
+        output = supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
     return output._replace(logprobs=shift_right(output.logprobs), weights=shift_right(output.weights))
-
-
-def _supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options) -> LossOutput:
-    """The loss that the keys of `options` speak of. Arguments as in `_run_head`, targets and columns shifted."""
-    if cu_seqlens is not None:
-        hidden, target = hidden[0], target[0]
-        columns = {name: column[0] for name, column in columns.items()}
-        options["cu_seqlens"] = cu_seqlens.to(weight.device)
-        for name in ("teacher", "reference"):
-            if (held := options.get(name)) is not None:
-                options[name] = held._replace(hidden=held.hidden[0])
-    if TOP_K[0] in columns:
-        options["teacher"] = TopKTeacher(*(columns.pop(name) for name in TOP_K))
-    loss = linear_pear_loss
-    if "weighting" in options:
-        loss = linear_weighted_loss
-    elif "divergence" in options:
-        loss = linear_distill_loss
-    output = loss(hidden, weight, target=target, bias=bias, **columns, **options)
-    if cu_seqlens is not None:
-        output = output._replace(logprobs=output.logprobs[None], weights=output.weights[None])
-    return output
 
 
 def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
@@ -205,66 +176,18 @@ def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
     return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, label_mask=target != IGNORE)
 
 
-def first_tokens_ignored(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Labels (B, T) with -100 where no earlier token of the same sequence can predict them."""
-    labels = labels.clone()
-    labels[:, 0] = IGNORE
-    if cu_seqlens is not None:
-        labels[0, cu_seqlens[:-1].long()] = IGNORE
-    return labels
-
-
-def shift_left(x: torch.Tensor, fill: float) -> torch.Tensor:
-    """(B, T) or (B, T, K): what stands at t + 1, to meet the hidden state at t that predicts it."""
-    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], dim=1)
-
-
-def shift_right(x: torch.Tensor) -> torch.Tensor:
-    """(B, T) or (B, T, K): back from the position that predicts to the token that is predicted."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-
-
-def _head_parameters(
-    model: PreTrainedModel,
-) -> tuple[torch.Tensor, torch.Tensor | None, contextlib.AbstractContextManager]:
-    """Weight and bias of the LM head, read once, and the context in which DeepSpeed ZeRO-3 holds them whole."""
-    head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if hasattr(weight, "full_tensor"):  # FSDP2 and tensor parallelism show sharded parameters as DTensors
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
-    if hasattr(weight, "ds_id"):  # DeepSpeed ZeRO-3 has partitioned it
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-        return weight, bias, maybe_gather_lm_head_ctx(weight, bias)
-    return weight, bias, contextlib.nullcontext()
-
-
 def check_head(model: PreTrainedModel) -> None:
-    """Raise DataError where the head is more than a matrix and a bias."""
-    head = model.get_output_embeddings()
-    if not isinstance(getattr(model, "forward", None), types.MethodType):
-        raise DataError(
-            f"{type(model).__name__}.forward was replaced before (by a device_map's hooks, say); load the model without"
-        )
-    if head is None or not hasattr(head, "weight"):
-        raise DataError(f"{type(model).__name__} has no output embeddings; give a causal language model")
+    """Raise DataError where the head is more than a matrix and a bias, or does not get the trunk's hidden states."""
+    try:
+        lm_head.check_head(model)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if not isinstance(getattr(model.base_model, "forward", None), types.MethodType) or model.base_model is model:
         raise DataError(f"{type(model).__name__} has no decoder trunk of its own (`base_model`); it cannot be used")
-    if not any(child is head for child in model.children()):
+    if not any(child is model.get_output_embeddings() for child in model.children()):
         raise DataError(
             f"{type(model).__name__}: its output embeddings sit inside another module, which may do more than multiply "
             "(as the heads of BERT's kind do); give a causal language model with a linear head of its own"
-        )
-    if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
-        raise DataError(
-            "a PEFT adapter on the LM head is not supported: the loss reads the head's weight, which does not hold the "
-            "adapter. Leave the head (`lm_head`) out of the adapter's target modules."
-        )
-    if head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise DataError(
-            f"the LM head's weight has dtype {head.weight.dtype}; quantised heads are not supported. Keep the head in "
-            "bfloat16 or float32."
         )
 
 

@@ -45,7 +45,9 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     - with `weighting`: `linear_weighted_loss` of that name, which may ask for `ref_logprobs` (B, T).
 
     A row (1, T) with `cu_seq_lens_q` (S+1,) is a pack: sums along a sequence stop at its bounds, and its first token is
-    no target. Where only `position_ids` tell sequences apart, the losses with such sums read the bounds off these.
+    no target. Where only `position_ids` tell sequences apart, the losses with such sums read the bounds off these. That
+    no token attends to another sequence is transformers' part, which needs `position_ids` or flash attention; a call
+    with either of the two makes no cache unless asked to, since it is not done with one.
 
     Without `labels` nothing is changed: logits, `generate` and caches are the unpatched model's.
 
@@ -149,13 +151,17 @@ def _forward(model: nn.Module):
                 raise ValueError(f"{next(iter(columns))} is given without labels, and the loss is made of both")
             return original(self, **kwargs)
         check_head(self)  # once more: an adapter may have come since
-        tokens = kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1]
-        check_positions(self, tokens, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+        cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+        if (tokens := kwargs.get("input_ids")) is None:
+            tokens = kwargs["inputs_embeds"]
+        check_positions(self, tokens.shape[1], position_ids, cu_seqlens)
+        if kwargs.get("use_cache") is None and (cu_seqlens is not None or position_ids is not None):
+            kwargs["use_cache"] = False  # with a cache, transformers would not keep the sequences of a pack apart
         returns_dict = self.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]
         if not returns_dict:
             kwargs["return_dict"] = True
         head = self.get_output_embeddings()
-        call = Call(head, self._pear_patch, columns, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids"))
+        call = Call(head, self._pear_patch, columns, cu_seqlens, position_ids)
         with forward_replaced(innermost(head), call.take), loss_replaced(self, call.loss):
             output = original(self, **kwargs)
         if call.log_probs is None:

@@ -56,33 +56,44 @@ def run_with_parameters(
     hidden: Tensor,  # (B, T, D)
     function: Callable[[Tensor, Tensor, Tensor | None], Any],
 ) -> Any:
-    """`function(hidden, weight, bias)` where these are whole: of an FSDP unit of its own, or under DeepSpeed ZeRO-3,
-    that is only within the head's call, which is what then runs the function.
+    """`function(hidden, weight, bias)`, called once and within the model's forward, where these are whole.
 
-    So the gradients go the way that they go for any module. (Gathering the weight by hand would leave out the sum over
-    processes, or do it twice.)
+    A head that FSDP made a unit of its own has its parameters within its own call alone, so that is what then runs the
+    function, and their gradients go the way of any module's. (Gathered by hand, they would miss the sum over
+    processes.) A weight that tensor parallelism shards stays a DTensor.
+
+    Raises:
+        ValueError: the weight is not whole even there.
     """
     leaf = innermost(head)
-    if _is_whole(head, leaf):
-        return function(hidden, leaf.weight, getattr(leaf, "bias", None))
 
     def forward(hidden: Tensor) -> Any:
-        if leaf.weight.dim() != 2 or not leaf.weight.numel():
+        weight, bias = leaf.weight, getattr(leaf, "bias", None)
+        if weight.dim() != 2 or not weight.numel():
             raise ValueError(
-                f"the LM head's weight has shape {tuple(leaf.weight.shape)} within its own forward: it is sharded, and "
-                "nothing gathers it. Call the model through the module that FSDP or DeepSpeed wrapped."
+                f"the LM head's weight has shape {tuple(weight.shape)}: FSDP has sharded or flattened it, and nothing "
+                "gathers it here. Call the outermost module that FSDP wrapped, not a module within it."
             )
-        return function(hidden, leaf.weight, getattr(leaf, "bias", None))
+        return function(hidden, weight, bias)
 
+    if hasattr(leaf.weight, "ds_id"):
+        with _gathered_by_deepspeed(leaf.weight, getattr(leaf, "bias", None)):
+            return forward(hidden)
+    fsdp1 = hasattr(head, "_fsdp_wrapped_module")
+    fsdp2 = hasattr(leaf.weight, "full_tensor") and hasattr(leaf, "unshard")
+    if not fsdp1 and not fsdp2:
+        return forward(hidden)
     with forward_replaced(leaf, forward):
         return head(hidden)
 
 
-def _is_whole(head: nn.Module, leaf: nn.Module) -> bool:
-    weight = leaf.weight
-    if hasattr(head, "_fsdp_wrapped_module") or hasattr(weight, "ds_id"):  # FSDP1, DeepSpeed ZeRO-3
-        return False
-    return not (hasattr(weight, "full_tensor") and hasattr(leaf, "unshard"))  # FSDP2, and not tensor parallelism
+def _gathered_by_deepspeed(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
+    """The context in which ZeRO-3 holds parameters whole, as in TRL's `maybe_gather_lm_head_ctx`."""
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

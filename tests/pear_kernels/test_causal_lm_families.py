@@ -1,0 +1,66 @@
+"""patch_causal_lm against the unpatched model, family by family."""
+
+import pytest
+import torch
+from causal_lms import FAMILIES, batch, gradients, make_lm
+
+from pear_kernels import patch_causal_lm
+
+
+def cross_entropy(logits, labels, vocab_size, num_items_in_batch=None, **_):
+    """transformers' ForCausalLMLoss, which would round to float32."""
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum")
+    return loss / ((shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_unpatched_model(family, monkeypatch):
+    """In float64, with padding, labels that do not count, and auxiliary losses of experts; generation stays."""
+    model, expected = make_lm(family), {}
+    ids = batch()["input_ids"]
+    tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.loss_function = cross_entropy
+    for count in (None, 37):
+        output = model(**batch(), num_items_in_batch=count)
+        output.loss.backward()
+        expected[count] = (output, gradients(model))
+    del model._loss_function
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+
+    assert patch_causal_lm(model) is model
+    head, linear = model.get_output_embeddings(), torch.nn.Linear.forward
+    with monkeypatch.context() as patch:
+        called = lambda self, x: pytest.fail("the head was called") if self is head else linear(self, x)  # noqa: E731
+        patch.setattr(torch.nn.Linear, "forward", called)
+        for count, (before, gradients_before) in expected.items():
+            output = model(**batch(), num_items_in_batch=count)
+            output.loss.backward()
+            found = gradients(model)
+            assert isinstance(output, type(before)) and output.logits is None
+            assert output.keys() - {"log_probs"} == before.keys() - {"logits"}
+            assert output.loss.item() == pytest.approx(before.loss.item(), rel=1e-9)
+            if "aux_loss" in before:
+                assert before.aux_loss > 0 and torch.equal(before.aux_loss, output.aux_loss)
+            assert found.keys() == gradients_before.keys()
+            largest = max(gradient.abs().max().item() for gradient in gradients_before.values())
+            for name, gradient in gradients_before.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10 * largest, msg=name)
+            assert head.weight.grad is None and any(gradient is not None for gradient in found.values())
+
+    labels = batch()["labels"][:, 1:]
+    logprobs = before.logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    assert output.log_probs.dtype == torch.float32 and not output.log_probs.requires_grad
+    torch.testing.assert_close(output.log_probs[:, 1:], logprobs.masked_fill(labels == -100, 0).float())
+    assert (output.log_probs[:, 0] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), tokens)
+
+
+def test_families_with_experts_have_an_auxiliary_loss_to_add():
+    """Else the test before would pass without it."""
+    with_loss = [family for family in FAMILIES if "router_aux_loss_coef" in FAMILIES[family]]
+    found = [family for family in with_loss if "aux_loss" in make_lm(family)(**batch())]
+    assert {"Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Phimoe", "GptOss"} <= set(found)
