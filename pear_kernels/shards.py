@@ -104,7 +104,8 @@ def local_head(
     Raises:
         ValueError: for a DTensor that is laid out in another way, naming the argument and what to do.
     """
-    if all(type(tensor) in (Tensor, nn.Parameter, type(None)) for tensor in (hidden, weight, target, bias)):
+    plain = all(type(tensor) in (Tensor, nn.Parameter, type(None)) for tensor in (hidden, weight, target, bias))
+    if plain or not torch.distributed.is_available():
         return hidden, weight, target, bias, shared_name(group)
     from torch.distributed.tensor import DTensor, Replicate
 

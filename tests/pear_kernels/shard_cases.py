@@ -49,6 +49,7 @@ class Case:
     call: object = None  # in place of the problem's own loss: (leaves, problem, **options) -> (loss, outputs)
 
 
+@functools.cache
 def cases(world: int) -> dict[str, Case]:
     ranges = [0, *torch.tensor(SIZES[world]).cumsum(0).tolist()]
     found: dict[str, Case] = {}
