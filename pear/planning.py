@@ -168,27 +168,7 @@ class Step(NamedTuple):
             held[:, GRADIENTS] = self.gradients
         totals, end = held.sum(1), self.held.head
         forward, backward = int(totals[:end].argmax()), end + int(totals[end:].argmax())
-        head, bias = (getattr(self.model.get_output_embeddings(), name, None) for name in ("weight", "bias"))
-        if loss == "naive":
-            # in the forward pass autocast's copies are there, in the backward pass not any more
-            of_logits = tokens * head.shape[0]
-            moments = [
-                ("head", held[end - 1], of_logits * (8 + self.dtype.itemsize * (self.dtype != torch.float32))),
-                ("head", held[end], naive_head_bytes(tokens, head.shape[0])),
-            ]
-        else:
-            copies = 0
-            if head.dtype != self.dtype:
-                copies = self.dtype.itemsize * (head.numel() + tokens * head.shape[1])
-            ours = our_head_bytes(
-                tokens,
-                *head.shape,
-                dtype=self.dtype,
-                train_head=head.requires_grad,
-                bias=bias is not None,
-                workspace_bytes=self.workspace_bytes,
-            )
-            moments = [("head", held[end - 1], ours + copies)]
+        moments = [("head", held[end + row], of_head) for row, of_head in self.head(loss, tokens)]
         moments += [("forward", held[forward], 0), ("backward", held[backward], 0)]
         peaks = [self._parts(moment, kinds, of_head) for moment, kinds, of_head in moments]
         all_gradients = np.array([self.gradients, 0, self.step_copies])
@@ -199,6 +179,26 @@ class Step(NamedTuple):
         held = [int(kinds[kind]) for kind in (GRADIENTS, STATES, OTHER)]
         values = (self.weights, held[0], self.states, held[1], held[2], head)
         return Peak(moment, dict(zip(PARTS, values, strict=True)))
+
+    def head(self, loss: str, tokens: int) -> list[tuple[int, int]]:
+        """Bytes of the head at its moments, each with the row of `held`, from `held.head` on, that goes with it."""
+        head, bias = (getattr(self.model.get_output_embeddings(), name, None) for name in ("weight", "bias"))
+        if loss == "naive":
+            # in the forward pass autocast's copies are there, in the backward pass not any more
+            copies = 0 if self.dtype == torch.float32 else self.dtype.itemsize
+            forward = tokens * head.shape[0] * (8 + copies)
+            return [(-1, forward), (0, naive_head_bytes(tokens, head.shape[0]))]
+        ours = our_head_bytes(
+            tokens,
+            *head.shape,
+            dtype=self.dtype,
+            train_head=head.requires_grad,
+            bias=bias is not None,
+            workspace_bytes=self.workspace_bytes,
+        )
+        if head.dtype != self.dtype:  # autocast's copies of hidden states and weight
+            ours += self.dtype.itemsize * (head.numel() + tokens * head.shape[1])
+        return [(-1, ours)]
 
     def longest(self, loss: str, capacity: int, batch: int = 1) -> int:
         """Most tokens of a row, `batch` rows a micro-batch, whose step takes at most `capacity` bytes; 0: none."""
@@ -353,6 +353,7 @@ def plan(
             "moment": shown.moment,
             "parts": shown.parts,
             "total_bytes": shown.total,
+            "head_bytes": max(of_head for _, of_head in step.head(loss, batch * (context or max(longest, 1)))),
             "fits": shown.total <= capacity,
             "longest_context": longest,
             "longest_context_by_memory": by_memory,
@@ -413,8 +414,9 @@ def table(found: dict[str, Any]) -> Table:
         made.add_row(part, *(f"{loss['parts'][part] / 2**30:,.2f}" for loss in of))
     made.add_section()
     made.add_row("together", *(f"{loss['total_bytes'] / 2**30:,.2f}" for loss in of))
-    made.add_row("at", *(loss["moment"] for loss in of))
     made.add_row(
         f"of {found['capacity_bytes'] / 2**30:,.2f}", *("fits" if loss["fits"] else "does not fit" for loss in of)
     )
+    made.add_row("at", *(loss["moment"] for loss in of))
+    made.add_row("the head alone, at its own", *(f"{loss['head_bytes'] / 2**30:,.2f}" for loss in of))
     return made

@@ -106,8 +106,10 @@ def test_memory_is_a_line_over_the_tokens():
     np.testing.assert_allclose(held.at(5120), counted, rtol=0, atol=1)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "phi3", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "kind, checkpointing",
+    [("qwen3", True), ("qwen3", False), ("gemma2", True), ("phi3", True), ("gpt_neox", False), ("qwen3_moe", True)],
+)
 def test_real_tensors_take_what_those_without_data_do(kind, checkpointing):
     """The same operations on a CPU, values and all, under the same counter."""
     more = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32) if kind == "qwen3_moe" else {}
@@ -233,12 +235,12 @@ def test_lora_has_gradients_and_states_of_adapters_alone():
 
 
 def test_offloading_keeps_six_hidden_states():
-    config = make_config(num_hidden_layers=12)
+    config = make_config(num_hidden_layers=8)
     plain, moved = (
         step_of(config, BF16._replace(activation_offloading=on)).peak("ours", 65536) for on in (False, True)
     )
     one = 65536 * 64 * 2
-    assert plain.parts["hidden states"] >= 11 * one and moved.parts["hidden states"] == 6 * one
+    assert plain.parts["hidden states"] >= 7 * one and moved.parts["hidden states"] == 6 * one
     assert moved.total < plain.total
 
 
@@ -271,6 +273,8 @@ def test_plan_says_what_fits_and_why(folder):
     assert ours["longest_context"] == 4096 < ours["longest_context_by_memory"]
     assert ours["decided_by"] == "the model's positions"
     assert naive["fits"] and sum(naive["parts"].values()) == naive["total_bytes"] <= found["capacity_bytes"]
+    head = our_head_bytes(4096, 30000, 64, dtype=torch.bfloat16) + 2 * 64 * (30000 + 4096)  # and autocast's copies
+    assert ours["head_bytes"] == head < naive["head_bytes"] == 12 * naive["longest_context"] * 30000
     stretched = plan(folder, None, "0.5GB", rope_factor=100)["losses"]["ours"]
     assert stretched["longest_context"] == ours["longest_context_by_memory"]
     assert stretched["decided_by"] in ("activations (backward)", "hidden states (backward)")
