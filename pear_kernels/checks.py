@@ -195,6 +195,13 @@ def check_head(
     """`hidden` (N, D) or (B, T, D), `weight` (V, D), `target` of hidden's leading shape, `bias` (V,)."""
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
+    if sharded_away(weight, least_rows):
+        raise ValueError(
+            f"weight must be (V, D), whole, got shape {tuple(weight.shape)} with {weight.numel()} numbers: FSDP or "
+            "DeepSpeed has flattened it or taken it away, as they do outside the forward of the module that they "
+            "wrapped. Compute the loss within that forward (pear_kernels.patch_causal_lm does), or gather the weight "
+            "for it (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters)"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be (V, D) with hidden's D = {hidden.shape[-1]}, got shape {tuple(weight.shape)}: "
@@ -219,6 +226,15 @@ def check_head(
                 "cast one of them, or run under torch.autocast"
             )
     same_device(hidden, weight=weight, target=target, bias=bias)
+
+
+def sharded_away(weight: Tensor, least_rows: int) -> bool:
+    """Whether a weight is what FSDP1 or ZeRO-3 leave of one: flat, empty, or a shape without memory."""
+    if weight.dim() == 1 or (weight.dim() == 2 and weight.shape[0] < least_rows and not weight.numel()):
+        return True
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_meta:
+        return False
+    return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
 def check_loss_arguments(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pear_kernels.lm_head import forget_forward, forward_replaced, innermost
 
+OWN_LOSS = "makes its loss by itself instead of handing its logits to `loss_function`"
 PROBES = tuple(2.0**power for power in range(-10, 14))  # logits, each twice the one before
 
 
@@ -38,7 +39,7 @@ def measure_treatment(model: nn.Module) -> Treatment:
     name = type(model).__name__
     loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
     if loss != "ForCausalLMLoss":
-        raise ValueError(f"{name}: its loss is {loss} and not transformers' ForCausalLMLoss, which our pass repeats")
+        raise _refusal(name, f"makes its loss by {loss}, and not by transformers' ForCausalLMLoss")
     head, trunk = innermost(model.get_output_embeddings()), _trunk(model)
     probes = torch.tensor(PROBES, dtype=torch.float64).expand(1, 2, -1).clone()
     ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
@@ -61,33 +62,27 @@ def measure_treatment(model: nn.Module) -> Treatment:
     except _Reached as reached:
         after, labels = reached.args
     except Exception as error:
-        why = (
-            "makes its loss by itself instead of handing its logits to `loss_function`"
-            if calls
-            else "does not come from its trunk's hidden states to its output embeddings"
-        )
-        raise ValueError(f"{name} cannot be patched: its forward {why} ({type(error).__name__}: {error})") from error
+        why = OWN_LOSS if calls else "does not come from its trunk's hidden states to its output embeddings"
+        raise _refusal(name, f"{why} ({type(error).__name__}: {error})") from error
     else:
-        raise ValueError(
-            f"{name} cannot be patched: its forward makes its loss by itself instead of handing its logits to "
-            "`loss_function`"
-        )
+        raise _refusal(name, OWN_LOSS)
     finally:
         forget_forward(trunk)
     if len(calls) != 1:
-        raise ValueError(
-            f"{name} cannot be patched: its forward calls its output embeddings {len(calls)} times, where a causal LM "
-            "with a linear head calls them once"
-        )
-    if labels is not ids and not torch.equal(labels, ids):
-        raise ValueError(f"{name} cannot be patched: its forward changes the labels before its loss")
+        raise _refusal(name, f"calls its output embeddings {len(calls)} times, where a causal LM calls them once")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        raise _refusal(name, "changes the labels before its loss")
     fit = fit_treatment(probes, after) if after.shape == probes.shape else None
     if fit is None:
-        raise ValueError(
-            f"{name} cannot be patched: its forward does more to its logits than a positive scale and a soft cap, and "
-            "our pass cannot repeat it"
-        )
+        raise _refusal(name, "does more to its logits than a positive scale and a soft cap, which our pass can repeat")
     return fit
+
+
+def _refusal(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"{name} cannot be patched: its forward {why}. Run its decoder yourself, and give the hidden states and the "
+        "head's weight to linear_pear_loss or linear_weighted_loss."
+    )
 
 
 def _trunk(model: nn.Module) -> nn.Module:
@@ -96,7 +91,7 @@ def _trunk(model: nn.Module) -> nn.Module:
         return model.base_model
     models = [child for child in model.children() if hasattr(child, "config") and hasattr(child, "base_model")]
     if len(models) != 1:
-        raise ValueError(f"{type(model).__name__} cannot be patched: it has no decoder trunk of its own (`base_model`)")
+        raise _refusal(type(model).__name__, "has no decoder trunk of its own (`base_model`) to call")
     return models[0]
 
 

@@ -344,9 +344,15 @@ def makes_its_own_loss() -> nn.Module:
         (lambda: nn.DataParallel(make_lm("Llama")), "got DataParallel: patch it before"),
         (lambda: make_lm("Llama").model, "got LlamaModel|no output embeddings"),
         (no_head, "LlamaForCausalLM has no output embeddings"),
-        (other_loss, "LlamaForCausalLM: its loss is cross_entropy and not transformers' ForCausalLMLoss"),
+        (
+            other_loss,
+            "LlamaForCausalLM cannot be patched: its forward makes its loss by cross_entropy",
+        ),
         (makes_its_own_loss, "BartForCausalLM cannot be patched: its forward makes its loss by itself"),
-        (lambda: with_forward(lambda z, _: z - z.mean(-1, keepdim=True)), "Changed.*more to its logits than"),
+        (
+            lambda: with_forward(lambda z, _: z - z.mean(-1, keepdim=True)),
+            "Changed.*more to its logits than.*to linear_pear_loss",
+        ),
         (lambda: with_forward(lambda z, _: -z), "Changed.*more to its logits than"),
         (lambda: with_forward(lambda z, _: z.clamp(max=1.0)), "Changed.*more to its logits than"),
         (lambda: with_forward(lambda z, _: z[:, 1:]), "Changed.*more to its logits than"),

@@ -28,6 +28,12 @@ def with_value(position, value, base=None):
     return tensor
 
 
+def freed(tensor):
+    """As FSDP1 leaves a parameter outside the forward: its shape, and no memory."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 BAD = {
     "target too large": (
         dict(target=with_value(2, V, torch.arange(N))),
@@ -51,6 +57,12 @@ BAD = {
         dict(weight=torch.randn(D, V)),
         r"weight must be \(V, D\) with hidden's D = 4, got shape \(4, 9\)",
     ),
+    "weight flattened by FSDP": (
+        dict(weight=torch.randn(V * D)),
+        r"weight must be \(V, D\), whole, got shape \(36,\) with 36 numbers: FSDP or DeepSpeed.*patch_causal_lm",
+    ),
+    "weight emptied by FSDP or ZeRO-3": (dict(weight=torch.randn(0)), r"got shape \(0,\) with 0 numbers: FSDP"),
+    "weight whose memory FSDP has freed": (dict(weight=freed(torch.randn(V, D))), r"got shape \(9, 4\).*FSDP"),
     "weight of integers": (
         dict(weight=torch.ones(V, D, dtype=torch.int64)),
         "weight must be float32, bfloat16, float16 or float64, got torch.int64",
