@@ -268,3 +268,27 @@ def test_choice_is_said_in_a_line_and_a_name_is_kept(tmp_path, capsys):
     assert attention_for("auto", padded, config, "float32", "model") is None
     assert attention_for("auto", packed, None, "float32", "model") is None
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", "sdpa"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Olmo3"])
+def test_on_a_gpu_rows_of_a_pack_are_what_they_are_alone(family, implementation):
+    """In bfloat16, against the mask in float64; and another first row changes no bit."""
+    if implementation == "flash_attention_2" and not attention.is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    options = {"head_dim": 16} if family == "Llama" else {"hidden_size": 64}  # flex takes no narrower heads
+    model = make(family, implementation, torch.bfloat16, **options).cuda()
+    plain = make(family, "eager", **options)
+    check_packs(model, range(3, 40))
+    with torch.no_grad():
+        inputs = [{k: v.cuda() if torch.is_tensor(v) else v for k, v in pack(rows(n)).items()} for n in (0, 1)]
+        packed, other = (hidden(model, **each) for each in inputs)
+        alone = torch.cat([hidden(plain, input_ids=row[None]) for row in rows()])
+    assert (packed.double().cpu() - alone).norm() < 0.05 * alone.norm()
+    assert torch.equal(packed[LENGTHS[0] :], other[LENGTHS[0] :])

@@ -157,6 +157,9 @@ class OnTheCPU(activation_offloading.OffloadActivations):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
             super().__init__(use_pin_memory=False, use_streams=False, min_offload_size=1)
+        self.device_module = types.SimpleNamespace(
+            stream=torch.cpu.stream, current_stream=torch.cpu.current_stream, empty_cache=lambda: None
+        )
         self.update_model_params(model)
         self.shapes: list[tuple[int, ...]] = []
         pack = self.pack_hook
@@ -202,6 +205,20 @@ def test_checkpointing_and_offloading_change_no_bit(make_trainer, layout):
         assert others.keys() == kept.keys() and all(torch.equal(others[key], kept[key]) for key in kept), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_offloading_changes_no_bit(make_trainer):
+    found = [
+        make_trainer(gradient_checkpointing=True, activation_offloading=offloaded, max_steps=2, bf16=False)
+        for offloaded in (False, True)
+    ]
+    for trainer in found:
+        trainer.train()
+    kept, offloaded = (dict(trainer.model.named_parameters()) for trainer in found)
+    assert all(torch.equal(kept[name], offloaded[name]) for name in kept)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_without_an_accelerator_offloading_and_liger_are_left_out(make_trainer, caplog):
     trainer = make_trainer(activation_offloading=True, use_liger_kernel=True)
     assert "activation_offloading is left out" in caplog.text and "use_liger_kernel is left out" in caplog.text
@@ -271,7 +288,8 @@ def test_ligers_own_patch_leaves_our_forward(tokenizer, monkeypatch):
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     llama = transformers.models.llama.modeling_llama
-    monkeypatch.setattr(llama, "apply_rotary_pos_emb", llama.apply_rotary_pos_emb)  # replaced for all models; put back
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # replaced for every model to come; put back
+        monkeypatch.setattr(llama, name, getattr(llama, name))
     model = make_model(tokenizer)
     add_fused_head(model)
     forward = model.forward
