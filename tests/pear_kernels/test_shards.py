@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import make_problem, relative_error
+from problems import make_problem, relative_error, workspace
 from shard_cases import SIZES, UPSTREAM, Case, V, answer, cases, everything
 
-from pear_kernels import linear_topk_logprobs, shards
+from pear_kernels import linear_topk_logprobs, ops, packing, shards
+from pear_kernels.weights import PEAROptions
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -173,6 +174,38 @@ def test_without_a_group_nothing_changes():
     problem = make_problem()
     tensors = problem.hidden, problem.weight, problem.target, None
     assert shards.local_head(*tensors, None) == (*tensors, None)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_captured_call_reads_no_value(level, monkeypatch):
+    """On tensors of device "meta", where reading one raises; sizes are those of a call before."""
+
+    class Group:
+        size, rank = (lambda self: 2), (lambda self: 1)
+
+    monkeypatch.setattr(torch._C._distributed_c10d, "_resolve_process_group", lambda name: Group())
+    monkeypatch.setattr(shards, "gather", lambda group, values: values.new_empty(2, *values.shape))
+    monkeypatch.setattr(dist, "all_reduce", lambda values, group: None)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda out, values, group: None)
+    monkeypatch.setattr(shards, "_sizes", {})
+    for module in (packing, shards):
+        monkeypatch.setattr(module, "capturing", lambda: True)
+    with torch.device("meta"):
+        hidden, weight, bias, target = torch.randn(40, 8), torch.randn(7, 8), torch.randn(7), torch.zeros(40).long()
+        bounds = torch.zeros(3, dtype=torch.int32)
+
+        def call():
+            return ops.linear_pear_loss._init_fn(
+                hidden, weight, bias, target, None, torch.zeros(40), None, bounds, None, None, 0.1, -5.0,
+                *PEAROptions(level).arguments(), "mean", 0.7, 3.0, -100, workspace(9, 30, 4), "torch", "a group",
+                torch.float32, [True, True, True],
+            )  # fmt: skip
+
+        with pytest.raises(RuntimeError, match="sizes are not known yet: make the call once before it is captured"):
+            call()
+        shards._sizes["a group", 7] = (30, 7)
+        *_, dx, dw, db = call()
+    assert (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
 
 
 @pytest.mark.parametrize("height", [0.0, 25.0, -50.0, -700.0, -2000.0])
