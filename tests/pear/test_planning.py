@@ -58,7 +58,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["cpu-small-4v", "cpu-small-4d"])
+@pytest.mark.parametrize("case", ["cpu-small-4v", "cpu-4k"])
 def test_head_takes_what_was_predicted(case):
     shape = BENCH_SHAPES[case]
     gradients = shape.gradient_bytes("both")
