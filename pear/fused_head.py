@@ -109,6 +109,8 @@ def add_fused_head(
         kept = saved_tensors_hooks(_itself, _itself) if head.offloaded else contextlib.nullcontext()
 
         def run(hidden, weight, bias):
+            if hasattr(weight, "full_tensor"):  # tensor parallelism shows a share of it, which not every loss takes
+                weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
             hidden = hidden.to(weight.device)
             if for_trl:
                 return _run_head_for_trl(hidden, weight, bias, labels, head)

@@ -69,6 +69,7 @@ def checked_pack(
 def loss_results(walk: Walk, loss: Tensor, weights: Tensor, stats: Tensor, size: int) -> tuple[Tensor, ...]:
     """What a loss's op returns, after `walk`: the numbers in the result's dtype, tokens in the caller's order."""
     pack, grads = walk.pack, walk.grads
+    loss = loss.clone()  # never a view, to which a caller could add nothing in place
     results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
     return *(result.to(walk.head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
 

@@ -1,10 +1,11 @@
-"""Run by test_causal_lm_sharded.py as two processes on a CPU: a patched model under every wrapper of FSDP and DDP."""
+"""Run by test_causal_lm_sharded.py as two processes on a CPU: a patched model under DDP, FSDP, tensor parallelism."""
 
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from causal_lms import batch, gradients, make_lm
+from causal_lms import VOCABULARY, batch, gradients, make_lm
 
 from pear_kernels import patch_causal_lm
 
@@ -19,6 +20,7 @@ CASES = {  # name -> options of the model
     "fsdp1, head a unit": {},
     "fsdp1, original parameters": {},
     "fsdp1, original parameters, head a unit": {},
+    "tensor parallel": {},
 }
 LOSSES = {"cross-entropy": False, "pear": True}  # with behaviour log-probs
 
@@ -60,17 +62,33 @@ def wrapped(name: str, model: torch.nn.Module) -> torch.nn.Module:
     return FullyShardedDataParallel(model, **options)
 
 
-def stepped(name: str, pear: bool, rank: int) -> dict:
+def tensor_parallel(folder: str, rank: int) -> torch.nn.Module:
+    """Loaded from the folder by transformers' own plan: the head's rows are shared among the processes."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    plan = DistributedConfig(tp_plan="auto")
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", distributed_config=plan
+    )
+    assert model.lm_head.weight.to_local().shape[0] < VOCABULARY
+    return model.eval()
+
+
+def stepped(name: str, pear: bool, rank: int, folder: str) -> dict:
     """Loss, log-probs of this rank's row, and the parameters after one step of SGD with the gradients of all ranks."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = patch_causal_lm(make_lm("Llama", torch.float64, **CASES[name]), level="block", block_size=2)
-    call, found = wrapped(name, model), inputs(pear)
-    row = {key: value[rank : rank + 1] for key, value in found.items()}
+    parallel = name == "tensor parallel"  # where all processes have the same rows
+    model = tensor_parallel(folder, rank) if parallel else make_lm("Llama", torch.float64, **CASES[name])
+    patch_causal_lm(model, level="block", block_size=2)
+    call, found = model if parallel else wrapped(name, model), inputs(pear)
+    row = found if parallel else {key: value[rank : rank + 1] for key, value in found.items()}
     optimizer = torch.optim.SGD(call.parameters(), lr=1.0)
     for _ in range(2):  # the second call finds what the first one left
         optimizer.zero_grad()
-        output = call(**row, num_items_in_batch=count(found) / WORLD)  # gradients are averaged over processes
+        output = call(**row, num_items_in_batch=count(found) / (1 if parallel else WORLD))  # FSDP averages
         output.loss.backward()
     optimizer.step()
     if name.startswith("fsdp1"):
@@ -80,10 +98,10 @@ def stepped(name: str, pear: bool, rank: int) -> dict:
         parameters = {key.removeprefix("module."): p for key, p in call.named_parameters()}
         parameters = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in parameters.items()}
     loss = output.loss.detach().clone()
-    dist.all_reduce(loss)
+    dist.all_reduce(loss)  # all the same, or shares of one that were divided by less
     return {
         "loss": loss / WORLD,
-        "log_probs": output.log_probs,
+        "log_probs": output.log_probs[rank : rank + 1] if parallel else output.log_probs,
         "parameters": {key: p.detach() for key, p in parameters.items()},
     }
 
@@ -114,11 +132,13 @@ def unsharded_call() -> str:
 
 def everything(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    if rank == 0:
+        make_lm("Llama").save_pretrained(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     found = {}
     for name in CASES:
         for loss, pear in LOSSES.items():
-            found[name, loss] = stepped(name, pear, rank)
+            found[name, loss] = stepped(name, pear, rank, folder)
     found["past the wrapper"] = unsharded_call()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

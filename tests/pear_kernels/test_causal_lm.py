@@ -71,6 +71,21 @@ def test_blocks_of_any_length():
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_auxiliary_losses_of_experts_are_added_to_pears():
+    """In place, by the model's forward. (Its routers and softmax round to float32 on the way back.)"""
+    model = make_lm("Mixtral")
+    columns = {"behavior_logprobs": column()}
+    expected, _ = naive(model, batch(), columns)
+    auxiliary = model(**batch()).aux_loss
+    (expected + 0.5 * auxiliary).backward()
+    gradients_before = gradients(model)
+    output = patch_causal_lm(model)(**batch(), **columns)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx((expected + 0.5 * auxiliary).item(), rel=1e-9)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, gradients_before[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighting", ["dft", "iw-sft", "psft", "asft", "idft"])
 def test_any_weighting(weighting):
     model = make_lm("Llama")

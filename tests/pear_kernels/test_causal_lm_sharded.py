@@ -1,4 +1,4 @@
-"""A patched model under FSDP and DDP in two processes, beside the same model in one."""
+"""A patched model under DDP, FSDP and tensor parallelism in two processes, beside the same model in one."""
 
 import pytest
 import torch
