@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from causal_lms import FAMILIES, batch, gradients, make_lm
+from causal_lms import FAMILIES, SMALL, batch, gradients, make_lm
 
 from pear_kernels import patch_causal_lm
 
@@ -64,3 +64,35 @@ def test_families_with_experts_have_an_auxiliary_loss_to_add():
     with_loss = [family for family in FAMILIES if "router_aux_loss_coef" in FAMILIES[family]]
     found = [family for family in with_loss if "aux_loss" in make_lm(family)(**batch())]
     assert {"Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Phimoe", "GptOss"} <= set(found)
+
+
+def test_a_model_that_sees_images():
+    """Llava: image features among the hidden states, labels under them that do not count."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    image = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=image, text_config=LlamaConfig(**SMALL), image_token_index=130)
+    model = LlavaForConditionalGeneration(config).double().eval()
+    ids = torch.randint(3, 130, (2, 12))
+    ids[:, 2:6] = 130  # (8 / 4)^2 patches
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64),
+        "labels": ids.masked_fill(ids == 130, -100),
+    }
+    model.loss_function = cross_entropy
+    before = model(**inputs)
+    before.loss.backward()
+    gradients_before = gradients(model)
+    del model._loss_function
+    output = patch_causal_lm(model)(**inputs)
+    output.loss.backward()
+    assert output.logits is None and torch.equal(output.image_hidden_states, before.image_hidden_states)
+    assert output.loss.item() == pytest.approx(before.loss.item(), rel=1e-9)
+    found = gradients(model)
+    assert found.keys() == gradients_before.keys() and any("vision" in name for name in found)
+    for name, gradient in gradients_before.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-11)
