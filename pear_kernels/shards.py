@@ -126,6 +126,12 @@ def local_head(
             )
         if placements[0].is_shard():
             group = mesh.get_group()
+            order = [] if torch.compiler.is_compiling() else mesh.mesh.tolist()  # which cannot be traced
+            if order != sorted(order):
+                raise ValueError(
+                    f"weight must be on a mesh that lists ranks in ascending order, as its group does, got {order}: "
+                    "make such a mesh, or pass weight.full_tensor()"
+                )
         weight = weight.to_local()
     elif isinstance(bias, DTensor):
         raise ValueError("bias must be a plain tensor where weight is one, got a DTensor: pass bias.to_local()")

@@ -310,9 +310,10 @@ def compiled(rank: int, world: int, rows: slice):
 
 def errors(rank: int, world: int, rows: slice):
     """The message of each; every rank must raise, or the others would wait for it."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh, problem = init_device_mesh("cpu", (world,)), make_problem(bias=True)
+    backwards = DeviceMesh("cpu", list(range(world))[::-1])
     plane = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "vocabulary"))
     hidden, target, group = problem.hidden, problem.target, dist.group.WORLD
     weight, bias = problem.weight, problem.options["bias"]
@@ -332,6 +333,7 @@ def errors(rank: int, world: int, rows: slice):
     calls = {
         "columns": lambda: of_rows(hidden, distribute_tensor(weight, mesh, [Shard(1)]), target, group=None),
         "plane": lambda: of_rows(hidden, distribute_tensor(weight, plane, [Replicate(), Shard(0)]), target, group=None),
+        "backwards": lambda: of_rows(hidden, distribute_tensor(weight, backwards, [Shard(0)]), target, group=None),
         "both": lambda: of_rows(hidden, whole, target),
         "bias": lambda: of_rows(
             hidden, whole, target, bias=distribute_tensor(bias, mesh, [Replicate()]), group=None
