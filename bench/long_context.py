@@ -13,6 +13,7 @@ run me again). Positions go on past those that the models were trained for: neit
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -103,26 +104,31 @@ def predicted_tokens(trials: Iterable[Trial], capacity: int) -> int | None:
     return int(b + (capacity - bytes_b) * (b - a) / (bytes_b - bytes_a))
 
 
-def predicted_seconds(trials: Iterable[Trial], tokens: int) -> float:
-    """Of a step: the products' time grows with the length, attention's with its square."""
-    fitted = sorted(trial for trial in trials if trial.fits and trial.seconds)[-2:]
-    if not fitted:
-        return 0.0
-    longest = fitted[-1]
-    square = longest.seconds / longest.tokens**2  # with one row only, as if all were attention
-    if len(fitted) == 2:
-        a, b = fitted
-        square = max((b.seconds / b.tokens - a.seconds / a.tokens) / (b.tokens - a.tokens), 0.0)
-    linear = longest.seconds / longest.tokens - square * longest.tokens
-    return max(linear, 0.0) * tokens + square * tokens**2
+def predicted_seconds(trials: Iterable[Trial], tokens: int, work: Callable[[int], float]) -> float:
+    """Of a step, from the longest row that fits: as its products and its attention grow."""
+    longest = max((trial for trial in trials if trial.fits and trial.seconds), default=None)
+    return 0.0 if longest is None else longest.seconds * work(tokens) / work(longest.tokens)
 
 
-def next_tokens(trials: Iterable[Trial], capacity: int, rules: Rules) -> int | None:
+def step_flops(config: dict, tokens: int) -> float:
+    """Floating-point operations of a step: products forward, again, and twice backward; the head's without the second.
+
+    Attention makes each of its two products over half the square, and in the backward pass two and a half times.
+    """
+    hidden, layers, d = config["hidden_size"], config["num_hidden_layers"], config["head_dim"]
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    layer = hidden * (2 * heads + 2 * key_heads) * d + 3 * hidden * config["intermediate_size"]
+    products = 2 * (4 * layers * layer + 3 * hidden * config["vocab_size"])
+    return tokens * (products + 4.5 * layers * 2 * heads * d * tokens)
+
+
+def next_tokens(trials: Iterable[Trial], capacity: int, rules: Rules, work: Callable[[int], float]) -> int | None:
     """The next row to try; None: the longest is known, or the time limit stands before it, or a try ended in an error.
 
     Args:
         trials: those that were made, of one case.
         capacity: bytes that there are for tensors.
+        work: of a row, in any unit, to which the time of a step is proportional.
     """
     trials = list(trials)
     low, high = limits(trials)
@@ -143,7 +149,7 @@ def next_tokens(trials: Iterable[Trial], capacity: int, rules: Rules) -> int | N
         tokens = (low + int(high)) // 2
         tokens = max(tokens - tokens % rules.multiple, low + rules.multiple)
     wanted = tokens
-    while tokens > low and predicted_seconds(trials, tokens) > rules.step_seconds:
+    while tokens > low and predicted_seconds(trials, tokens, work) > rules.step_seconds:
         tokens -= rules.multiple
     if tokens < wanted and tokens < low + low // 8:  # nothing much is left to learn within the time limit
         return None
@@ -290,10 +296,11 @@ def measure_all(
             while True:
                 trials = trials_of(store, case)
                 capacity = int(USABLE * store.facts["capacity"])
-                tokens = next_tokens(trials, capacity, rules_of(store, case, rules))
+                work = functools.partial(step_flops, SHAPES[model.removesuffix(LORA)])
+                tokens = next_tokens(trials, capacity, rules_of(store, case, rules), work)
                 if tokens is None:
                     break
-                if time.time() + predicted_seconds(trials, tokens) > deadline:
+                if time.time() + predicted_seconds(trials, tokens, work) > deadline:
                     return False
                 store.start(case.cell(tokens))
                 try:

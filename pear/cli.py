@@ -346,6 +346,9 @@ def plan(
     gradient_accumulation_steps: Annotated[
         int, typer.Option("--gradient_accumulation_steps", help="Micro-batches of an optimizer step.")
     ] = 1,
+    use_liger_kernel: Annotated[
+        bool, typer.Option("--use_liger_kernel", help="Liger's norms, rotary embedding and SwiGLU in the trunk.")
+    ] = False,
     use_peft: Annotated[bool, typer.Option("--use_peft", help="LoRA, all else frozen.")] = False,
     lora_r: Annotated[int, typer.Option("--lora_r", help="LoRA: its rank.")] = 16,
     lora_target_modules: Annotated[
@@ -378,6 +381,7 @@ def plan(
         activation_offloading=activation_offloading,
         gradient_accumulation_steps=gradient_accumulation_steps,
         per_device_train_batch_size=batch,
+        use_liger_kernel=use_liger_kernel,
         use_peft=use_peft,
         lora_r=lora_r,
         lora_target_modules=tuple(lora_target_modules or ()),

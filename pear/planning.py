@@ -18,6 +18,7 @@ What the trunk holds is counted from the model's own code (`pear.tracing`); N is
 padding, all of which count in the loss.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from pear.io import DataError
 from pear.models import load_config
 from pear.shapes import SHAPES
 from pear.tracing import GRADIENTS, OTHER, STATES, Trace, model_without_data, trace
+from pear.tracing_liger import liger_layers
 from pear_kernels import plan as plan_head
 from pear_kernels.positions import position_limit
 
@@ -222,6 +224,7 @@ class Setup(NamedTuple):
     activation_offloading: bool = False
     gradient_accumulation_steps: int = 1
     per_device_train_batch_size: int = 1
+    use_liger_kernel: bool = False
     use_peft: bool = False
     lora_r: int = 16
     lora_target_modules: tuple[str, ...] = ()  # none: PEFT's own for the model
@@ -252,6 +255,8 @@ def step_of(config: PretrainedConfig, setup: Setup) -> Step:
     logit_options(config.get_text_config())  # refuses what our head cannot repeat
     if setup.use_peft:
         _add_adapter(model, setup)
+    with liger_layers(model) if setup.use_liger_kernel else contextlib.nullcontext():
+        held = trace(model, autocast=autocast)
     embeddings = {
         weight for module in model.modules() if isinstance(module, nn.Embedding) for weight in [module.weight]
     }
@@ -259,7 +264,7 @@ def step_of(config: PretrainedConfig, setup: Setup) -> Step:
     gradients = sum(parameter.nbytes for parameter in trained)
     return Step(
         model,
-        trace(model, autocast=autocast),
+        held,
         autocast or dtype,
         weights=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         gradients=gradients,

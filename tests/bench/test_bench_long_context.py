@@ -25,7 +25,7 @@ FACTS["capacity"] = TinyRig.capacity
 def search(memory, seconds, capacity, rules=RULES, usable=0.98):
     """Trials of a search on a card of `capacity` bytes, where a row's memory and time are functions of its tokens."""
     trials = []
-    while (tokens := next_tokens(trials, int(usable * capacity), rules)) is not None:
+    while (tokens := next_tokens(trials, int(usable * capacity), rules, seconds)) is not None:
         assert tokens not in [trial.tokens for trial in trials] and tokens % rules.multiple == 0 < tokens
         fits = memory(tokens) <= capacity
         trials.append(Trial(tokens, fits, memory(tokens) if fits else None, seconds(tokens) if fits else None))
@@ -46,7 +46,7 @@ def test_search_ends_at_a_row_that_fits_with_one_that_does_not_right_above(stati
     def memory(tokens):  # of two moments of a step the larger
         return int(capacity * max(static + a_token * tokens, second_static + second * a_token * tokens))
 
-    trials = search(memory, lambda tokens: 0.0, capacity)
+    trials = search(memory, lambda tokens: 1e-9 * tokens, capacity)
     low, high = limits(trials)
     assert is_closed(trials, RULES)
     assert high - low <= max(RULES.multiple, low / RULES.resolution)
@@ -69,12 +69,21 @@ def test_no_row_is_tried_that_takes_longer_than_the_limit(linear):
     trials = search(lambda tokens: int(5e9 + 150e3 * tokens), seconds, 83e9)
     assert not is_closed(trials, RULES) and limits(trials)[1] == math.inf
     longest = limits(trials)[0]
-    assert seconds(longest) <= 1.05 * RULES.step_seconds  # the first rows are short: their fit is near, not exact
+    assert seconds(longest) <= RULES.step_seconds
     assert seconds(1.25 * longest) > RULES.step_seconds, "a longer one would have done"
 
 
+def test_time_is_predicted_as_it_was_measured():
+    """Rows that were measured on an H100, a prediction from the shorter one: two seconds became two minutes."""
+    work = partial(long_context.step_flops, long_context.SHAPES["qwen3-0.6b"])
+    measured = [Trial(4096, True, 1, 0.20), Trial(41984, True, 2, 2.02)]
+    assert 100 < long_context.predicted_seconds(measured, 348160, work) < 140  # 120.05
+    work = partial(long_context.step_flops, long_context.SHAPES["qwen3-8b"])
+    assert 8 < long_context.predicted_seconds([Trial(15360, True, 1, 2.02)], 47104, work) < 12  # 9.65
+
+
 def test_an_error_ends_the_search():
-    assert next_tokens([Trial(4096, True, 10, 1.0), Trial(8192, False, error="no")], 100, RULES) is None
+    assert next_tokens([Trial(4096, True, 10, 1.0), Trial(8192, False, error="no")], 100, RULES, float) is None
 
 
 @pytest.mark.parametrize("lora", [False, True])

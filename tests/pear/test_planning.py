@@ -95,6 +95,22 @@ def test_step_takes_what_was_predicted(tmp_path, vocabulary, moment):
     assert peak.total - step.weights - step.states == pytest.approx(int(done.stdout), rel=0.1)
 
 
+MEASURED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/long_context.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-4b"])
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_steps_of_a_gpu_took_what_is_predicted(path, model):
+    rows = [row for row in json.loads(path.read_text())["rows"].values() if row["model"] == model and row["fits"]]
+    for trunk in {row["trunk"] for row in rows}:
+        step = step_of(config_of(model), BF16._replace(use_liger_kernel=trunk == "liger"))
+        for row in rows:
+            if row["trunk"] == trunk:
+                loss = {"naive": "naive", "pear": "ours"}[row["head"]]
+                assert step.peak(loss, row["tokens"]).total == pytest.approx(row["bytes"], rel=0.05), row
+
+
 # ---- the trunk
 
 
@@ -300,11 +316,14 @@ def test_scaled_rope_has_more_positions(tmp_path):
         ({"setup": Setup(dtype="int8")}, "dtype must be one of float32, bfloat16, float16"),
         ({"setup": Setup(per_device_train_batch_size=0)}, "per_device_train_batch_size must be 1 or more"),
         ({"setup": Setup(gradient_checkpointing=False, activation_offloading=True)}, "is not planned"),
+        ({"setup": Setup(use_liger_kernel=True), "kind": "gemma2"}, "use_liger_kernel is not planned for .*'gemma2'"),
         ({"setup": Setup(use_peft=True, lora_target_modules=("nothing",))}, "lora_target_modules: .*nothing"),
         ({"setup": Setup(use_peft=True, lora_target_modules=("lm_head",))}, "adapter on the LM head"),
     ],
 )
 def test_what_cannot_be_planned_is_said(folder, options, said):
+    options = dict(options)
+    make_config(options.pop("kind", "qwen3")).save_pretrained(folder)
     with pytest.raises(DataError, match=said):
         plan(folder, **{"gpu": "24GB", **options})
 
