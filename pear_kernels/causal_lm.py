@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pear_kernels.lm_head import check_head, forget_forward, forward_replaced, innermost, run_with_parameters
+from pear_kernels.lm_head import (
+    check_adapter,
+    check_head,
+    forget_forward,
+    forward_replaced,
+    innermost,
+    run_with_parameters,
+)
 from pear_kernels.losses import LossOutput, linear_pear_loss, linear_weighted_loss
 from pear_kernels.positions import check_positions
 from pear_kernels.shifted import IGNORE, bounds, first_tokens_ignored, shift_left, shift_right, supervised_loss
@@ -150,7 +157,7 @@ def _forward(model: nn.Module):
             if columns:
                 raise ValueError(f"{next(iter(columns))} is given without labels, and the loss is made of both")
             return original(self, **kwargs)
-        check_head(self)  # once more: an adapter may have come since
+        check_adapter(self)  # which may have come since
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if (tokens := kwargs.get("input_ids")) is None:
             tokens = kwargs["inputs_embeds"]
@@ -203,6 +210,8 @@ class Call:
         **_: Any,
     ) -> Tensor:
         """What transformers' `ForCausalLMLoss` is given, and what it returns."""
+        if logits.shape[-1] != 1:
+            raise ValueError(f"the model's forward has a loss of other logits, {tuple(logits.shape)}, than its head's")
         given = labels if shift_labels is None else shift_labels
         if given.shape != logits.shape[:-1] or logits.shape[:-1] != self.hidden.shape[:-1]:
             raise ValueError(
@@ -219,7 +228,8 @@ class Call:
             raise ValueError(f"{next(iter(self.columns))} does not go with shift_labels: give labels, unshifted")
         run = functools.partial(self._run, given, shifted, ignore_index, options)
         output: LossOutput = run_with_parameters(self.head, self.hidden, run)
-        self.log_probs = (output.logprobs if shifted else shift_right(output.logprobs)).float()
+        if self.log_probs is None:  # a forward may have further losses, of tokens that come later
+            self.log_probs = (output.logprobs if shifted else shift_right(output.logprobs)).float()
         return output.loss
 
     def _options(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
@@ -239,7 +249,7 @@ class Call:
                     f"num_items_in_batch counts tokens, and reduction {options['reduction']!r} divides by something "
                     "else: patch the model with reduction='mean', or leave num_items_in_batch out"
                 )
-            options["denominator"] = num_items_in_batch
+            options["denominator"] = num_items_in_batch + (num_items_in_batch == 0)  # 0 / 1 where no token counts
         return options | self.patch.treatment.options()
 
     def _run(self, labels, shifted, ignore_index, options, hidden, weight, bias) -> LossOutput:

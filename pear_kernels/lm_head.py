@@ -23,18 +23,30 @@ def check_head(model: nn.Module) -> None:
     head = None if embeddings is None else embeddings()
     if head is None or not hasattr(head, "weight"):
         raise ValueError(f"{name} has no output embeddings; give a causal language model")
+    check_adapter(model)
+    kind = type(innermost(head))
+    homes = kind.__module__, type(head.weight).__module__  # torchao's weights say that they are bfloat16
+    quantized = any(home.startswith(("bitsandbytes", "torchao")) for home in homes)
+    if quantized or hasattr(head.weight, "quant_state") or head.weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: the LM head's weight has dtype {head.weight.dtype} ({homes[0]}.{kind.__name__}); quantised heads "
+            "are not supported. Keep the head in bfloat16 or float32: with bitsandbytes, "
+            'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
+        )
+    if kind.forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name}: the LM head is a {homes[0]}.{kind.__name__}, whose forward is its own and not that of nn.Linear: "
+            "the loss multiplies by the head's weight alone. Give a causal language model with a linear head."
+        )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """ValueError where PEFT has put an adapter on the head."""
+    head = model.get_output_embeddings()
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
         raise ValueError(
-            f"{name}: a PEFT adapter on the LM head is not supported: the loss reads the head's weight, which does not "
-            "hold the adapter. Leave the head (`lm_head`) out of the adapter's target modules."
-        )
-    kind = type(innermost(head))
-    quantized = "bitsandbytes" in kind.__module__ or hasattr(head.weight, "quant_state")
-    if quantized or head.weight.dtype not in DTYPES:
-        raise ValueError(
-            f"{name}: the LM head's weight has dtype {head.weight.dtype} ({kind.__name__}); quantised heads are not "
-            "supported. Keep the head in bfloat16 or float32: with bitsandbytes, "
-            'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
+            f"{type(model).__name__}: a PEFT adapter on the LM head is not supported: the loss reads the head's "
+            "weight, which does not hold the adapter. Leave the head (`lm_head`) out of the adapter's target modules."
         )
 
 

@@ -159,8 +159,9 @@ def test_labels_that_are_shifted_already():
 def test_no_token_that_counts_is_a_loss_of_zero():
     model = patch_causal_lm(make_lm("Mixtral"))
     rows = batch()
-    output = model(**rows | {"labels": torch.full_like(rows["labels"], -100)})
-    assert output.loss.item() == pytest.approx(0.5 * output.aux_loss.item()) and not output.log_probs.any()
+    for count in (None, 0, torch.tensor(0)):
+        output = model(**rows | {"labels": torch.full_like(rows["labels"], -100)}, num_items_in_batch=count)
+        assert output.loss.item() == pytest.approx(0.5 * output.aux_loss.item()) and not output.log_probs.any()
 
 
 # ---- the patch itself
@@ -320,6 +321,17 @@ def test_a_quantized_head_is_refused_with_the_option_that_keeps_it_out():
     assert not hasattr(model, "_pear_patch") and "forward" not in model.__dict__
 
 
+def test_a_head_of_torchao_is_refused_though_it_says_that_it_is_bfloat16():
+    class Quantized(torch.Tensor):
+        pass
+
+    Quantized.__module__ = "torchao.quantization"
+    model = make_lm("Llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantized))
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*quantised heads are not supported"):
+        patch_causal_lm(model)
+
+
 def with_forward(change) -> nn.Module:
     """A Llama whose logits are changed before the loss."""
     from transformers import LlamaForCausalLM
@@ -337,6 +349,16 @@ def with_forward(change) -> nn.Module:
 def no_head() -> nn.Module:
     model = make_lm("Llama")
     model.lm_head = None
+    return model
+
+
+def normalizing_head() -> nn.Module:
+    class Normalizing(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, nn.functional.normalize(self.weight))
+
+    model = make_lm("Llama")
+    model.lm_head.__class__ = Normalizing
     return model
 
 
