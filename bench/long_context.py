@@ -175,7 +175,8 @@ class Rig:
 
             adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
             self.model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # by its name from transformers 6 on, or before
         self.model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # so small a rate leaves bf16 weights as they are, and the step is done all the same

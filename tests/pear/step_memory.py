@@ -18,7 +18,8 @@ from bench.memory import resident
 def main(config: str, tokens: int) -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.float32)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.train()
 
     def step(tokens: int) -> None:

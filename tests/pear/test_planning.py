@@ -143,7 +143,8 @@ def counted_on_cpu(config, tokens, checkpointing, dtype=torch.float32, autocast=
     """As `tracing._run`, with data; autocast is PyTorch's."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=tracing.ATTENTION)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.train()
     counter = tracing._Counter()
     for tensor in [*model.parameters(), *model.buffers()]:
