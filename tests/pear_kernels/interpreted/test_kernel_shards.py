@@ -31,7 +31,11 @@ def test_a_softmax_of_a_ranks_columns_and_the_target(rows, height, product, monk
     if product != "dense":
         monkeypatch.setenv(tiles.VARIABLE, product)
     rng = torch.Generator().manual_seed(1)
-    x, weight, bias = torch.randn(R, 24, generator=rng), torch.randn(V, 24, generator=rng) / 2, torch.randn(V)
+    x, weight, bias = (
+        torch.randn(R, 24, generator=rng),
+        torch.randn(V, 24, generator=rng) / 2,
+        torch.randn(V, generator=rng),
+    )
     target = torch.arange(R) * 7 % V
     bias[target[::2]] += height
     x, weight, bias, target = (tensor.to(DEVICE) for tensor in (x, weight, bias, target))
