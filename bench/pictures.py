@@ -12,6 +12,8 @@ from bench.peers import OURS, PEERS  # noqa: E402
 from bench.shapes import CPU_BASE, GPU_BASE, SHAPES, Shape  # noqa: E402
 
 OWN_COLOR, PEER_COLOR = "#c0562f", "#8a94a6"
+AXES = {"tokens": "N", "vocabulary": "V", "hidden": "D"}  # fields of a Shape
+MARKERS = "osD^v<>P*X"  # there are more peers than colours
 
 
 def draw(figures: Figures, folder: Path) -> list[str]:
@@ -24,7 +26,7 @@ def draw(figures: Figures, folder: Path) -> list[str]:
     sweep = base if base == GPU_BASE else "cpu-small"
     if sweep in measured:
         drawn.append(over_shapes(figures, sweep, folder / "sweeps.png"))
-    return drawn
+    return [name for name in drawn if name]
 
 
 def beside_peers(figures: Figures, case: str, path: Path) -> str:
@@ -48,31 +50,46 @@ def beside_peers(figures: Figures, case: str, path: Path) -> str:
     return save(figure, path)
 
 
-def over_shapes(figures: Figures, base: str, path: Path) -> str:
-    """Time over the bare products' along N, V and D, the two others as in the base shape."""
-    measured = figures.cases("sweeps")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True, layout="constrained")
-    for axis, field in zip(axes, ("tokens", "vocabulary", "hidden"), strict=True):
-        cases = sorted(
-            (case for case in measured if differs_in(SHAPES[case], SHAPES[base], field)),
-            key=lambda case: getattr(SHAPES[case], field),
-        )
-        for peer in PEERS:
-            points = [(getattr(SHAPES[case], field), figures.ratio("sweeps", case, peer, "bare")) for case in cases]
-            points = [(x, y) for x, y in points if y is not None]
-            if points:
-                own = PEERS[peer].package == OURS
-                axis.plot(
-                    *zip(*points, strict=True), marker="o", label=PEERS[peer].label, linewidth=2.5 if own else 1.2
-                )
+def over_shapes(figures: Figures, base: str, path: Path) -> str | None:
+    """Time over the bare products' along N, V and D, the two others as in the base shape.
+
+    Along those of which two sizes and more were measured; None, and no file, where that is none.
+    """
+    lines = {axis: along(figures, base, field) for field, axis in AXES.items()}
+    lines = {axis: of_peers for axis, of_peers in lines.items() if of_peers}
+    if not lines:
+        return None
+    figure, axes = plt.subplots(
+        1, len(lines), figsize=(3.3 * len(lines) + 3.1, 4.6), sharey=True, layout="constrained", squeeze=False
+    )
+    shown = {}
+    for axis, (name, of_peers) in zip(axes[0], lines.items(), strict=True):
+        for peer, points in of_peers.items():
+            number = list(PEERS).index(peer)
+            style = {"color": f"C{number % 10}", "marker": MARKERS[number // 3 % len(MARKERS)]}
+            width = 2.5 if PEERS[peer].package == OURS else 1.2
+            (shown[PEERS[peer].label],) = axis.plot(*zip(*points, strict=True), linewidth=width, **style)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel({"tokens": "N", "vocabulary": "V", "hidden": "D"}[field])
+        axis.set_xlabel(name)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log", base=2)
-    axes[0].set_ylabel("time, bare products = 1")
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0][0].set_yscale("log", base=2)
+    axes[0][0].set_ylabel("time, bare products = 1")
+    legend = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes[0][-1].legend(shown.values(), shown.keys(), **legend)
     figure.suptitle(f"Forward and backward, around {SHAPES[base]}", fontsize=12)
     return save(figure, path)
+
+
+def along(figures: Figures, base: str, field: str) -> dict[str, list[tuple[int, float]]]:
+    """Of each peer with two sizes or more, (size, time over the bare products') in order of size."""
+    cases = [case for case in figures.cases("sweeps") if differs_in(SHAPES[case], SHAPES[base], field)]
+    found = {}
+    for peer in PEERS:
+        ratios = {getattr(SHAPES[case], field): figures.ratio("sweeps", case, peer, "bare") for case in cases}
+        points = sorted((size, ratio) for size, ratio in ratios.items() if ratio is not None)
+        if len(points) > 1:
+            found[peer] = points
+    return found
 
 
 def differs_in(shape: Shape, base: Shape, field: str) -> bool:

@@ -124,6 +124,23 @@ def test_a_report_of_one_question_leaves_the_report_of_all_alone(tmp_path):
     assert "| 2100.00 |" in line and "| 14 |" in line and "| 1.050 | 0.525 |" in line
 
 
+def test_a_line_over_shapes_takes_two_of_them():
+    """Half-finished sweeps have peers at one size alone: no line, and no panel without a line."""
+    pictures = pytest.importorskip("bench.pictures")
+    at = {
+        "8k-4k-152k": {"bare": 2.0, "pear-token": 3.0, "naive": 4.0},
+        "128k-4k-152k": {"bare": 30.0, "pear-token": 33.0},
+    }
+    entries = [
+        (Cell("sweeps", case, peer), {"seconds": [s]}) for case, peers in at.items() for peer, s in peers.items()
+    ]
+    figures = Figures(rows(*entries))
+    assert pictures.along(figures, GPU_BASE, "tokens") == {
+        "bare": [(8192, 1.0), (131072, 1.0)], "pear-token": [(8192, 1.5), (131072, 1.1)],
+    }  # fmt: skip
+    assert pictures.along(figures, GPU_BASE, "hidden") == {}
+
+
 def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "bench.pictures", raising=False)
