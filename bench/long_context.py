@@ -362,16 +362,17 @@ def text(facts: dict, rows: Iterable[dict], rules: Rules, left: bool, picture: s
         lines += ["", "**Not complete: tries are left.**"]
     if picture:
         lines += ["", f"![{picture}]({picture})"]
-    lines += ["", "## Longest rows", "", "In tokens; `>` where the time limit, not memory, ended the search."]
+    lines += ["", "## Longest rows", ""]
+    lines += ["In tokens; `>`: the longest that was tried, since a limit of time (of a step or of the run) ended the"]
+    lines += ["search, not memory; `a to b`: a fits and b does not, and the run ended before more was known."]
     lines += ["Both losses at the naive one's longest row, and ours at its own.", ""]
     found = longest(rows, rules)
     head = ["", "naive", "ours", "ratio", "naive, GiB", "ours there, GiB", "naive, s", "ours there, s"]
     head += ["ours at its longest, GiB", "s"]
     body, notes = [], []
     for (model, trunk), heads in found.items():
-        (naive, _, _), (ours, closed, there) = heads["naive"], heads["pear"]
-        row = [label(model, trunk)]
-        row += [str(naive.tokens or "none"), f"{'' if closed else '> '}{ours.tokens or 'none'}"]
+        (naive, naive_end, _), (ours, ours_end, there) = heads["naive"], heads["pear"]
+        row = [label(model, trunk), bracket(naive.tokens, naive_end), bracket(ours.tokens, ours_end)]
         row += [f"{ours.tokens / naive.tokens:.1f}" if naive.tokens else ""]
         for pair in ((naive, there), (ours,)):
             row += [gib(trial and trial.bytes) for trial in pair]
@@ -397,9 +398,16 @@ def text(facts: dict, rows: Iterable[dict], rules: Rules, left: bool, picture: s
     return "\n".join(lines) + "\n"
 
 
+def bracket(tokens: int, end: float | None) -> str:
+    """A longest row in words; `end`: the shortest that does not fit (inf: none is known), None where that is close."""
+    if end is None:
+        return f"{tokens or 'none'}"
+    return f"> {tokens}" if end == math.inf else f"{tokens} to {end}"
+
+
 def longest(rows: Iterable[dict], rules: Rules) -> dict[tuple[str, str], dict[str, tuple]]:
-    """By model and trunk, and by head: the longest try that fits, whether memory ended the search, and the try at the
-    naive loss's longest row (None: not made)."""
+    """By model and trunk, and by head: the longest try that fits, the shortest that does not (None: the search ended
+    between them, inf: all fit), and the try at the naive loss's longest row (None: not made)."""
     trials: dict[tuple[str, str], dict[str, list[Trial]]] = {}
     for row in sorted(rows, key=place):
         heads = trials.setdefault((row["model"], row["trunk"]), {head: [] for head in HEADS})
@@ -411,7 +419,7 @@ def longest(rows: Iterable[dict], rules: Rules) -> dict[tuple[str, str], dict[st
         for head, made in heads.items():
             best = max((trial for trial in made if trial.fits), default=Trial(0, False))
             there = next((trial for trial in made if trial.fits and trial.tokens == beside), None)
-            found[key][head] = (best, is_closed(made, rules), there)
+            found[key][head] = (best, None if is_closed(made, rules) else limits(made)[1], there)
     return found
 
 
@@ -427,7 +435,7 @@ def draw(rows: Iterable[dict], rules: Rules, path: Path) -> str:
         best = [heads[head] for heads in found.values()][::-1]
         values = [trial.tokens for trial, *_ in best]
         bars = left.barh([i + shift for i in range(len(values))], values, 0.38, color=colors[head], label=HEADS[head])
-        marks = [f"{'' if closed else '> '}{trial.tokens:,}" for trial, closed, _ in best]
+        marks = [bracket(trial.tokens, end) for trial, end, _ in best]
         left.bar_label(bars, marks, padding=3, fontsize=9)
     left.set_yticks(range(len(labels)), labels)
     left.set_xlim(0, 1.2 * max(trial.tokens for heads in found.values() for trial, *_ in heads.values()) or 1)

@@ -201,6 +201,10 @@ def test_the_report_has_the_figures_that_were_stored(tmp_path):
     text = (folder / "long_context.md").read_text()
     line = "| qwen3-4b | 20480 | > 102400 | 5.0 | 76.5 | 41.5 | 3.25 | 2.75 | 77.2 | 44.50 |"
     assert line in text, "no longer row was seen to fail, so there is a >"
+    add("pear", 131072, False)
+    folder = long_context.write(FACTS, rows, RULES, True, tmp_path)
+    text = (folder / "long_context.md").read_text()
+    assert line.replace("> 102400", "102400 to 131072") in text, "a row was seen to fail, so time alone did not end it"
     add("pear", 104448, False)
     folder = long_context.write(FACTS, rows, RULES, True, tmp_path)
     text = (folder / "long_context.md").read_text()
