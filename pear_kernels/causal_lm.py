@@ -8,6 +8,7 @@ What the forward does to logits between the two, a scale or a soft cap, is measu
 (`treatment.py`), not read from names in its config.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -81,6 +82,7 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     if weighting is not None:
         options["weighting"] = weighting
     _check_values(options)
+    torch.compiler.assume_constant_result(_constant_class)  # here, as it imports torch._dynamo, which takes a second
     inner = _causal_lm(model)
     patch = inner.__dict__.get("_pear_patch")
     if patch is None:
@@ -128,11 +130,22 @@ class Patch(NamedTuple):
     loss: Any  # likewise its `_loss_function`
     treatment: Treatment  # of its logits
 
+    def __deepcopy__(self, memo: dict) -> "Patch":
+        return Patch(*(copy.deepcopy(value, memo) for value in self))
+
+    def __reduce__(self):
+        """A method pickles as its name, so the copy would run its class's forward, and drop `behavior_logprobs`."""
+        raise TypeError(
+            "a patched model cannot be pickled (by torch.save of a whole model, or on its way to a spawned process): "
+            "save its state_dict, call unpatch_causal_lm first, or patch it in the process that runs it"
+        )
+
 
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The model of transformers under PEFT."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
+    parts = ("get_output_embeddings", "loss_function")
+    if not isinstance(inner, nn.Module) or not all(hasattr(inner, part) for part in parts):
         raise ValueError(
             f"model must be a causal language model of transformers, or a PeftModel of one, got {type(inner).__name__}:"
             " patch it before FSDP, DDP, torch.compile or another module wraps it"
@@ -160,8 +173,9 @@ def _forward(model: nn.Module):
         check_adapter(self)  # which may have come since
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if (tokens := kwargs.get("input_ids")) is None:
-            tokens = kwargs["inputs_embeds"]
-        check_positions(self, tokens.shape[1], position_ids, cu_seqlens)
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is not None:  # or the forward says what it needs
+            check_positions(self, tokens.shape[1], position_ids, cu_seqlens)
         if kwargs.get("use_cache") is None and (cu_seqlens is not None or position_ids is not None):
             kwargs["use_cache"] = False  # with a cache, transformers would not keep the sequences of a pack apart
         returns_dict = self.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]
@@ -272,12 +286,19 @@ def with_log_probs(output: Any, log_probs: Tensor) -> Any:
     return _constant_class(type(output))(**fields, log_probs=log_probs)
 
 
-@torch.compiler.assume_constant_result
 def _constant_class(kind: type) -> type:
+    """What `torch.compile` need not trace."""
     return _class_with_log_probs(kind)
 
 
 @functools.cache
 def _class_with_log_probs(kind: type) -> type:
     """A dataclass: what takes outputs apart and puts them together again (DDP does) goes by its fields."""
-    return dataclasses.make_dataclass(kind.__name__, [("log_probs", Tensor | None, None)], bases=(kind,))
+
+    def __reduce__(self):  # by a function, as no module has this class
+        fields = dict(self.items())
+        log_probs = fields.pop("log_probs", None)
+        return with_log_probs, (kind(**fields), log_probs)
+
+    fields = [("log_probs", Tensor | None, None)]
+    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace={"__reduce__": __reduce__})

@@ -140,7 +140,9 @@ def linear_weighted_loss(
         wanted=wanted_gradients(hidden, weight, bias),
     )
     if callable(weights):
-        found = by_function(run, weights)
+        # to be called, not traced; and not by a decorator, which would import torch._dynamo, a second, with this file
+        by = torch.compiler.disable(by_function) if torch.compiler.is_compiling() else by_function
+        found = by(run, weights)
     else:
         found = run(weights=flat(weights), weighting=weighting)
     return loss_output(found, target, WEIGHTED_STATS)
@@ -151,7 +153,6 @@ def run_weighted(hidden, weight, bias, target, *, weights=None, weighting=None, 
     return ops.linear_weighted_loss(hidden, weight, bias, target, weights, weighting, function, **options)
 
 
-@torch.compiler.disable
 def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """`run` with weights by a function of the caller's, which the op finds by its number while it runs."""
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import peft
 import pytest
@@ -197,6 +198,24 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
     assert twin(**inputs).loss.item() == expected(**inputs).loss.item() != model(**inputs).loss.item()
     unpatch_causal_lm(twin)
     assert model(**inputs).logits is None and twin(**batch()).logits is not None
+
+
+def test_a_patched_model_is_not_pickled_into_an_unpatched_one():
+    """The copy would have transformers' forward, which takes `behavior_logprobs` and forgets them."""
+    model = patch_causal_lm(make_lm("Llama"))
+    with pytest.raises(TypeError, match="a patched model cannot be pickled.*unpatch_causal_lm first"):
+        pickle.dumps(model)
+    again = pickle.loads(pickle.dumps(unpatch_causal_lm(model)))
+    assert again(**batch()).loss.item() == model(**batch()).loss.item()
+
+
+def test_an_output_is_pickled_as_the_unpatched_models():
+    with torch.no_grad():
+        output = patch_causal_lm(make_lm("Llama"))(**batch(), output_hidden_states=True)
+    for again in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+        assert type(again) is type(output) and again.keys() == output.keys() and again.logits is None
+        assert again.loss == output.loss and torch.equal(again.log_probs, output.log_probs)
+        assert torch.equal(again.hidden_states[-1], output.hidden_states[-1])
 
 
 def test_outputs_as_tuples_and_inputs_by_position():
@@ -455,6 +474,7 @@ def test_bad_options_are_refused_before_the_model_is_touched(options, error, mes
         ({}, {"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q is of a pack"),
         ({"reduction": "sequence_mean"}, {"num_items_in_batch": 3}, "num_items_in_batch counts tokens"),
         ({}, {"labels": batch()["labels"] + 99}, r"target must be in \[0, 131\)"),
+        ({}, {"input_ids": None}, "exactly one of input_ids or inputs_embeds"),  # transformers' own
     ],
 )
 def test_bad_calls(options, inputs, message):

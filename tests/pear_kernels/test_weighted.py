@@ -807,6 +807,25 @@ def test_compile_keeps_one_graph(weighting):
     torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
 
 
+def test_compile_breaks_the_graph_at_a_function_and_makes_it_no_constant():
+    """A function's number changes from call to call."""
+    torch._dynamo.reset()
+    problem = make_weighted_problem(dtype=torch.float32)
+
+    def loss(hidden, weight, power):
+        return linear_weighted_loss(hidden * 1.5, weight, problem.target, lambda lp: (power * lp).exp()).loss * 2
+
+    graphs, counts = [], set()
+    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph)
+    for power in (0.5, 2.0, 3.0, 4.0):
+        leaves, compiled_leaves = problem.leaves(), problem.leaves()
+        value, found = (run(*at, torch.tensor(power)) for run, at in ((loss, leaves), (compiled, compiled_leaves)))
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradients(found, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
+        counts.add(len(graphs))
+    assert len(counts) == 1  # all were made in the first call
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_double_backward_is_refused(weighting):
     out, leaves = make_weighted_problem(weighting=weighting).ours()
