@@ -27,14 +27,17 @@ def blocks_of(page: Path) -> list[Block]:
     """Every block, fenced or indented, in order.
 
     Raises:
-        ValueError: a comment over a block that is misspelt, or over none.
+        ValueError: a comment over a block that is misspelt, or over none; a fence that makes no block (in HTML, or
+            right under the first line of an admonition), which the site might show as code all the same.
     """
     found: list[Block] = []
+    taken: set[int] = set()  # lines of blocks, and of hidden set-up
     reason = None  # of the comment before, until its block comes
     for token in MarkdownIt("commonmark").parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             line = token.map[0] + (2 if token.type == "fence" else 1)
             found.append(Block(page, line, token.info.strip(), token.content, reason))
+            taken.update(range(*token.map))
             reason = None
         elif reason is not None:
             raise ValueError(f"{page}: 'checked, not run: {reason}' stands over no block")
@@ -42,8 +45,12 @@ def blocks_of(page: Path) -> list[Block]:
             line = token.map[0] + 1
             if setup := SETUP.match(comment):
                 found.append(Block(page, line + 1, "setup", setup["code"]))
+                taken.update(range(*token.map))
             elif not_run := NOT_RUN.match(comment):
                 reason = " ".join(not_run["reason"].split())
             elif re.match(r"<!--\s*(run|checked|setup)\b", comment):
                 raise ValueError(f"{page}:{line}: not understood: {comment.splitlines()[0]}")
+    for number, text in enumerate(page.read_text().splitlines()):
+        if number not in taken and (text.strip().startswith(("```", "~~~")) or "<pre" in text):
+            raise ValueError(f"{page}:{number + 1}: a fence or <pre> that makes no block: {text.strip()}")
     return found

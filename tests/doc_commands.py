@@ -102,6 +102,7 @@ def options_of(trainer: str) -> argparse.ArgumentParser:
 def check_parser(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """By argparse alone: no dataclass is made, which might ask for a GPU."""
     told = io.StringIO()
+    parser.allow_abbrev = False  # it would work, but a page writes an option out
     try:
         with contextlib.redirect_stderr(told):
             _, unknown = argparse.ArgumentParser.parse_known_args(parser, words)
@@ -125,7 +126,7 @@ def check_python(words: list[str]) -> None:
         source = ROOT / words[0]
     if not source.is_file():
         raise Wrong(f"python {shlex.join(words)}: no {source.relative_to(ROOT)}")
-    for option in (word.partition("=")[0] for word in words[1:] if word.startswith("--")):
+    for option in (word.partition("=")[0] for word in words[1:] if re.match("--?[a-zA-Z]", word)):
         if f'"{option}"' not in source.read_text():
             raise Wrong(f"python {shlex.join(words)}: {source.relative_to(ROOT)} has no {option}")
     check_files(words[1:])
@@ -175,6 +176,7 @@ def check_pip(words: list[str]) -> None:
     """`pip install`: files exist, extras are the project's, other packages are in its constraints or extras."""
     if words[0] != "install":
         raise Wrong(f"pip {words[0]}: only install is known here")
+    check_known(words, {"-c", "--constraint", "-e", "--no-deps"})
     known = str(PROJECT["project"]) + (ROOT / "constraints.txt").read_text() + (ROOT / "Makefile").read_text()
     for before, word in zip(words, words[1:], strict=False):
         name, _, extras = word.partition("[")
@@ -184,11 +186,18 @@ def check_pip(words: list[str]) -> None:
             named = set(filter(None, extras.rstrip("]").split(",")))
             if unknown := named - PROJECT["project"]["optional-dependencies"].keys():
                 raise Wrong(f"pip: the project has no extra {sorted(unknown)}")
-        elif not word.startswith("-") and name not in known:
+        elif not word.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", known):
             raise Wrong(f"pip: nothing else here knows of {word}")
 
 
+def check_known(words: list[str], options: set[str]) -> None:
+    """Of a program that is not ours only these are known here: look them up in its help before adding one."""
+    if unknown := [word for word in words if word.startswith("-") and word not in options]:
+        raise Wrong(f"nobody checks {unknown}; see tests/doc_commands.py")
+
+
 def check_pytest(words: list[str]) -> None:
+    check_known(words, {"-m", "-k", "-n", "-q", "-s", "-x"})
     markers = [marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
     for before, word in zip(["", *words], words, strict=False):
         if before == "-m" and word.removeprefix("not ") not in markers:

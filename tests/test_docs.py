@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from doc_blocks import Block, blocks_of
-from doc_commands import Wrong, check, commands_of, run
+from doc_commands import CHECKS, Wrong, check, commands_of, run
 from markdown_it import MarkdownIt
 
 import pear_kernels
@@ -85,7 +85,10 @@ def handle_python(block: Block, namespace: dict) -> str:
 
 def handle_session(block: Block, namespace: dict) -> str:
     """`>>>` and what is printed, where a line of `...` stands for anything."""
-    for example in doctest.DocTestParser().get_examples(block.code.replace("\n\n", "\n<BLANKLINE>\n")):
+    examples = doctest.DocTestParser().get_examples(block.code.replace("\n\n", "\n<BLANKLINE>\n"))
+    if not examples:
+        raise ValueError("no line begins with >>>")
+    for example in examples:
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
             exec(compile(example.source, str(block.page), "single"), namespace)
@@ -95,9 +98,20 @@ def handle_session(block: Block, namespace: dict) -> str:
 
 
 def handle_commands(block: Block, namespace: dict) -> str:
-    for words in commands_of(block.code):
+    commands = list(commands_of(block.code))
+    if not commands:
+        raise ValueError("no command in it")
+    for words in commands:
         (run if block.not_run is None else check)(words)
     return RUN if block.not_run is None else CHECKED
+
+
+def handle_text(block: Block, namespace: dict) -> str:
+    """Output and sketches; nothing that a reader would type."""
+    for line in block.code.splitlines():
+        if line.split(" ")[0] in (*CHECKS, ">>>", "$"):
+            raise ValueError(f"a command in a block of text: {line}")
+    return SHOWN
 
 
 def handle_json(block: Block, namespace: dict) -> str:
@@ -118,7 +132,7 @@ HANDLERS = {
     "bash": handle_commands,
     "json": handle_json,
     "yaml": handle_yaml,
-    "text": lambda block, namespace: SHOWN,
+    "text": handle_text,
 }
 
 
@@ -190,7 +204,11 @@ def test_what_leads_nowhere_on_the_site_is_told(tmp_path):
         "make test NO_SUCH_VARIABLE=1",
         "pip install -e '.[no-such-extra]'",
         "pip install -c no-such-file/constraints.txt no-such-package",
+        "pip install --no-such-flag .",
+        "pip install trans",
         "pytest -m no_such_marker",
+        "pytest --no-such-flag",
+        "pear sft --weightin dft",
         "pear replicate --config experiments/no_such_study.yaml",
         "rm -r everything",
     ],
@@ -207,6 +225,14 @@ def test_blocks_that_nobody_checks_are_told(tmp_path):
         page.write_text(text)
         with pytest.raises(ValueError, match="give it a fence"):
             handle(blocks_of(page)[0], {})
+    for text in ("```pycon\n1 + 1\n```", "```bash\n# pear score\n```", "```text\npear score\n```"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="no line begins|no command|a command in"):
+            handle(blocks_of(page)[0], {})
+    for text in ("<details>\n```python\n1 / 0\n```\n</details>\n", "!!! note\n    ```python\n    1 / 0\n    ```\n"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="makes no block"):
+            blocks_of(page)
     for text in ("<!-- checked, not run: a reason -->\n\nno block\n", "<!-- checked: a reason -->\n"):
         page.write_text(text)
         with pytest.raises(ValueError, match="stands over no block|not understood"):
