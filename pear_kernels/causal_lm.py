@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pear_kernels.backend import check_backend
 from pear_kernels.lm_head import (
     check_adapter,
     check_head,
@@ -29,7 +30,7 @@ from pear_kernels.lm_head import (
 from pear_kernels.losses import LossOutput, linear_pear_loss, linear_weighted_loss
 from pear_kernels.positions import check_positions
 from pear_kernels.shifted import IGNORE, bounds, first_tokens_ignored, shift_left, shift_right, supervised_loss
-from pear_kernels.treatment import Treatment, loss_replaced, measure_treatment
+from pear_kernels.treatment import Treatment, check_loss, loss_replaced, measure_treatment
 
 COLUMNS = ("behavior_logprobs", "block_ids", "ref_logprobs")  # (B, T), unshifted
 _PLAIN = ("workspace_bytes", "backend", "reduction")  # the options of a cross-entropy
@@ -85,10 +86,11 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     torch.compiler.assume_constant_result(_constant_class)  # here, as it imports torch._dynamo, which takes a second
     inner = _causal_lm(model)
     patch = inner.__dict__.get("_pear_patch")
-    if patch is None:
+    if patch is None or not getattr(inner.forward, "is_pear_patch", False):  # accelerate's unwrap_model can peel it off
         check_head(inner)
         own = inner.__dict__
-        patch = Patch({}, own.get("forward"), own.get("_loss_function"), measure_treatment(inner))
+        loss = own.get("_loss_function") if patch is None else patch.loss
+        patch = Patch({}, own.get("forward"), loss, measure_treatment(inner))
         inner.forward = types.MethodType(_forward(inner), inner)
     inner._pear_patch = patch._replace(options=options)
     return model
@@ -116,6 +118,7 @@ def unpatch_causal_lm(model: nn.Module) -> nn.Module:
 
 def _check_values(options: dict[str, Any]) -> None:
     """Raise what the loss says of its options, before a model is touched: by a loss of one token."""
+    check_backend(options.get("backend"))
     given = {name: value for name, value in options.items() if name != "backend"}  # the model may be moved to it yet
     column = {"behavior_logprobs" if "weighting" not in options else "ref_logprobs": torch.zeros(1)}
     with torch.no_grad():
@@ -166,11 +169,15 @@ def _forward(model: nn.Module):
         kwargs.update(zip(positional, args, strict=False))
         columns = {name: kwargs.pop(name, None) for name in COLUMNS}
         columns = {name: column for name, column in columns.items() if column is not None}
+        for name, column in {**columns, "cu_seq_lens_q": kwargs.get("cu_seq_lens_q")}.items():
+            if column is not None and not isinstance(column, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(column).__name__}: have the collator make it one")
         if kwargs.get("labels") is None:
             if columns:
                 raise ValueError(f"{next(iter(columns))} is given without labels, and the loss is made of both")
             return original(self, **kwargs)
-        check_adapter(self)  # which may have come since
+        check_adapter(self)  # which may have come since, as may
+        check_loss(self)  # another one
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if (tokens := kwargs.get("input_ids")) is None:
             tokens = kwargs.get("inputs_embeds")

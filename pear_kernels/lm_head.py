@@ -33,7 +33,8 @@ def check_head(model: nn.Module) -> None:
             "are not supported. Keep the head in bfloat16 or float32: with bitsandbytes, "
             'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
         )
-    if kind.forward is not nn.Linear.forward:
+    # PEFT's trainable tokens of a tied head are a wrapper around it, whose weight holds them
+    if kind.forward is not nn.Linear.forward and not hasattr(innermost(head), "token_adapter"):
         raise ValueError(
             f"{name}: the LM head is a {homes[0]}.{kind.__name__}, whose forward is its own and not that of nn.Linear: "
             "the loss multiplies by the head's weight alone. Give a causal language model with a linear head."

@@ -152,6 +152,10 @@ def local_head(
 
 def shared_name(group: "torch.distributed.ProcessGroup | None") -> str | None:
     """By which an op finds the group. One of a single rank shares nothing."""
+    if group is not None and not hasattr(group, "group_name"):  # new_group gives a number to ranks outside it
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup that this rank is in, got {group!r}: pass mesh.get_group()"
+        )
     return None if group is None or group.size() == 1 else group.group_name
 
 

@@ -37,9 +37,7 @@ def measure_treatment(model: nn.Module) -> Treatment:
             `loss_function`, or does something else to them than a scale and a soft cap.
     """
     name = type(model).__name__
-    loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
-    if loss != "ForCausalLMLoss":
-        raise _refusal(name, f"makes its loss by {loss}, and not by transformers' ForCausalLMLoss")
+    check_loss(model)
     head, trunk = innermost(model.get_output_embeddings()), _trunk(model)
     probes = torch.tensor(PROBES, dtype=torch.float64).expand(1, 2, -1).clone()
     ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
@@ -76,6 +74,14 @@ def measure_treatment(model: nn.Module) -> Treatment:
     if fit is None:
         raise _refusal(name, "does more to its logits than a positive scale and a soft cap, which our pass can repeat")
     return fit
+
+
+def check_loss(model: nn.Module) -> None:
+    """ValueError where a model's loss is another than that of transformers' causal LMs, which ours is to replace."""
+    loss = getattr(model.loss_function, "__name__", None)
+    if loss != "ForCausalLMLoss":
+        loss = loss or type(model.loss_function).__name__
+        raise _refusal(type(model).__name__, f"makes its loss by {loss}, and not by transformers' ForCausalLMLoss")
 
 
 def _refusal(name: str, why: str) -> ValueError:

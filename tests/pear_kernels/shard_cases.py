@@ -352,5 +352,6 @@ def errors(rank: int, world: int, rows: slice):
         "k": lambda: linear_topk_logprobs(hidden, weight[rows], target, V, group=group),
         "distill": lambda: linear_distill_loss(hidden, weight[rows], teacher, target, group=group),
         "reference": lambda: of_rows(hidden, weight[rows], target, weighting="asft", reference=teacher),
+        "no group": lambda: of_rows(hidden, weight[rows], target, group="tp"),
     }  # fmt: skip
     return {name: message(call) for name, call in calls.items()}

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import types
 
 import peft
 import pytest
@@ -209,6 +210,30 @@ def test_a_patched_model_is_not_pickled_into_an_unpatched_one():
     assert again(**batch()).loss.item() == model(**batch()).loss.item()
 
 
+def test_a_patch_that_was_peeled_off_is_put_on_again():
+    """accelerate's `unwrap_model(model, keep_fp32_wrapper=False)` follows `__wrapped__` further than its own."""
+    model = patch_causal_lm(make_lm("Llama"), gamma=0.9)
+    inputs = {**batch(), "behavior_logprobs": column()}
+    expected = model(**inputs)
+    model.forward = types.MethodType(model.forward.__wrapped__, model)
+    assert model(**inputs).logits is not None
+    assert patch_causal_lm(model, gamma=0.9)(**inputs).loss.item() == expected.loss.item()
+    assert unpatch_causal_lm(model)(**batch()).logits is not None and "_pear_patch" not in model.__dict__
+
+
+def test_a_loss_that_was_set_since_is_no_other_loss_silently():
+    model = patch_causal_lm(make_lm("Llama"))
+    model.loss_function = lambda logits, **_: logits.sum()
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*makes its loss by <lambda>"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("name", ["behavior_logprobs", "cu_seq_lens_q"])
+def test_a_list_is_no_tensor(name):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list: have the collator"):
+        patch_causal_lm(make_lm("Llama"))(**batch(), **{name: [0, 9]})
+
+
 def test_an_output_is_pickled_as_the_unpatched_models():
     with torch.no_grad():
         output = patch_causal_lm(make_lm("Llama"))(**batch(), output_hidden_states=True)
@@ -317,6 +342,32 @@ def test_an_adapter_on_the_head_is_refused(first):
     else:
         with pytest.raises(ValueError, match="LlamaForCausalLM: a PEFT adapter on the LM head.*target modules"):
             patch_causal_lm(peft.get_peft_model(model, config))
+
+
+@pytest.mark.parametrize("first", ["patch", "adapter"])
+def test_trained_tokens_of_a_tied_head(first):
+    """PEFT wraps the head, whose weight then holds the tokens' new rows."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7])
+    model = make_lm("Qwen2")
+    if first == "patch":
+        patch_causal_lm(model)
+    model = peft.get_peft_model(model, config).double()
+    if first == "adapter":
+        patch_causal_lm(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(column(parameter.shape))
+    found = []
+    for _ in range(2):  # patched, and not
+        output = model(**batch())
+        output.loss.backward()
+        found.append((output.loss.item(), gradients(model)))
+        unpatch_causal_lm(model)
+    assert output.logits is not None and found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert any("trainable_tokens" in name for name in found[1][1])
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 # ---- refusals
@@ -449,6 +500,7 @@ def test_scales_and_soft_caps_are_measured(change, scale, softcap):
         ({"weighting": "dft", "gamma": 0.9}, TypeError, "gamma is no option"),
         ({"gamma": 2.0}, ValueError, r"gamma must be in \(0, 1\]"),
         ({"level": "word"}, ValueError, "level must be one of"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'triton' or 'torch'.*got 'cuda'"),
         ({"weighting": "sft"}, ValueError, "weighting must be one of"),
         ({"weighting": "psft", "psft_clip": -1.0}, ValueError, "psft_clip must be"),
     ],

@@ -158,6 +158,7 @@ def test_compile_keeps_one_graph(ranks):
         ("k", f"k must have a K of at least 1 and less than the vocabulary's {V} tokens, got {V}"),
         ("distill", "linear_distill_loss does not work with a vocabulary-sharded weight.*full_tensor"),
         ("reference", "reference does not work with a vocabulary-sharded weight.*full_tensor"),
+        ("no group", "group must be a torch.distributed.ProcessGroup that this rank is in, got 'tp'"),
     ],
 )
 def test_errors_are_raised_on_every_rank(ranks, name, words):
