@@ -65,11 +65,25 @@ def check_context(longest: dict[str, int], config: PretrainedConfig | None, of: 
 def check_optimizer(name: str) -> None:
     """Raise if the package of an 8-bit, 4-bit or paged optimiser is missing."""
     for package, optimizers in OPTIMIZERS.items():
-        if name in optimizers and importlib.util.find_spec(package) is None:
-            raise DataError(
-                f"optim = {name!r} needs the package {package}, which is not installed: "
-                f"pip install 'pear-kernels[{package}]'. Or use adamw_torch."
-            )
+        if name in optimizers:
+            _check_package(package, f"optim = {name!r}", "use adamw_torch")
+
+
+def check_quantization(config: PretrainedConfig | None, asked: bool) -> None:
+    """Raise if bitsandbytes is missing and weights are to be quantised (`asked`), or were, as the config says."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if asked or method == "bitsandbytes":
+        what = "load_in_4bit or load_in_8bit" if asked else "a model quantised by bitsandbytes"
+        _check_package("bitsandbytes", what, "train weights that are not quantised")
+
+
+def _check_package(package: str, what: str, instead: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise DataError(
+            f"{what} needs the package {package}, which is not installed: pip install 'pear-kernels[{package}]'. "
+            f"Or {instead}."
+        )
 
 
 def prepare_device_options(args: SFTConfig) -> None:

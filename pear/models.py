@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,12 +36,35 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     `kwargs` go to `AutoModelForCausalLM.from_pretrained`. Only safetensors are read and no code of the model's is run.
 
     Raises:
-        DataError: there is nothing under that name that can be read.
+        DataError: there is nothing under that name that can be read, or no head, which would be random numbers.
     """
     with _named(name):
-        return AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), use_safetensors=True, trust_remote_code=False, **kwargs
+        model, found = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
+    head = model.get_output_embeddings()
+    of_head = {key for key, module in model.named_modules() if module is head}
+    if made := [key for key in found["missing_keys"] if key.rpartition(".")[0] in of_head]:
+        raise DataError(f"model {name!r}: no {made[0]} among its weights: it has no head that predicts tokens. {_HEAD}")
+    return model
+
+
+_HEAD = "Give a causal language model, such as the one it was made from."
+
+
+def check_architecture(config: PretrainedConfig | None, name: str) -> None:
+    """DataError where the class that a config names has no head that predicts tokens, a classifier's or a bare trunk's.
+
+    Its weights would be read as that class, or as a language model with a head of random numbers. None passes.
+    """
+    for architecture in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, architecture, None)
+        if kind is not None and not kind.can_generate():
+            raise DataError(
+                f"model {name!r} is a {architecture} (`architectures` in its config.json), which has no head that "
+                f"predicts tokens. {_HEAD} If the head is in its weights, or tied, load it with AutoModelForCausalLM "
+                "and save it with save_pretrained, which names the right class."
+            )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -56,6 +80,8 @@ def _named(name: str) -> Iterator[None]:
         yield
     except (DataError, WriteError):  # ours already: no such folder, or a full disk while smollm2 is unpacked
         raise
+    except ImportError as error:  # bitsandbytes, of a quantised model
+        raise DataError(f"model {name!r}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise DataError(

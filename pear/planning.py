@@ -31,7 +31,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pear.fused_head import check_head, logit_options
 from pear.io import DataError
-from pear.models import load_config
+from pear.models import check_architecture, load_config
 from pear.shapes import SHAPES
 from pear.tracing import GRADIENTS, OTHER, STATES, Trace, model_without_data, trace
 from pear.tracing_liger import liger_layers
@@ -240,6 +240,10 @@ def step_of(config: PretrainedConfig, setup: Setup) -> Step:
     for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "lora_r"):
         if getattr(setup, name) < 1:
             raise DataError(f"{name} must be 1 or more, got {getattr(setup, name)}")
+    if not setup.use_peft and (setup.lora_r != Setup().lora_r or setup.lora_target_modules):
+        raise DataError("lora_r and lora_target_modules do nothing without use_peft; give it too, or leave them out")
+    if setup.workspace_bytes is not None and setup.workspace_bytes < 1:
+        raise DataError(f"workspace_bytes must be 1 or more, got {setup.workspace_bytes}")
     if setup.dtype not in DTYPES:
         raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {setup.dtype!r}")
     if setup.optim not in OPTIMIZERS:
@@ -297,7 +301,11 @@ def config_of(name: str) -> PretrainedConfig:
     """Of a folder, a hub name, `smollm2`, or one of `SHAPES` (with or without an owner), which needs no network."""
     if (known := SHAPES.get(name.rsplit("/")[-1].lower())) is not None and name.count("/") < 2:
         return AutoConfig.for_model(**known)
-    return load_config(name)
+    config = load_config(name)
+    check_architecture(config, name)
+    if getattr(config, "quantization_config", None):
+        raise DataError(f"model {name!r}: quantised weights are not planned; give the model that was quantised")
+    return config
 
 
 def parse_gpu(text: str | None) -> int:

@@ -32,7 +32,7 @@ from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
-from pear.models import load_model, load_tokenizer, resolve_model
+from pear.models import check_architecture, find_config, load_model, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
@@ -432,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     except ValueError as error:  # of an unknown task, or one with too few problems
         raise DataError(str(error)) from error
     args.model_init_kwargs = model_init_kwargs(args, model_args)
+    check_architecture(find_config(name, **args.model_init_kwargs), name)
     trainer = PEARGRPOTrainer(
         resolve_model(name),
         reward,

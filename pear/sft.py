@@ -23,8 +23,8 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
-from pear.long_context import check_context, longest_row, prepare_device_options
-from pear.models import find_config, head_size, load_tokenizer, resolve_model
+from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options
+from pear.models import check_architecture, find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.runs import given, write_run
 from pear.save import save_final
@@ -322,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         eval_dataset = load_scored(data_args.eval_data, tokenizer, args.max_length, **how)
     init = model_init_kwargs(args, model_args)
     config = find_config(name, **init)
+    check_architecture(config, name)
+    check_quantization(config, model_args.load_in_4bit or model_args.load_in_8bit)
     datasets = {"train": train_dataset, "eval": eval_dataset}
     longest = {which: longest_row(dataset) for which, dataset in datasets.items() if dataset is not None}
     check_context(longest, config)

@@ -90,8 +90,14 @@ def model_without_data(config: PretrainedConfig, dtype: torch.dtype, checkpointi
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
             )
+    except KeyError as error:  # of classes of attention by name, as in Falcon
+        raise DataError(
+            f"model type {config.model_type!r}: its attention cannot be replaced; it is not planned"
+        ) from error
     except ValueError as error:
-        raise DataError(f"model type {config.model_type!r}: {' '.join(str(error).split()):.300}") from error
+        raise DataError(
+            f"model type {config.model_type!r} is no causal language model: {' '.join(str(error).split()):.150}..."
+        ) from error
     if checkpointing:
         # its name from transformers 6 on, and before
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

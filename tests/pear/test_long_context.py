@@ -325,6 +325,30 @@ def test_an_optimizer_whose_package_is_missing_is_said_at_once(monkeypatch, scor
         )
 
 
+def test_bitsandbytes_that_a_model_needs_is_said_before_it_is_loaded(monkeypatch, scored, save_model, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "bitsand" in name else find(name, *a))
+    folder = save_model()
+    arguments = ["--model", str(folder), "--data", str(scored), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(DataError, match=r"load_in_4bit.*pip install 'pear-kernels\[bitsandbytes\]'"):
+        main([*arguments, "--load_in_4bit", "true"])
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"quantised by bitsandbytes.*pip install 'pear-kernels\[bitsandbytes\]'"):
+        main(arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_head_is_refused_before_it_is_loaded(tokenizer, scored, tmp_path):
+    make_model(tokenizer).base_model.save_pretrained(tmp_path / "trunk")
+    tokenizer.save_pretrained(tmp_path / "trunk")
+    arguments = ["--model", str(tmp_path / "trunk"), "--data", str(scored), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(DataError, match="is a LlamaModel.*no head that predicts tokens"):
+        main(arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_names_are_those_that_transformers_asks_these_packages_for():
     from transformers import trainer_optimizer as theirs
 

@@ -7,11 +7,14 @@ import pytest
 import torch
 from tiny import CORPUS, make_model, make_tokenizer
 from tokenizers import normalizers, processors
+from transformers import LlamaForSequenceClassification
 
 from pear.io import DataError
 from pear.models import (
     cache_folder,
+    check_architecture,
     head_size,
+    load_config,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -141,3 +144,23 @@ def test_smollm2_is_what_its_config_says():
     )
     answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+
+
+def test_no_head_is_made_of_random_numbers(tokenizer, tmp_path):
+    """Of a bare trunk or a classifier transformers makes a language model whose head it draws."""
+    model = make_model(tokenizer)
+    model.base_model.save_pretrained(tmp_path / "trunk")
+    LlamaForSequenceClassification(model.config).save_pretrained(tmp_path / "classifier")
+    for folder, kind in (("trunk", "LlamaModel"), ("classifier", "LlamaForSequenceClassification")):
+        name = str(tmp_path / folder)
+        with pytest.raises(DataError, match="no lm_head.weight among its weights.*Give a causal language model"):
+            load_model(name)
+        with pytest.raises(DataError, match=f"is a {kind}.*no head that predicts tokens.*Give a causal language model"):
+            check_architecture(load_config(name), name)
+
+
+def test_a_tied_head_is_in_a_bare_trunk(tokenizer, tmp_path):
+    model = make_model(tokenizer, tied=True)
+    model.base_model.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(load_model(str(tmp_path)).eval()(ids).logits, model(ids).logits)

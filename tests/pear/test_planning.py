@@ -348,8 +348,30 @@ def test_models_that_cannot_be_planned_are_refused(tmp_path):
     AutoConfig.for_model("bloom", hidden_size=64, n_layer=1, n_head=4, vocab_size=100).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="BloomForCausalLM: the memory of its decoder does not grow in proportion"):
         plan(str(tmp_path), gpu="24GB", setup=BF16)
+    AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="'falcon': its attention cannot be replaced"):
+        plan(str(tmp_path), gpu="24GB")
+    make_config(architectures=["Qwen3Model"]).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="is a Qwen3Model.*no head"):
+        plan(str(tmp_path), gpu="24GB")
+    make_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="quantised weights are not planned"):
+        plan(str(tmp_path), gpu="24GB")
     with pytest.raises(DataError, match="no such folder"):
         plan(str(tmp_path / "none"), gpu="24GB")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lora_r": 4}, "do nothing without use_peft"),
+        ({"lora_target_modules": ("q_proj",)}, "do nothing without use_peft"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be 1 or more, got 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(folder, changes, said):
+    with pytest.raises(DataError, match=said):
+        plan(folder, gpu="24GB", setup=PLAIN._replace(**changes))
 
 
 def test_the_command_prints_what_was_found(folder):
