@@ -86,11 +86,15 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     torch.compiler.assume_constant_result(_constant_class)  # here, as it imports torch._dynamo, which takes a second
     inner = _causal_lm(model)
     patch = inner.__dict__.get("_pear_patch")
-    if patch is None or not getattr(inner.forward, "is_pear_patch", False):  # accelerate's unwrap_model can peel it off
+    if patch is None or not _in_place(inner):
         check_head(inner)
         own = inner.__dict__
-        loss = own.get("_loss_function") if patch is None else patch.loss
-        patch = Patch({}, own.get("forward"), loss, measure_treatment(inner))
+        treatment = measure_treatment(inner)
+        if patch is None:
+            loss, hook = own.get("_loss_function"), inner.register_forward_hook(_check_output, with_kwargs=True)
+        else:
+            loss, hook = patch.loss, patch.hook
+        patch = Patch({}, own.get("forward"), loss, treatment, hook)
         inner.forward = types.MethodType(_forward(inner), inner)
     inner._pear_patch = patch._replace(options=options)
     return model
@@ -107,6 +111,7 @@ def unpatch_causal_lm(model: nn.Module) -> nn.Module:
         return model
     if not getattr(inner.__dict__.get("forward"), "is_pear_patch", False):
         raise ValueError(f"{type(inner).__name__}.forward was wrapped after it was patched: undo that first")
+    patch.hook.remove()
     del inner._pear_patch, inner.forward
     if patch.forward is not None:
         inner.forward = patch.forward
@@ -114,6 +119,27 @@ def unpatch_causal_lm(model: nn.Module) -> nn.Module:
     if patch.loss is None:
         del inner._loss_function
     return model
+
+
+def _in_place(model: nn.Module) -> bool:
+    """Whether a patched model's forward still is ours, perhaps within others."""
+    forward = model.forward
+    while forward is not None and not getattr(forward, "is_pear_patch", False):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
+def _check_output(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """A hook: ValueError where another forward ran, which would take `behavior_logprobs` and say nothing.
+
+    accelerate's `unwrap_model` can peel ours off, and for `use_liger_kernel` the Trainer puts liger-kernel's there.
+    """
+    if kwargs.get("labels") is not None and hasattr(output, "loss") and not hasattr(output, "log_probs"):
+        raise ValueError(
+            f"{type(model).__name__} is patched, but its forward was replaced since, and its loss is not ours: call "
+            "patch_causal_lm again. With use_liger_kernel, keep liger-kernel's losses out: "
+            'liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False}'
+        )
 
 
 def _check_values(options: dict[str, Any]) -> None:
@@ -132,6 +158,7 @@ class Patch(NamedTuple):
     forward: Any  # the instance's own before, if it had one
     loss: Any  # likewise its `_loss_function`
     treatment: Treatment  # of its logits
+    hook: torch.utils.hooks.RemovableHandle  # of `_check_output`
 
     def __deepcopy__(self, memo: dict) -> "Patch":
         return Patch(*(copy.deepcopy(value, memo) for value in self))

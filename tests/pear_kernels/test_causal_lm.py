@@ -199,6 +199,7 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
     assert twin(**inputs).loss.item() == expected(**inputs).loss.item() != model(**inputs).loss.item()
     unpatch_causal_lm(twin)
     assert model(**inputs).logits is None and twin(**batch()).logits is not None
+    assert len(model._forward_hooks) == 1 and not twin._forward_hooks
 
 
 def test_a_patched_model_is_not_pickled_into_an_unpatched_one():
@@ -216,9 +217,24 @@ def test_a_patch_that_was_peeled_off_is_put_on_again():
     inputs = {**batch(), "behavior_logprobs": column()}
     expected = model(**inputs)
     model.forward = types.MethodType(model.forward.__wrapped__, model)
-    assert model(**inputs).logits is not None
+    with pytest.raises(ValueError, match="LlamaForCausalLM is patched, but its forward was replaced.*use_liger_kernel"):
+        model(**inputs)
     assert patch_causal_lm(model, gamma=0.9)(**inputs).loss.item() == expected.loss.item()
     assert unpatch_causal_lm(model)(**batch()).logits is not None and "_pear_patch" not in model.__dict__
+
+
+def test_options_are_replaced_under_accelerates_mixed_precision_too():
+    """Which wraps the forward, and shows what it wraps."""
+    from accelerate import Accelerator
+
+    model = patch_causal_lm(make_lm("Llama", torch.float32), gamma=0.5)
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    inputs = {**batch(), "behavior_logprobs": column()}
+    other = model(**inputs).loss.item()
+    patch_causal_lm(model, gamma=0.9)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = patch_causal_lm(make_lm("Llama", torch.float32), gamma=0.9)(**inputs).loss.item()
+    assert model(**inputs).loss.item() == expected != other
 
 
 def test_a_loss_that_was_set_since_is_no_other_loss_silently():
@@ -388,7 +404,7 @@ def test_a_quantized_head_is_refused_with_the_option_that_keeps_it_out():
     model.lm_head = QuantizedLinear(model.lm_head)
     with pytest.raises(ValueError, match=r'LlamaForCausalLM.*uint8.*llm_int8_skip_modules=\["lm_head"\]'):
         patch_causal_lm(model)
-    assert not hasattr(model, "_pear_patch") and "forward" not in model.__dict__
+    assert not hasattr(model, "_pear_patch") and "forward" not in model.__dict__ and not model._forward_hooks
 
 
 def test_a_head_of_torchao_is_refused_though_it_says_that_it_is_bfloat16():
