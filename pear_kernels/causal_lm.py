@@ -88,13 +88,11 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     patch = inner.__dict__.get("_pear_patch")
     if patch is None or not _in_place(inner):
         check_head(inner)
-        own = inner.__dict__
+        before = inner.__dict__.get("forward"), inner.__dict__.get("_loss_function")  # which the measurement sets
         treatment = measure_treatment(inner)
         if patch is None:
-            loss, hook = own.get("_loss_function"), inner.register_forward_hook(_check_output, with_kwargs=True)
-        else:
-            loss, hook = patch.loss, patch.hook
-        patch = Patch({}, own.get("forward"), loss, treatment, hook)
+            patch = Patch({}, *before, treatment, inner.register_forward_hook(_check_output, with_kwargs=True))
+        patch = patch._replace(forward=before[0], treatment=treatment)
         inner.forward = types.MethodType(_forward(inner), inner)
     inner._pear_patch = patch._replace(options=options)
     return model
