@@ -2,9 +2,9 @@
 
     python examples/transformers_trainer.py
 
-Needs torch and transformers. The rows of a batch stand behind one another in a single row, as transformers' collator
-for flash-attention makes it. At the end the first step is compared with an unpatched model on full logits, in float64,
-sequence by sequence: so packing, gradient accumulation and the loss are all in question.
+Needs torch, transformers and accelerate. The rows of a batch stand behind one another in a single row, as
+transformers' collator for flash-attention makes it. At the end the first step is compared with an unpatched model on
+full logits, in float64, sequence by sequence: so packing, gradient accumulation and the loss are all in question.
 """
 
 import copy
