@@ -91,7 +91,8 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
         before = inner.__dict__.get("forward"), inner.__dict__.get("_loss_function")  # which the measurement sets
         treatment = measure_treatment(inner)
         if patch is None:
-            patch = Patch({}, *before, treatment, inner.register_forward_hook(_check_output, with_kwargs=True))
+            hook = model.register_forward_hook(_check_output, with_kwargs=True)  # PEFT calls no hooks of its base
+            patch = Patch({}, *before, treatment, hook)
         patch = patch._replace(forward=before[0], treatment=treatment)
         inner.forward = types.MethodType(_forward(inner), inner)
     inner._pear_patch = patch._replace(options=options)

@@ -211,16 +211,21 @@ def test_a_patched_model_is_not_pickled_into_an_unpatched_one():
     assert again(**batch()).loss.item() == model(**batch()).loss.item()
 
 
-def test_a_patch_that_was_peeled_off_is_put_on_again():
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_patch_that_was_peeled_off_is_told_and_put_on_again(adapted):
     """accelerate's `unwrap_model(model, keep_fp32_wrapper=False)` follows `__wrapped__` further than its own."""
-    model = patch_causal_lm(make_lm("Llama"), gamma=0.9)
+    base = model = make_lm("Llama")
+    if adapted:
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).double()
+    patch_causal_lm(model, gamma=0.9)
     inputs = {**batch(), "behavior_logprobs": column()}
     expected = model(**inputs)
-    model.forward = types.MethodType(model.forward.__wrapped__, model)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is patched, but its forward was replaced.*use_liger_kernel"):
+    base.forward = types.MethodType(base.forward.__wrapped__, base)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is patched, but its forward.*use_liger_kernel"):
         model(**inputs)
     assert patch_causal_lm(model, gamma=0.9)(**inputs).loss.item() == expected.loss.item()
-    assert unpatch_causal_lm(model)(**batch()).logits is not None and "_pear_patch" not in model.__dict__
+    assert unpatch_causal_lm(model)(**batch()).logits is not None
+    assert "_pear_patch" not in base.__dict__ and not model._forward_hooks
 
 
 def test_options_are_replaced_under_accelerates_mixed_precision_too():
