@@ -22,6 +22,7 @@ from pear_kernels.backend import check_backend
 from pear_kernels.lm_head import (
     check_adapter,
     check_head,
+    check_linear,
     forget_forward,
     forward_replaced,
     innermost,
@@ -202,8 +203,9 @@ def _forward(model: nn.Module):
             if columns:
                 raise ValueError(f"{next(iter(columns))} is given without labels, and the loss is made of both")
             return original(self, **kwargs)
-        check_adapter(self)  # which may have come since, as may
-        check_loss(self)  # another one
+        # the head may be another since, quantised or adapted; the whole check cannot be traced
+        check_adapter(self) if torch.compiler.is_compiling() else check_linear(self)
+        check_loss(self)
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if (tokens := kwargs.get("input_ids")) is None:
             tokens = kwargs.get("inputs_embeds")

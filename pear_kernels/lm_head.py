@@ -19,6 +19,12 @@ def check_head(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(getattr(model, "forward", None), types.MethodType):
         raise ValueError(f"{name}.forward was replaced before (by a device_map's hooks, say); load the model without")
+    check_linear(model)
+
+
+def check_linear(model: nn.Module) -> None:
+    """What `check_head` says of the head, and not of the forward around it."""
+    name = type(model).__name__
     embeddings = getattr(model, "get_output_embeddings", None)
     head = None if embeddings is None else embeddings()
     if head is None or not hasattr(head, "weight"):

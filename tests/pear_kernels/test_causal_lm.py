@@ -249,6 +249,14 @@ def test_a_loss_that_was_set_since_is_no_other_loss_silently():
         model(**batch())
 
 
+def test_a_head_that_came_since_is_looked_at_too():
+    model = patch_causal_lm(make_lm("Llama"))
+    assert model(**batch()).logits is None
+    model.lm_head = normalizing_head().lm_head
+    with pytest.raises(ValueError, match="LlamaForCausalLM: the LM head is a .*Normalizing, whose forward is its own"):
+        model(**batch())
+
+
 @pytest.mark.parametrize("name", ["behavior_logprobs", "cu_seq_lens_q"])
 def test_a_list_is_no_tensor(name):
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got list: have the collator"):
