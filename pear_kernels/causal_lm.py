@@ -37,7 +37,7 @@ COLUMNS = ("behavior_logprobs", "block_ids", "ref_logprobs")  # (B, T), unshifte
 _PLAIN = ("workspace_bytes", "backend", "reduction")  # the options of a cross-entropy
 _NOT_OPTIONS = {
     *("hidden", "weight", "weights", "target", *COLUMNS, "reference", "bias", "cu_seqlens", "sequence_label"),
-    *("sequence_scale", "denominator", "temperature", "softcap", "ignore_index"),
+    *("sequence_scale", "denominator", "temperature", "softcap", "ignore_index", "group"),
 }
 
 

@@ -525,6 +525,7 @@ def test_scales_and_soft_caps_are_measured(change, scale, softcap):
     "options, error, message",
     [
         ({"gama": 0.9}, TypeError, "gama is no option of patch_causal_lm; it takes .*gamma"),
+        ({"group": None}, TypeError, "group is no option of patch_causal_lm"),  # the model's own parallelism says
         ({"temperature": 2.0}, TypeError, "temperature is no option"),
         ({"weighting": "dft", "gamma": 0.9}, TypeError, "gamma is no option"),
         ({"gamma": 2.0}, ValueError, r"gamma must be in \(0, 1\]"),
