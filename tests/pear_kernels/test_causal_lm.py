@@ -228,10 +228,12 @@ def test_a_patch_that_was_peeled_off_is_told_and_put_on_again(adapted):
     assert "_pear_patch" not in base.__dict__ and not model._forward_hooks
 
 
-def test_options_are_replaced_under_accelerates_mixed_precision_too():
+def test_options_are_replaced_under_accelerates_mixed_precision_too(monkeypatch):
     """Which wraps the forward, and shows what it wraps."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # a process has one, and its precision is for good
     model = patch_causal_lm(make_lm("Llama", torch.float32), gamma=0.5)
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     inputs = {**batch(), "behavior_logprobs": column()}
