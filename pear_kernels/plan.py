@@ -192,7 +192,7 @@ def plan(
     def row_bytes(gradient: bool) -> int:
         if backend == "torch":
             return torch_row_bytes(vocabulary, sums.itemsize)
-        plain, tile = choice.product == "plain", (choice.softmax if gradient else choice.logprobs).vocabulary
+        plain, tile = choice.plain(gradient, dtype), (choice.softmax if gradient else choice.logprobs).vocabulary
         return triton_row_bytes(vocabulary, hidden_size, dtype.itemsize, gradient=gradient, plain=plain, tile=tile)
 
     # ---- the walks

@@ -157,6 +157,21 @@ def test_workspace_is_what_the_kernels_allocate(dtype, shape):
     assert 0.9 * planned.workspace_bytes < allocated <= planned.workspace_bytes <= 1 << 30
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a plan is for the GPU that is there, the head here for an H100")
+@pytest.mark.parametrize("product", [None, "fused", "plain"])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_variant_of_the_kernels_is_planned_as_the_head_runs_it(dtype, gradient, product, monkeypatch):
+    """float16 has the plain variant for gradients alone, float32 for all, bfloat16 for gradients if it is asked for."""
+    triton_head = pytest.importorskip("pear_kernels.triton.head", reason="triton is not installed")
+    if product is not None:
+        monkeypatch.setenv("PEAR_KERNELS_PRODUCT", product)
+    head = triton_head.Head(torch.empty(32001, 512, dtype=dtype, device="meta"), None, 1.0, None, dtype)
+    planned = plan(9000, 32001, 512, dtype=dtype, gradient=gradient)
+    rows = max(end - begin for begin, end in planned.chunks)
+    assert head.row_bytes(gradient) * rows == planned.workspace_bytes
+
+
 def test_triton_rows_hold_what_their_parts_sum_to():
     # 1000 columns: four tiles of three partial sums, 8 of padding; a row of dX in float32, x and scaled x
     assert triton_row_bytes(1000, 64, 2, gradient=True) == 1008 * 2 + 4 * 3 * 4 + 64 * (4 + 2 + 2)
