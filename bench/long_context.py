@@ -385,9 +385,7 @@ def text(facts: dict, rows: Iterable[dict], rules: Rules, left: bool, picture: s
     lines += ["", "## Every try", ""]
     head = ["", "loss", "tokens", "most allocated, GiB", "s", "tokens/s"]
     body = []
-    for row in sorted(
-        rows, key=lambda row: (MODELS.index(row["model"]), row["trunk"] == "liger", row["head"], row["tokens"])
-    ):
+    for row in sorted(rows, key=lambda row: (*place(row), row["head"], row["tokens"])):
         cells = [label(row["model"], row["trunk"]), HEADS[row["head"]], str(row["tokens"])]
         if row["fits"]:
             cells += [gib(row["bytes"]), f"{row['seconds']:.2f}", f"{row['tokens'] / row['seconds']:.0f}"]
