@@ -36,8 +36,9 @@ def checked_head(
     `shared` is the name of the group whose ranks share the vocabulary.
     """
     device_type = hidden.device.type
-    # autocast leaves float64 alone, as it does in F.linear
-    autocast = torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    # autocast leaves float64 alone, as it does in F.linear; a device such as "meta" has no autocast to ask about
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = autocast and torch.float64 not in (hidden.dtype, weight.dtype)
     checks.check_head(hidden, weight, target, bias, autocast, 2 if shared is None else 0)
     checks.check_head_options(temperature, softcap, workspace_bytes)
     check_backend(backend)

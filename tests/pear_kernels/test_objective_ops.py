@@ -5,6 +5,7 @@ import torch
 from problems import (
     gradients,
     make_distill_problem,
+    make_policy_problem,
     make_problem,
     make_weighted_problem,
     random_blocks,
@@ -14,7 +15,7 @@ from problems import (
 from test_layouts import BACKENDS, HERE, expanded, misaligned, rows_apart, strided, transposed
 from torch.utils.checkpoint import checkpoint
 
-from pear_kernels import linear_topk_logprobs, ops, packing
+from pear_kernels import linear_logprobs, linear_topk_logprobs, linear_weighted_loss, ops, packing, pear_weights
 
 BLOCKS = dict(level="block", block_ids=random_blocks((7, 1, 0, 12, 5)))
 OF_OURS = dict(clip_blocks=True, center=True, clip_length=5)
@@ -35,6 +36,13 @@ PROBLEMS = {
 }
 CASES = pytest.mark.parametrize("make, options", PROBLEMS.values(), ids=PROBLEMS.keys())
 ALL_OPS = ("linear_weighted_loss", "linear_pear_loss", "linear_distill_loss", "linear_topk_logprobs")
+
+
+def on_meta(value):
+    """A tensor, or the tensors of a teacher, on device "meta"."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(on_meta, value))
+    return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
 @pytest.fixture
@@ -79,9 +87,6 @@ def test_a_captured_pass_reads_no_value(make, options, reduction, rows, called, 
     (op, args, kwargs), *_ = called
     monkeypatch.setattr(packing, "capturing", lambda: True)
 
-    def on_meta(value):
-        return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
-
     for divisor in (True, False):
         given = [on_meta(value) for value in args]
         named = {name: on_meta(value) for name, value in kwargs.items()}
@@ -92,6 +97,32 @@ def test_a_captured_pass_reads_no_value(make, options, reduction, rows, called, 
             loss, *_, dx, dw, db = op._init_fn(*given, **named)
         assert loss.is_meta and dx.shape == problem.hidden.shape and dw.shape == problem.weight.shape
         assert db.shape == problem.options["bias"].shape
+
+
+@pytest.mark.parametrize("make, options", [*PROBLEMS.values(), (make_policy_problem, {"entropy_coef": 0.1})])
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(make, options):
+    problem = make(dtype=torch.bfloat16, bias=True, **options)
+    tensors = problem.hidden, problem.weight, problem.target, problem.behavior_logprobs, problem.cu_seqlens
+    shapes = type(problem)(*map(on_meta, tensors), {name: on_meta(value) for name, value in problem.options.items()})
+    (real, leaves), (meta, meta_leaves) = problem.ours(), shapes.ours()
+    found, expected = (
+        [out.loss, out.logprobs, out.weights, *out.stats.values(), *gradients(out.loss, given)]
+        for out, given in ((meta, meta_leaves), (real, leaves))
+    )
+    assert all(tensor.is_meta for tensor in found) and meta.stats.keys() == real.stats.keys()
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+
+
+def test_log_probs_weights_and_functions_on_the_meta_device():
+    problem = make_problem((7, 5), dtype=torch.float32)
+    leaves = [leaf.to("meta").detach().requires_grad_() for leaf in problem.leaves()]
+    target = problem.target.to("meta")
+    logprobs, entropy = linear_logprobs(*leaves, target, return_entropy=True)
+    assert [grad.shape for grad in gradients(logprobs.sum() + entropy.sum(), leaves)] == [x.shape for x in leaves]
+    assert pear_weights(logprobs, logprobs, target >= 0).shape == (12,)
+    assert linear_topk_logprobs(*leaves, target, 3).ids.shape == (12, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of another device
+        assert linear_weighted_loss(*leaves, target, lambda logprobs: logprobs.exp()).loss.shape == ()
 
 
 @CASES
