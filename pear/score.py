@@ -101,8 +101,8 @@ def score(
     Raises:
         DataError: a row without completion, a line that is no JSON, a `label` that is no boolean, other tokens than
             those of the columns that stay (with file and line), no row that fits; rows that do not fit, where `out`
-            is `data`, which would lose them; a row that was edited after it was scored, a scored file that was cut;
-            rows that no model is given for.
+            is `data`, which would lose them; a row that was edited after it was scored; rows that no model
+            is given for.
         WriteError: the disk is full; the side files stay, so nothing scored is lost.
         OtherProcessFailed: (a DataError) another of the processes has failed; nothing scored is lost.
     """
@@ -154,9 +154,8 @@ def score(
         processes.gather(None)  # all are done
         with processes.together():
             if processes.main:
-                settings = {"fallback": fallback, "top_k": beside_top_k}
                 with _kept(out, sides):
-                    written = write_out(out, data, plan, sides, column, beside_top_k, settings)
+                    written = write_out(out, data, plan, sides, column, beside_top_k)
     with processes.together():
         if processes.main:
             for side in sides.values():

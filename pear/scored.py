@@ -25,7 +25,7 @@ from pear.scored_rows import (
 )
 from pear.scored_summary import Found
 from pear.scored_top_k import check_top_k, check_top_k_vocabulary
-from pear.seal import Whole, check_seal
+from pear.seal import check_seal
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
 COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")  # what every objective needs
@@ -88,23 +88,22 @@ def load_scored(
     none is ever cut. Rows that cannot be aligned are an error, or with `unaligned="skip"` treated likewise.
 
     Raises:
-        DataError: with file and line: a row that is damaged, edited or of an older version, a file whose end is
-            missing, a column that is not there, a row that is neither scored nor said to have no behaviour policy,
-            rows that cannot be aligned, and columns that are of single tokens, which aligned rows cannot have; wrong
-            answers that nobody asked for; no row left.
+        DataError: with file and line: a row that is damaged, edited or of an older version, a column that is not
+            there, a row that is neither scored nor said to have no behaviour policy, rows that cannot be aligned, and
+            columns that are of single tokens, which aligned rows cannot have; wrong answers that nobody asked for; no
+            row left.
     """
     if unaligned not in UNALIGNED:
         raise DataError(f"unaligned must be one of {', '.join(UNALIGNED)}, got {unaligned!r}")
     reader, vocabulary = Reader(tokenizer, roles), vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
-    found, whole, behaviors = Found(), Whole(), []
+    found, behaviors = Found(), []
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         row = without_nulls(row)
         check_kind(row, where)
         check_seal(row, where)
-        whole.add(row, where)
         for name, how in WRITTEN_BY.items():
             if name in columns and name not in row and not is_byte_row(row):
                 raise DataError(f"{where}: no `{name}`: {how.format(file=path, temperature=temperature)}")
@@ -130,7 +129,6 @@ def load_scored(
         behaviors.append(behavior)
         for name, values in table.items():
             values.append(_read(name, row, tokens, behavior))
-    whole.finish(path)
     found.check(
         path,
         max_length=max_length,

@@ -1,9 +1,8 @@
-"""The seal of a scored row: which file it stood in, and a checksum over what its log-probs are about.
+"""The seal of a scored row: a checksum over the text, the tokens and the log-probs that belong together.
 
-A row carries `"scored": {"format": 2, "file": "8 hex", "row": i, "rows": n, "checksum": "16 hex"}`: it was row i of
-the n (counted from 1) of the file that `pear score` or `pear import` wrote. Rows may be mixed with those of other
-files, shuffled and filtered, and given keys of one's own. What the seal finds is a text or a log-prob that was changed
-later, a file whose end was cut off, and rows of an older version.
+A row carries `"scored": {"format": 3, "checksum": "16 hex"}`. Each row stands for itself, so any selection of scored
+rows is a scored file: the first ones, a shuffled, filtered or concatenated file, rows with further keys. The seal finds
+a text or a log-prob that was edited after the row was scored, and rows of an older version.
 """
 
 import hashlib
@@ -15,7 +14,8 @@ import numpy as np
 
 from pear.io import DataError, write_jsonl
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # format 2 also numbered the rows of a file; the checksum is the same
 SEALED = (
     "prompt",
     "completion",
@@ -97,15 +97,11 @@ def _numbers(values: list) -> bytes:
     return (numbers + 0.0).astype("<f8").tobytes()  # + 0.0 turns -0.0 into 0.0
 
 
-def file_id(text: str) -> str:
-    """8 hex digits that name a scored file in its seals, made of whatever determines it."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def seal(row: dict[str, Any], *, file: str, number: int, rows: int) -> dict[str, Any]:
-    """A new row, with the seal that it is number `number` (from 1) of the `rows` of `file` (see `file_id`)."""
-    place = {"format": FORMAT, "file": file, "row": number, "rows": rows, "checksum": checksum(row)}
-    return {key: value for key, value in row.items() if key != "scored"} | {"scored": place}
+def seal(row: dict[str, Any]) -> dict[str, Any]:
+    """A new row with its seal."""
+    return {key: value for key, value in row.items() if key != "scored"} | {
+        "scored": {"format": FORMAT, "checksum": checksum(row)}
+    }
 
 
 def check_seal(row: dict[str, Any], where: str) -> None:
@@ -120,11 +116,12 @@ def check_seal(row: dict[str, Any], where: str) -> None:
             f"{where}: no seal (`scored`): an older version of pear or another program wrote this row, so nothing "
             f"tells whether its log-probs are still those of its text. {_AGAIN}"
         )
-    if isinstance(found, dict) and found.get("format") != FORMAT:
+    if isinstance(found, dict) and found.get("format") not in READABLE:
+        formats = " and ".join(map(str, READABLE))
         raise DataError(
-            f"{where}: a scored row of format {found.get('format')!r}, this version reads format {FORMAT}. {_AGAIN}"
+            f"{where}: a scored row of format {found.get('format')!r:.100}, this version reads {formats}. {_AGAIN}"
         )
-    if not _is_seal(found):
+    if not isinstance(found, dict) or not isinstance(found.get("checksum"), str):
         raise DataError(f"{where}: a damaged seal: `scored` is {found!r:.100}. {_AGAIN}")
     if (own := checksum(row)) != found["checksum"]:
         raise DataError(
@@ -135,49 +132,6 @@ def check_seal(row: dict[str, Any], where: str) -> None:
         )
 
 
-def _is_seal(found: Any) -> bool:
-    if not isinstance(found, dict):
-        return False
-    strings = all(isinstance(found.get(key), str) for key in ("file", "checksum"))
-    numbers = all(type(found.get(key)) is int for key in ("row", "rows"))
-    return strings and numbers and 1 <= found["row"] <= found["rows"]
-
-
-class Whole:
-    """Whether the end of a scored file is missing. `add` every row, checked by `check_seal`; then `finish`.
-
-    Of each file that rows came from: rows 1, 2, ..., k in order, of more than k, are what a copy or a disk that stopped
-    leaves. Any other choice of rows (filtered, shuffled, some twice) was made on purpose.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, int], int] = {}  # (file, rows) -> rows 1..k so far, or -1: no plain beginning
-        self._last: dict[tuple[str, int], str] = {}
-
-    def add(self, row: dict[str, Any], where: str) -> None:
-        found = row["scored"]
-        key = found["file"], found["rows"]
-        before = self._seen.get(key, 0)
-        self._seen[key] = before + 1 if found["row"] == before + 1 else -1
-        self._last[key] = where
-
-    def finish(self, path: str | os.PathLike) -> None:
-        """
-        Raises:
-            DataError: the rows of one file are the first k of n alone.
-        """
-        for (file, rows), seen in self._seen.items():
-            if 0 < seen < rows:
-                raise DataError(
-                    f"{path}: cut off after {self._last[file, rows]}: there are the first {seen} of {rows} rows that "
-                    f"were scored together (file {file}), and nothing of the rest. Copy the file again, or score the "
-                    "data again. If you left out the rest on purpose, take the rows in another order (such as `shuf`), "
-                    "or any others than the first."
-                )
-
-
 def write_scored(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
-    """Seal rows as one file, write them whole or not at all, and return how many. All are held in memory."""
-    rows = list(rows)
-    file = file_id("".join(map(checksum, rows)))
-    return write_jsonl(path, (seal(row, file=file, number=i, rows=len(rows)) for i, row in enumerate(rows, start=1)))
+    """Seal rows, write them as one file, whole or not at all, and return how many."""
+    return write_jsonl(path, map(seal, rows))

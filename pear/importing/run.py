@@ -24,7 +24,7 @@ from pear.importing.rows import Converter
 from pear.importing.sampling import KEYS
 from pear.io import DataError, atomic_writer, read_jsonl, write_error, write_json, write_jsonl
 from pear.models import load_tokenizer
-from pear.seal import file_id, seal
+from pear.seal import seal
 
 SOURCES = ("vllm", "sglang", "openai", "jsonl")
 GIVE_UP = 30  # rows in a row to which there was no answer at all: the server is gone
@@ -266,22 +266,17 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int
 def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Console) -> dict[str, Any]:
     """The scored file and the rejects, from the side file; and every record's counts joined."""
     rows, counts, rejects = sum(journal.rows.values()), {}, {}
-    content = hashlib.sha256()
     for entry in journal.entries():
-        content.update(json.dumps(entry["rows"], sort_keys=True).encode())
         checks.add(counts, entry["counts"])
         if entry["rejects"]:
             rejects[entry["record"]] = entry["rejects"]
     aside = Path(f"{out}.rejects.jsonl")
     try:
         if rows:
-            file, number = file_id(content.hexdigest()), 0
             with atomic_writer(out) as written:
                 for entry in journal.entries():
                     for row in entry["rows"]:
-                        number += 1
-                        sealed = seal(row, file=file, number=number, rows=rows)
-                        written.write(json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n")
+                        written.write(json.dumps(seal(row), ensure_ascii=False, allow_nan=False) + "\n")
         if rejects:
             write_jsonl(aside, _rejected(data, rejects))
         else:

@@ -20,7 +20,7 @@ from pear.scoring.policies import Policy
 from pear.scoring.rows import Plan, Row, line_for_hash, scored_places, without_nulls
 from pear.scoring.side import SideFiles
 from pear.scoring.spans import spans_of_row, text_hash
-from pear.seal import file_id, seal
+from pear.seal import seal
 
 MODEL_OF = {"behavior_logprobs": "model", "ref_logprobs": "ref_model"}  # the key that names whose log-probs they are
 
@@ -43,22 +43,18 @@ def write_out(
     sides: Mapping[str, SideFiles],
     column: str,
     beside_top_k: dict[str, Any],
-    settings: dict[str, Any],
 ) -> Written:
     """Write `out`, whole or not at all.
 
     Args:
         sides: of each policy, by name.
         beside_top_k: what tells of whom and at what the top-k are; empty without them.
-        settings: all else that the rows depend on, to name the file by in its seals.
 
     Raises:
         DataError: the data changed since `plan` was made of it.
     """
     places, too_long = scored_places(plan), set(plan.too_long)
-    headers = {name: side.header for name, side in sides.items()}
-    file = file_id(json.dumps([plan.hash, column, headers, settings], sort_keys=True))
-    written, digest, number = Written(), hashlib.sha256(), 0
+    written, digest = Written(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         readers = {name: stack.enter_context(side.reader()) for name, side in sides.items()}
         target = stack.enter_context(atomic_writer(out))
@@ -86,12 +82,10 @@ def write_out(
                 written.total += float(scores.logprobs.sum(dtype=np.float64))
             elif line in plan.none:
                 row = row | {"behavior_policy": NONE}
-            number += 1
             if (policy := row.get("behavior_policy")) is not None:
                 written.policies[policy] += 1
             written.estimated += row.get("behavior_estimated") is True
-            sealed = seal(row, file=file, number=number, rows=plan.written)
-            target.write(json.dumps(sealed, ensure_ascii=False) + "\n")
+            target.write(json.dumps(seal(row), ensure_ascii=False) + "\n")
         if digest.hexdigest() != plan.hash:
             raise DataError(f"{data}: the file changed while it was being scored; nothing was written. Score it again.")
     return written

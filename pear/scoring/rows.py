@@ -15,7 +15,7 @@ from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, to
 from pear.scored_rows import is_cut
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
 from pear.scoring.policies import Policy
-from pear.seal import SEALED, Whole, check_seal
+from pear.seal import SEALED, check_seal
 
 
 class Row(NamedTuple):
@@ -76,13 +76,12 @@ def read_plan(
     shares = {} if policy is None else {policy.name: Share(policy)}
     plan = Plan("", [], set(), set(), [])
     unnamed: list[int] = []
-    digest, whole = hashlib.sha256(), Whole()
+    digest = hashlib.sha256()
     for line, row in read_jsonl(data):
         where = f"{data}:{line}"
         digest.update(line_for_hash(line, row))
         if row.get("scored") is not None:
             check_seal(row, where)
-            whole.add(row, where)
         row = prompt_and_completion(without_nulls(row), where)
         check_label(row, where)
         choice = _choose(row, where, policy, fallback, column)
@@ -101,7 +100,6 @@ def read_plan(
             (plan.none if choice.what == "none" else plan.passed).add(line)
     if unnamed:
         raise DataError(_unnamed_message(data, unnamed))
-    whole.finish(data)
     plan.hash, plan.shares = digest.hexdigest(), [share for share in shares.values() if share.rows]
     return plan
 

@@ -1,5 +1,6 @@
 """One process of a `pear score` that may be killed on the way; started by test_score_kills.py from a fork server."""
 
+import itertools
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ def _die() -> None:
 
 
 def _break(pear: Any, side: Any, kind: str, at: float) -> None:
-    scored, write, left = pear.score.score_batch, side._write, [at]
+    scored, write, left, rows = pear.score.score_batch, side._write, [at], itertools.count(1)
 
     def slowly(*args):
         time.sleep(0.02)  # so that what is timed falls between batches, too
@@ -53,10 +54,10 @@ def _break(pear: Any, side: Any, kind: str, at: float) -> None:
             _die()
         write(self, data)
 
-    def sealed(row, **place):
-        if place["number"] > at:
+    def sealed(row):
+        if next(rows) > at:
             _die()
-        return seal(row, **place)
+        return seal(row)
 
     pear.score.score_batch = slowly
     if kind == "bytes":

@@ -24,7 +24,7 @@ from pear.io import DataError, read_jsonl, write_jsonl
 from pear.rows import tokenize_row
 from pear.score import score
 from pear.scored import load_scored
-from pear.seal import Whole, check_seal
+from pear.seal import check_seal
 
 if importlib.util.find_spec("xllamacpp"):
     from server_llama import NAME, llama_server, write_gguf
@@ -82,12 +82,10 @@ def ask_llama(url: str, data: Path, out: Path, **kwargs) -> tuple[list[dict], di
     request = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 60, "seed": 11}
     client = Client(url, KEY, timeout=60)
     result = import_logprobs("openai", data, out, client=client, request=request, n=2, progress=False, **kwargs)
-    whole, rows = Whole(), []
+    rows = []
     for number, row in read_jsonl(out):
         check_seal(row, f"{out}:{number}")
-        whole.add(row, f"{out}:{number}")
         rows.append(row)
-    whole.finish(out)
     assert (result["written"], result["rejected"]) == (2 * len(PROMPTS), 0)
     return rows, result
 

@@ -25,7 +25,7 @@ from pear.io import DataError, check_scored_row, read_jsonl, write_jsonl
 from pear.rows import prompt_and_completion, tokenize_row
 from pear.score import score
 from pear.scored import load_scored
-from pear.seal import Whole, check_seal, write_scored
+from pear.seal import check_seal, write_scored
 
 POLICY = "teacher"
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
@@ -166,13 +166,10 @@ def run(tmp_path, source: str, records: list[dict], **kwargs) -> tuple[list[dict
     out = tmp_path / "scored.jsonl"
     result = import_logprobs(source, data, out, progress=False, **kwargs)
     rows = [row for _, row in read_jsonl(out)] if result["out"] else []
-    whole = Whole()
     for number, row in enumerate(rows, start=1):
         check_seal(row, f"{out}:{number}")
-        whole.add(row, f"{out}:{number}")
         if "input_ids" in row:
             check_scored_row(row, f"{out}:{number}")
-    whole.finish(out)
     assert json.loads((tmp_path / "scored.jsonl.report.json").read_text())["rows"] == len(rows) == result["written"]
     assert not list(tmp_path.glob("*.partial"))
     return rows, result

@@ -217,13 +217,12 @@ def test_a_row_that_does_not_align_is_left_out_and_told(student, files, tmp_path
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda rows: rows[:4], "cut off after"),
         (lambda rows: [{**rows[0], "completion": "edited"}, *rows[1:]], ":1: edited after it was scored"),
         (lambda rows: [{k: v for k, v in row.items() if k != "scored"} for row in rows], ":1: no seal"),
         (lambda rows: [{k: row[k] for k in ("prompt", "completion")} for row in rows], ":1: no log-probs of a behav"),
         (lambda rows: [], "no row to look at"),
     ],
-    ids=["cut", "edited", "unsealed", "unscored", "empty"],
+    ids=["edited", "unsealed", "unscored", "empty"],
 )
 def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path, spoil, words):
     write_jsonl(tmp_path / "spoiled.jsonl", spoil([row for _, row in read_jsonl(files["own"])]))

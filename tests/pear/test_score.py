@@ -27,7 +27,7 @@ from pear.models import load_model, load_tokenizer, tokenizer_fingerprint, vocab
 from pear.rows import prompt_and_completion, tokenize_row
 from pear.score import score
 from pear.scoring.output import floats
-from pear.seal import Whole, check_seal
+from pear.seal import check_seal
 
 USER = [{"role": "user", "content": "x"}]
 
@@ -336,13 +336,10 @@ def two_models(tokenizer):
 
 def read(path) -> list[dict]:
     """The rows of a scored file, their seals checked and taken off."""
-    rows, whole = [], Whole()
+    rows = []
     for line, row in read_jsonl(path):
         check_seal(row, f"{path}:{line}")
-        whole.add(row, f"{path}:{line}")
-        assert (row["scored"]["row"], row["scored"]["file"]) == (len(rows) + 1, row["scored"]["file"])
         rows.append({key: value for key, value in row.items() if key != "scored"})
-    whole.finish(path)
     return rows
 
 

@@ -12,7 +12,7 @@ from pear.io import DataError, read_jsonl
 from pear.models import tokenizer_fingerprint
 from pear.rows import tokenize_row
 from pear.score import score, summary_text
-from pear.seal import Whole, check_seal, seal, write_scored
+from pear.seal import check_seal, seal, write_scored
 
 BYTES = {  # as `pear import` writes what an API says that tells no ids
     "prompt": "Say hi.", "completion": "Hé!", "behavior_policy": "api",
@@ -49,20 +49,17 @@ def mixed(folders, text_rows, chat_rows) -> list[dict]:
         elif kind == 2:
             row = row | {"behavior_policy": "none"}
         elif kind == 3:
-            row = seal(BYTES | {"n": n}, file="0a1b2c3d", number=n + 2, rows=99)
+            row = seal(BYTES | {"n": n})
         rows.append(row | {"id": n})
     return rows
 
 
 def read(path) -> list[dict]:
     """The rows, their seals checked and taken off."""
-    rows, whole = [], Whole()
+    rows = []
     for line, row in read_jsonl(path):
         check_seal(row, f"{path}:{line}")
-        whole.add(row, "")
-        assert row["scored"]["row"] == len(rows) + 1 and row["scored"]["rows"] == sum(1 for _ in read_jsonl(path))
         rows.append({key: value for key, value in row.items() if key != "scored"})
-    whole.finish(path)
     return rows
 
 
@@ -295,16 +292,15 @@ def test_an_edited_row_is_refused_and_named(folders, scored, jsonl, tmp_path, op
         )
 
 
-def test_a_cut_file_is_refused_and_a_choice_of_rows_is_not(folders, scored, jsonl, tmp_path):
+def test_the_first_rows_and_any_others_are_a_scored_file(folders, scored, jsonl, tmp_path):
     for options in (
         dict(model=None),
         dict(model=folders["first"]),
         dict(model=folders["third"], column="ref_logprobs"),
     ):
-        with pytest.raises(DataError, match=r"cut\.jsonl: cut off after .*cut\.jsonl:5: .*first 5 of 9 rows"):
-            score(data=jsonl(scored[:5], "cut.jsonl"), out=tmp_path / "o", progress=False, **options)
-        score(data=jsonl(scored[:5][::-1], "chosen"), out=tmp_path / "o", progress=False, **options)
-        assert [row["prompt"] for row in read(tmp_path / "o")] == [row["prompt"] for row in scored[:5]][::-1]
+        for chosen in (scored[:5], scored[:5][::-1]):
+            score(data=jsonl(chosen, "chosen"), out=tmp_path / "o", progress=False, **options)
+            assert [row["prompt"] for row in read(tmp_path / "o")] == [row["prompt"] for row in chosen]
 
 
 def test_file_as_an_older_version_left_it_is_scored_again_by_a_model(folders, scored, jsonl, tmp_path):

@@ -1,8 +1,7 @@
-"""The seal of a scored row: it finds edits and cut files, and lets pass what other programs do to JSON."""
+"""The seal of a scored row: it finds edits, and lets pass what other programs do to JSON."""
 
 import copy
 import json
-import random
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pear.io import DataError, read_jsonl
-from pear.seal import FORMAT, SEALED, Whole, check_seal, checksum, seal, write_scored
+from pear.seal import FORMAT, SEALED, check_seal, checksum, seal, write_scored
 
 ROW = {
     "prompt": [{"role": "user", "content": "Wie geht’s? \u0301 👩‍👩‍👧"}],
@@ -32,20 +31,14 @@ ROW = {
 }
 
 
-def sealed(row=ROW, number=1, rows=1, file="0a1b2c3d") -> dict:
-    return seal(row, file=file, number=number, rows=rows)
-
-
 def test_seal_as_the_format_says():
-    row = sealed(number=2, rows=3)
-    assert row == ROW | {"scored": row["scored"]} and "scored" not in ROW
-    place = row["scored"]
-    assert {k: place[k] for k in ("format", "file", "row", "rows")} == {
-        "format": 2, "file": "0a1b2c3d", "row": 2, "rows": 3,
-    }  # fmt: skip
-    assert len(place["checksum"]) == 16 and int(place["checksum"], 16) >= 0 and FORMAT == 2
+    row = seal(ROW)
+    assert row == ROW | {"scored": {"format": FORMAT, "checksum": checksum(ROW)}} and "scored" not in ROW
+    assert len(checksum(ROW)) == 16 and int(checksum(ROW), 16) >= 0 and FORMAT == 3
     check_seal(row, "f:1")
-    assert seal(row, file="0a1b2c3d", number=2, rows=3) == row  # an old seal is replaced
+    assert seal(row) == row  # an old seal is replaced
+    # as format 2 had it, written by the version before
+    check_seal(ROW | {"scored": {"format": 2, "file": "a", "row": 2, "rows": 9, "checksum": "a8915a8dbfbf96ba"}}, "f:1")
 
 
 def leaves(value, path=()):
@@ -70,7 +63,7 @@ def changed(row, path, value):
 
 
 def test_every_edit_of_what_is_sealed_is_found():
-    row = sealed()
+    row = seal(ROW)
     count = 0
     for path, leaf in leaves(ROW):
         other = leaf + "x" if isinstance(leaf, str) else not leaf if isinstance(leaf, bool) else leaf - 1
@@ -175,14 +168,13 @@ def test_a_round_trip_through_datasets_keeps_the_seal(tmp_path):
     "scored, message",
     [
         (None, "no seal .*an older version of pear or another program .*Score it again.*import it again"),
-        ({"format": 1}, "format 1, this version reads format 2"),
-        ({"format": 3}, "format 3, this version reads format 2"),
+        ({"format": 1}, "format 1, this version reads 2 and 3"),
+        ({"format": 4}, "format 4, this version reads 2 and 3"),
         ({}, "format None"),
         ("yes", "a damaged seal: `scored` is 'yes'"),
         ({"format": 2}, "a damaged seal"),
-        ({"format": 2, "file": "a", "row": 0, "rows": 3, "checksum": "b"}, "a damaged seal"),
-        ({"format": 2, "file": "a", "row": 4, "rows": 3, "checksum": "b"}, "a damaged seal"),
-        ({"format": 2, "file": "a", "row": 1, "rows": 3, "checksum": "b"}, r"edited .*its seal says b\)"),
+        ({"format": 3, "checksum": 7}, "a damaged seal"),
+        ({"format": 3, "checksum": "b"}, r"edited .*its seal says b\)"),
     ],
 )
 def test_bad_seals_are_named(scored, message):
@@ -191,46 +183,12 @@ def test_bad_seals_are_named(scored, message):
         check_seal(row, "data.jsonl:9")
 
 
-def finish(*rows: dict) -> None:
-    whole = Whole()
-    for line, row in enumerate(rows, start=1):
-        whole.add(row, f"f.jsonl:{line}")
-    whole.finish("f.jsonl")
-
-
-def test_only_a_beginning_alone_is_taken_for_a_cut_file():
-    a = [sealed(number=i, rows=6, file="aaaaaaaa") for i in range(1, 7)]
-    b = [sealed(number=i, rows=4, file="bbbbbbbb") for i in range(1, 5)]
-    for k in range(1, 6):
-        with pytest.raises(DataError, match=rf"f\.jsonl: cut off after f\.jsonl:{k}: .*first {k} of 6 rows"):
-            finish(*a[:k])
-        with pytest.raises(DataError, match=rf"cut off after f\.jsonl:{k + 4}: .*first {k} of 6 .*file aaaaaaaa"):
-            finish(*b, *a[:k])
-        with pytest.raises(DataError, match="cut off"):  # in between, too
-            finish(*(row for pair in zip(a[:k], b[:k], strict=False) for row in pair), *b[k:], *a[len(b) : k])
-    finish()
-    finish(*a)
-    finish(*a, *a)
-    finish(*a[1:])
-    finish(*a[::2])
-    finish(*b, *a)
-    finish(*reversed(a[:3]))
-    for seed in range(20):
-        shuffled = a + b
-        random.Random(seed).shuffle(shuffled)
-        finish(*shuffled)
-
-
 def test_write_scored_is_whole_and_the_same_every_time(tmp_path):
     rows = [ROW | {"id": n, "prompt": str(n)} for n in range(5)]
     assert write_scored(tmp_path / "a", iter(rows)) == 5
     write_scored(tmp_path / "b", rows)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    write_scored(tmp_path / "c", rows[:4])
     read = [row for _, row in read_jsonl(tmp_path / "a")]
-    assert [row["scored"]["row"] for row in read] == [1, 2, 3, 4, 5] and {row["scored"]["rows"] for row in read} == {5}
-    assert len({row["scored"]["file"] for row in read + [row for _, row in read_jsonl(tmp_path / "c")]}) == 2
     for row, original in zip(read, rows, strict=True):
         check_seal(row, "a")
         assert {key: value for key, value in row.items() if key != "scored"} == original
-    finish(*read)
