@@ -160,6 +160,16 @@ def naive_pear_loss(
     return loss, logprobs.detach(), weights
 
 
+def needs_index(weights) -> bool:
+    """Whether a function of weights takes the tokens' places too: its second argument has no default, or that name."""
+    try:
+        parameters = inspect.signature(getattr(weights, "forward", weights)).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (positional[1].default is positional[1].empty or positional[1].name == "index")
+
+
 def naive_weighted_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -199,9 +209,8 @@ def naive_weighted_loss(
         w = weights.to(lp.dtype)
     elif callable(weights):
         index = counts.nonzero()[:, 0]
-        two = len(inspect.signature(weights).parameters) == 2
         w = torch.zeros_like(lp)
-        w[index] = (weights(lp[index], index) if two else weights(lp[index])).to(lp.dtype)
+        w[index] = (weights(lp[index], index) if needs_index(weights) else weights(lp[index])).to(lp.dtype)
     elif name == "none":
         w = torch.ones_like(lp)
     elif name == "dft":

@@ -76,9 +76,11 @@ def linear_weighted_loss(
             ignore_index, workspace_bytes, backend, group: see `linear_pear_loss`.
         weights: like target, float32 or float64, of any sign; what stands at ignored tokens does not matter. Or a
             function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights
-            (n,), both float64 and without gradients; `index` (n,) int64 says where they stand in target.reshape(-1). It
-            is called chunk by chunk, so a token's weight must come of that token alone. (`torch.compile` breaks the
-            graph there.) Or a name, as `weighting`.
+            (n,) of any real dtype, in float64 and without gradients; `index` (n,) int64 says where they stand in
+            target.reshape(-1). It is given to a function that needs a second argument, or has one called index; other
+            arguments keep their defaults. Both are copies, which the function may overwrite. It is called chunk by
+            chunk, so a token's weight must come of that token alone. (`torch.compile` breaks the graph there.) Or a
+            name, as `weighting`.
         weighting: a row of the table, in place of weights.
         ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
             previous policy ("psft").
@@ -155,19 +157,19 @@ def run_weighted(hidden, weight, bias, target, *, weights=None, weighting=None, 
 
 def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """`run` with weights by a function of the caller's, which the op finds by its number while it runs."""
-    try:
-        takes_index = len(inspect.signature(function).parameters) > 1
-    except ValueError:  # a builtin such as torch.exp, which shows none
-        takes_index = False
+    call = as_called(function)
 
     def weights(tokens: Tokens) -> Tensor:
         with torch.no_grad():
-            found = function(tokens.logprobs, tokens.index) if takes_index else function(tokens.logprobs)
+            # copies: the function may overwrite what it is given, and the pass needs both again
+            found = call(tokens.logprobs.clone(), tokens.index.clone())
         if not isinstance(found, Tensor) or found.shape != tokens.logprobs.shape:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"weights must return a tensor of the log-probs' shape {tuple(tokens.logprobs.shape)}, got {got}"
             )
+        if found.is_complex():
+            raise TypeError(f"weights must return real numbers, got {found.dtype}: take .real or .abs()")
         checks.check_weights(found, torch.ones_like(found, dtype=torch.bool))
         return found.double()
 
@@ -177,3 +179,38 @@ def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., 
         return run(function=key)
     finally:
         del ops.functions[key]
+
+
+def as_called(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The caller's function as one of log-probs and index, by what it can be called with.
+
+    It is given the index if it has a parameter of that name, or if log-probs alone are too few arguments.
+
+    Raises:
+        TypeError: for a function that can be called with neither.
+    """
+    try:
+        # what a module is called by takes any arguments: its forward says which it needs, torch.compile's by the module
+        own = getattr(function, "_orig_mod", function)
+        signature = inspect.signature(own.forward if isinstance(own, torch.nn.Module) else own)
+    except (TypeError, ValueError):  # a builtin such as torch.exp, which shows none
+        return lambda logprobs, index: function(logprobs)
+
+    def takes(*arguments, **named) -> bool:
+        try:
+            signature.bind(*arguments, **named)
+        except TypeError:
+            return False
+        return True
+
+    of_index = signature.parameters.get("index")
+    # functools.partial leaves what it has bound by name as a keyword with a default: no room for another value
+    bound = of_index is not None and of_index.kind is of_index.KEYWORD_ONLY and of_index.default is not of_index.empty
+    if takes(None, index=None) and of_index is not None and not bound:
+        return lambda logprobs, index: function(logprobs, index=index)
+    if takes(None):
+        return lambda logprobs, index: function(logprobs)
+    if takes(None, None):
+        return function
+    name = getattr(function, "__name__", type(function).__name__)
+    raise TypeError(f"weights must be a function f(logprobs) or f(logprobs, index), got {name}{signature}")

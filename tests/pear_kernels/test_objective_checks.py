@@ -76,6 +76,9 @@ BAD_WEIGHTED = BAD_WEIGHTING | {
     ),
     "a function of another length": (dict(weights=lambda lp: lp[1:]), r"weights .*\(6,\).*got .*\(5,\)"),
     "a function without an answer": (dict(weights=lambda lp: None), "weights .*got NoneType"),
+    "a function of three": (dict(weights=lambda a, b, c: a), r"weights must be a function .*got <lambda>\(a, b, c\)"),
+    "a function of nothing": (dict(weights=lambda: 1), r"weights must be a function .*got <lambda>\(\)"),
+    "complex weights": (dict(weights=lambda lp: lp + 0j), "weights must return real numbers, got torch.complex"),
     "target too large": (
         dict(weighting="dft", target=with_value(2, V, torch.arange(N))),
         "target must be in .*got 9 at flat position 2",

@@ -1,5 +1,6 @@
 """linear_weighted_loss against the naive float64 loss on full logits, and what must not change it."""
 
+import functools
 import math
 
 import pytest
@@ -482,6 +483,67 @@ def test_a_function_sees_half_precision_log_probs_in_float64():
 def test_a_function_may_answer_in_either_dtype(dtype):
     problem = function_problem(lambda logprobs: of_logprobs(logprobs).to(dtype))
     assert_matches_naive(problem, workspace_bytes=workspace(5, 37))
+
+
+class AsModule(torch.nn.Module):
+    def forward(self, logprobs):
+        return of_logprobs(logprobs)
+
+
+class OfPlaces(torch.nn.Module):
+    def forward(self, logprobs, where):
+        return of_logprobs_and_places(logprobs, where)
+
+    def method(self, logprobs, *, index, sign=1):
+        return sign * of_logprobs_and_places(logprobs, index)
+
+
+def scaled_sine(logprobs, factor, index=None):
+    return torch.sin(factor * logprobs)
+
+
+def overwriting(logprobs):
+    return logprobs.mul_(3).sin_()
+
+
+def overwriting_both(logprobs, index):
+    weights = of_logprobs_and_places(logprobs, index)
+    logprobs.zero_(), index.zero_()
+    return weights
+
+
+@functools.wraps(of_logprobs)
+def decorated(*arguments, **named):
+    return of_logprobs(*arguments, **named)
+
+
+WAYS = {  # of writing each of FUNCTIONS
+    "a default argument": (of_logprobs, lambda logprobs, factor=3: torch.sin(factor * logprobs)),
+    "a partial": (of_logprobs, functools.partial(scaled_sine, factor=3)),
+    "a partial that binds index": (of_logprobs, functools.partial(scaled_sine, factor=3, index=0)),
+    "any arguments": (of_logprobs, lambda *arguments, **named: torch.sin(3 * arguments[0])),
+    "a decorator": (of_logprobs, decorated),
+    "in place": (of_logprobs, overwriting),
+    "a module": (of_logprobs, AsModule()),
+    "a module under torch.compile": (of_logprobs, torch.compile(AsModule(), backend="eager")),
+    "an expanded answer": (torch.ones_like, lambda logprobs: torch.ones(()).expand(logprobs.shape)),
+    "an answer of bools": (torch.ones_like, lambda logprobs: logprobs < 1),
+    "a builtin": (lambda logprobs: logprobs.exp(), torch.exp),
+    "a module of places": (of_logprobs_and_places, OfPlaces()),
+    "a method with index by name": (of_logprobs_and_places, OfPlaces().method),
+    "index with a default": (of_logprobs_and_places, lambda lp, index=None: of_logprobs_and_places(lp, index)),
+    "places, in place": (of_logprobs_and_places, overwriting_both),
+}
+
+
+@pytest.mark.parametrize("plain, function", WAYS.values(), ids=WAYS.keys())
+def test_ways_to_write_a_function(plain, function):
+    """What a function may look like, and what it does to its arguments, changes no loss and no gradient."""
+    (expected, leaves), (found, same_leaves) = function_problem(plain).ours(), function_problem(function).ours()
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.logprobs, expected.logprobs)
+    for ours, exact in zip(gradients(found.loss, same_leaves), gradients(expected.loss, leaves), strict=True):
+        assert torch.equal(ours, exact)
+    assert_matches_naive(function_problem(plain), workspace_bytes=workspace(5, 37))
 
 
 # ---- layouts and edges
