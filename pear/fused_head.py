@@ -17,7 +17,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
 from pear_kernels import LossOutput, linear_logprobs, linear_policy_loss, linear_topk_logprobs, lm_head
-from pear_kernels.shifted import IGNORE, TOP_K, first_tokens_ignored, shift_left, shift_right, supervised_loss
+from pear_kernels.shifted import (
+    IGNORE,
+    TOP_K,
+    first_flags,
+    first_tokens_ignored,
+    shift_left,
+    shift_right,
+    supervised_loss,
+)
 
 # How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -163,7 +171,7 @@ def _run_head(
         output = linear_policy_loss(hidden, weight, target, old, advantages, bias=bias, **columns, **options)
     else:
         if label is not None:  # the same at all tokens of a sequence, so its first one tells
-            options["sequence_label"] = label[:, 0] if cu_seqlens is None else label[0, cu_seqlens[:-1].long()]
+            options["sequence_label"] = first_flags(label, cu_seqlens)
         output = supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
     return output._replace(logprobs=shift_right(output.logprobs), weights=shift_right(output.weights))
 

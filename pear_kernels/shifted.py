@@ -14,11 +14,18 @@ TOP_K = ("top_k_ids", "top_k_logprobs")
 
 def first_tokens_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
     """Labels (B, T) with `ignore_index` where no earlier token of the same sequence can predict them."""
-    labels = labels.clone()
+    labels = torch.nn.functional.pad(labels, (0, 1))  # an empty sequence at the end of a pack begins at T
     labels[:, 0] = ignore_index
     if cu_seqlens is not None:
-        labels[0, cu_seqlens[:-1].long()] = ignore_index
-    return labels
+        labels[0, cu_seqlens[:-1].long().clamp(0, labels.shape[1] - 1)] = ignore_index
+    return labels[:, :-1].contiguous()
+
+
+def first_flags(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,) or (S,): the flag (B, T) at the first token of each sequence; that of an empty one means nothing."""
+    if cu_seqlens is None:
+        return flags[:, 0]
+    return flags[0, cu_seqlens[:-1].long().clamp(0, flags.shape[1] - 1)]
 
 
 def shift_left(x: Tensor, fill: float) -> Tensor:
@@ -63,8 +70,9 @@ def supervised_loss(
 
 
 def bounds(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """(S+1,) of a row (1, T) whose positions begin anew where a sequence does; None of other shapes."""
-    if position_ids is None or position_ids.shape != shape or shape[0] != 1:
+    """(S+1,) of a row (1, T) whose positions begin anew where a sequence does; None of other shapes, and
+    on the meta device, where there are no values to read."""
+    if position_ids is None or position_ids.shape != shape or shape[0] != 1 or position_ids.is_meta:
         return None
     starts = (position_ids[0].diff() != 1).nonzero()[:, 0] + 1
     return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), shape[1])])

@@ -131,7 +131,8 @@ def pack() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("pear", [True, False])
 def test_a_pack_is_its_sequences(pear, bounds):
     """Attention keeps them apart by `position_ids`; first tokens are no targets, and sums along a sequence stop."""
-    model = patch_causal_lm(make_lm("Llama", attn_implementation="sdpa"), level="token", gamma=0.9)
+    options = {"level": "token", "gamma": 0.9} if pear else {}
+    model = patch_causal_lm(make_lm("Llama", attn_implementation="sdpa"), **options)
     whole, parts = pack()
     if bounds == "cu_seq_lens_q":
         whole |= {"cu_seq_lens_q": torch.tensor([0, *LENGTHS]).cumsum(0).int(), "max_length_q": max(LENGTHS)}
@@ -145,6 +146,21 @@ def test_a_pack_is_its_sequences(pear, bounds):
     output = model(**whole)
     assert output.loss.item() == pytest.approx(sum(part.loss for part in losses).item(), rel=1e-9)
     torch.testing.assert_close(output.log_probs, torch.cat([part.log_probs for part in losses], dim=1))
+
+
+@pytest.mark.parametrize("options", [{}, {"level": "token"}, {"reduction": "sequence_mean"}, {"weighting": "dft"}])
+@pytest.mark.parametrize(
+    "more", [[0, 4, 5, 11, 14, 14], [0, 4, 5, 11, 14, 14, 14], [0, 0, 4, 4, 5, 11, 14], [0, 4, 5, 11, 11, 14]]
+)
+def test_empty_sequences_of_a_pack_change_nothing(options, more):
+    """Ones at the end fill up bounds of a fixed length; others may be what filters left."""
+    model = patch_causal_lm(make_lm("Llama", attn_implementation="sdpa"), **options)
+    whole, _ = pack()
+    if "level" not in options:
+        del whole["behavior_logprobs"]
+    expected, found = (model(**whole, cu_seq_lens_q=torch.tensor(bounds).int()) for bounds in ([0, 4, 5, 11, 14], more))
+    assert found.loss.item() == expected.loss.item() and torch.equal(found.log_probs, expected.log_probs)
+    assert (found.log_probs[0, [0, 4, 5, 11]] == 0).all() and (found.log_probs < 0).sum() == 10
 
 
 def test_labels_that_are_shifted_already():
@@ -557,6 +573,8 @@ def test_bad_options_are_refused_before_the_model_is_touched(options, error, mes
         ({}, {"logits_to_keep": 3}, "leave logits_to_keep out"),
         ({}, {"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q is of a pack"),
         ({"reduction": "sequence_mean"}, {"num_items_in_batch": 3}, "num_items_in_batch counts tokens"),
+        ({"level": "token"}, {}, r"behavior_logprobs is missing.*level='token'.*in evaluation too.*weighting=\"none\""),
+        ({"center": True}, {"block_ids": torch.zeros(2, 9).long()}, "block_ids is given without behavior_logprobs"),
         ({}, {"labels": batch()["labels"] + 99}, r"target must be in \[0, 131\)"),
         ({}, {"input_ids": None}, "exactly one of input_ids or inputs_embeds"),  # transformers' own
     ],
@@ -565,7 +583,30 @@ def test_bad_calls(options, inputs, message):
     model = patch_causal_lm(make_lm("Llama"), **options)
     with pytest.raises(ValueError, match=message):
         model(**batch() | inputs)
-    assert model(**batch() | ({"ref_logprobs": column()} if options == {"weighting": "psft"} else {})).loss > 0
+    columns = {"ref_logprobs": column()} if options == {"weighting": "psft"} else {}
+    columns |= {"behavior_logprobs": column()} if options.keys() & {"level", "center"} else {}
+    assert model(**batch() | columns).loss > 0
+
+
+def test_plain_cross_entropy_of_a_model_that_had_options_of_pears():
+    model = patch_causal_lm(make_lm("Llama"), level="token")
+    patch_causal_lm(model, weighting="none")
+    assert model(**batch()).loss.item() == patch_causal_lm(make_lm("Llama"))(**batch()).loss.item()
+
+
+def test_a_patched_model_without_data_has_shapes():
+    """On the meta device, as the unpatched one: for memory and FLOPs before there are weights."""
+    with torch.device("meta"):
+        model = make_lm("Llama", torch.float32)
+        ids = torch.zeros(1, 9, dtype=torch.long)
+        inputs = {"input_ids": ids, "labels": ids, "position_ids": ids, "attention_mask": ids}
+        behavior = {"behavior_logprobs": torch.zeros(1, 9)}
+    patch_causal_lm(model)
+    for columns in ({}, behavior, {**behavior, "cu_seq_lens_q": ids[0, :3].int()}):
+        output = model(**inputs, **columns)
+        assert output.loss.is_meta and output.loss.shape == () and output.log_probs.shape == (1, 9)
+        output.loss.backward()
+        assert all(gradient.is_meta for gradient in gradients(model).values())
 
 
 def test_an_error_within_the_forward_leaves_the_head_and_the_loss_as_they_were():
