@@ -9,12 +9,38 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(
+from pear.command_line import PearCommand, PearGroup
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **kwargs):
+        return super().command(name, cls=PearCommand, **kwargs)
+
+
+app = _App(
+    cls=PearGroup,
     help="Fine-tune language models with PEAR weights: score -> sft -> rl -> eval.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"pear {version('pear-kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -338,7 +364,7 @@ def plan(
     bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = True,
     optim: Annotated[str, typer.Option(help="Transformers' name of the optimizer.")] = "adamw_torch_fused",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient_checkpointing/--no-gradient_checkpointing", help="Of the layers.")
+        bool, typer.Option("--gradient_checkpointing/--no_gradient_checkpointing", help="Of the layers.")
     ] = True,
     activation_offloading: Annotated[
         bool, typer.Option("--offload", "--activation_offloading", help="Hidden states between layers to the host.")

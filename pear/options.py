@@ -1,14 +1,44 @@
 """What the commands of both trainers do with a command line: parse it, find the model's name, and load it safely."""
 
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from pear.command_line import unknown_option, with_underscores
 from pear.io import DataError
+
+
+class Parser(TrlParser):
+    """TRL's parser: options in full, switches alone or with a value, and a mistake is a DataError of one line."""
+
+    def __init__(self, kinds: tuple[type, ...], command: str) -> None:
+        super().__init__(kinds, prog=command, allow_abbrev=False)
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:  # default None
+                action.nargs, action.const = "?", True
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            if unknown[0].startswith("--"):
+                self.error(unknown_option(unknown[0].partition("=")[0], self._option_string_actions))
+            self.error(f"{unknown[0]!r} belongs to no option: an option is written --name value")
+        return found, unknown
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        known = {action.dest for action in self._actions}
+        for key in config:
+            if key not in known:
+                self.error(f"of the configuration file: {unknown_option(key, known)}")
+        return super().set_defaults_with_config(**config)
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(message)
 
 
 def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> tuple[Any, ...]:
@@ -17,9 +47,16 @@ def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> 
     Raises:
         DataError: an option that is unknown or wrong, or a configuration file that cannot be read.
     """
-    parser = TrlParser(kinds, prog=command)
+    parser = Parser(kinds, command)
+    line = with_underscores(sys.argv[1:] if argv is None else argv)
+    line = [part for word in line for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in line[-1:] or line.count("--config") > 1:
+        raise DataError(f"options of {command}: --config takes the path of one YAML file")
     try:
-        return parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+        with warnings.catch_warnings():
+            # TRL's configs set gradient_checkpointing, whose new name no user's command line can answer for
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            return parser.parse_args_and_config(line)
     except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
         raise DataError(f"options of {command}: {error}") from error
 
