@@ -73,7 +73,7 @@ def score(
         str,
         typer.Option(
             help="Where the log-probs go: behavior_logprobs, or ref_logprobs beside what a row has; none: nowhere, for "
-            "the --top-k of a teacher that did not write the responses."
+            "the --top_k of a teacher that did not write the responses."
         ),
     ] = "behavior_logprobs",
     top_k: Annotated[
@@ -288,7 +288,7 @@ def inspect(
     log_weight_clip: Annotated[
         tuple[float, float], typer.Option(help="Clip of each weight's logarithm.", metavar="LOW HIGH")
     ] = (-10.0, 5.0),
-    clip_blocks: Annotated[bool, typer.Option("--clip-blocks", help="Clip blocks, not tokens (ours).")] = False,
+    clip_blocks: Annotated[bool, typer.Option("--clip_blocks", help="Clip blocks, not tokens (ours).")] = False,
     center: Annotated[bool, typer.Option("--center", help="Subtract each response's mean delta (ours).")] = False,
     clip_length: Annotated[
         int | None, typer.Option(help="Narrow the log-ratio's clip in responses longer than this (ours).")

@@ -229,7 +229,7 @@ def _origin(key: str) -> str:
     if key == "ref_logprobs":
         return "`pear score --column ref_logprobs` writes it."
     if key in TOP_K_COLUMNS:
-        return "`pear score --column none --top-k K` writes `top_k_ids` and `top_k_logprobs`."
+        return "`pear score --column none --top_k K` writes `top_k_ids` and `top_k_logprobs`."
     return "is this the output of `pear score`?"
 
 
@@ -247,7 +247,7 @@ def _check_logprobs(logprobs: list, mask: list, key: str, where: str) -> None:
 
 def _check_top_k(row: dict[str, Any], where: str) -> None:
     """Both columns at every completion token. The first check of a token is quick; the second finds what is wrong."""
-    again = "Score the row again with `pear score --column none --top-k K`."
+    again = "Score the row again with `pear score --column none --top_k K`."
     k = None
     for t, bit in enumerate(row["completion_mask"]):
         if not bit:

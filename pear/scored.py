@@ -50,7 +50,7 @@ FEATURES = {  # of L tokens; the lists of K are empty at prompts
 WRITTEN_BY = {
     "ref_logprobs": "`pear score --column ref_logprobs --model <initial student> --data {file} --out {file}` writes it"
     "; or, with weighting asft, pass --teacher <initial student>, which is held in memory",
-    "top_k_ids": "`pear score --column none --top-k K --top-k-temperature {temperature:g} --model <teacher> --data "
+    "top_k_ids": "`pear score --column none --top_k K --top_k_temperature {temperature:g} --model <teacher> --data "
     "{file} --out {file}` writes it, and every log-prob stays as it is; or pass --teacher, which is held in memory",
 }
 UNALIGNED = ("error", "skip")

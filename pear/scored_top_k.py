@@ -34,7 +34,7 @@ def check_top_k(row: dict[str, Any], temperature: float, earlier: list[list[np.n
         raise DataError(
             f"{where}: the top-k log-probs are at top_k_temperature = {found:g}, but distill_temperature = "
             f"{temperature:g}: pass --distill_temperature {found:g}, or score again with `pear score "
-            f"--column none --top-k K --top-k-temperature {temperature:g}`"
+            f"--column none --top_k K --top_k_temperature {temperature:g}`"
         )
     k = len(row["top_k_ids"][row["completion_mask"].index(1)])
     if earlier and k != (first := max(map(len, earlier[0]))):

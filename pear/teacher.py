@@ -40,7 +40,7 @@ class HeldTeacher:
         if is_deepspeed_zero3_enabled():
             raise DataError(
                 "a teacher in memory does not go with DeepSpeed ZeRO-3, which shards whatever is loaded; write its "
-                "top-k log-probs into the data instead, by `pear score --column none --top-k K` (for weighting asft: "
+                "top-k log-probs into the data instead, by `pear score --column none --top_k K` (for weighting asft: "
                 "`pear score --column ref_logprobs`), and pass no teacher"
             )
         if model is student:
@@ -73,7 +73,7 @@ def _common_rows(teacher: int, student: int, tokenizer: PreTrainedTokenizerBase)
         raise DataError(
             f"{sizes}, of which it cannot judge the last {student - teacher}. Give a teacher with a head of at least "
             "that size, or distil from its top-k log-probs, whose head may be shorter: `pear score --column none "
-            "--top-k K`."
+            "--top_k K`."
         )
     tokens = max(tokenizer.get_vocab().values()) + 1  # not len(), which is less where ids are left out
     if tokens > student:

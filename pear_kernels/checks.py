@@ -570,7 +570,7 @@ def check_weights(weights: Tensor, valid: Tensor) -> None:
 @value_check
 def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor, vocabulary: int) -> None:
     """Of tokens that count: ids in the vocabulary and distinct, log-probs descending, with a sum of at most 1."""
-    again = "write them again with `pear score --top-k`"
+    again = "write them again with `pear score --top_k`"
 
     def rule(good: Tensor, words: str, found: Callable[[int], str]) -> None:
         bad = valid & ~good

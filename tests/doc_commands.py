@@ -84,7 +84,7 @@ def check_pear(words: list[str]) -> None:
 
 def options_of(trainer: str) -> argparse.ArgumentParser:
     """The parser of `pear sft` or `pear rl`, from the dataclasses that its command reads."""
-    from trl import TrlParser
+    from pear.options import Parser
 
     module = importlib.import_module(f"pear.{trainer}")
 
@@ -96,7 +96,7 @@ def options_of(trainer: str) -> argparse.ArgumentParser:
 
     with mock.patch.object(module, "parse", parse), pytest.raises(Asked) as asked:
         module.main([])
-    return TrlParser(asked.value.args[0])
+    return Parser(asked.value.args[0], trainer)
 
 
 def check_parser(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -106,8 +106,8 @@ def check_parser(parser: argparse.ArgumentParser, words: list[str]) -> None:
     try:
         with contextlib.redirect_stderr(told):
             _, unknown = argparse.ArgumentParser.parse_known_args(parser, words)
-    except SystemExit:
-        raise Wrong(told.getvalue()) from None
+    except (SystemExit, ValueError) as error:
+        raise Wrong(told.getvalue() or error) from None
     if unknown:
         raise Wrong(f"unknown options: {unknown}")
 

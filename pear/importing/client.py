@@ -72,7 +72,7 @@ def read_key(name: str | None, default: str) -> str | None:
     key = os.environ.get(name or default, "").strip()
     if not key:
         if name is not None:
-            raise DataError(f"--api-key-env {name}: no such environment variable, or it is empty")
+            raise DataError(f"--api_key_env {name}: no such environment variable, or it is empty")
         return None
     if not key.isascii() or not key.isprintable() or " " in key:
         raise DataError(
@@ -100,7 +100,7 @@ class Client:
             raise DataError(f"--url must look like http://host:port/v1, got {_without_login(url)!r}")
         if "@" in parts.netloc or parts.query:
             raise DataError(
-                "--url must hold no user, password or query: a key comes from the environment (--api-key-env)"
+                "--url must hold no user, password or query: a key comes from the environment (--api_key_env)"
             )
         try:
             self._port = parts.port
@@ -183,9 +183,9 @@ class Client:
         if status in (400, 413, 422) and any(word in text.lower() for word in _TOO_LONG):
             raise Reject(f"too long for the model: the server answered {status} ({said})")
         hints = {
-            401: " Is the key right (--api-key-env)?",
+            401: " Is the key right (--api_key_env)?",
             403: " May this key use the model?",
-            404: " Does --url end in /v1, and is --server-model served there?",
+            404: " Does --url end in /v1, and is --server_model served there?",
         }
         moved = " Redirects are not followed: give the new address." if 300 <= status < 400 else ""
         raise ServerError(

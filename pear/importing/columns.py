@@ -22,7 +22,7 @@ def reader(
     completion is tokenised again, which needs the policy's tokenizer and equal counts.
     """
     if ids is not None and tokens is not None:
-        raise DataError("--ids-column and --tokens-column: give one; ids are exact, so that one if you have both")
+        raise DataError("--ids_column and --tokens_column: give one; ids are exact, so that one if you have both")
     chat, prompt = prompt is None, prompt or "prompt"
     taken = {prompt, completion, logprobs, ids, tokens, policy, "behavior_policy", "messages"}
 

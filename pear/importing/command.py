@@ -39,8 +39,8 @@ def run(
         raise DataError(f"--{next(iter(columns))}-column goes with --source jsonl, got --source {source}")
     known = {name: value for name, value in sampling.items() if value is not None}
     if url is None:
-        asked = {"--server-model": server_model, "--max-tokens": max_tokens, "--seed": seed}
-        asked |= {"--extra-body": extra_body, "--api-key-env": api_key_env, "--n": None if n == 1 else n}
+        asked = {"--server_model": server_model, "--max_tokens": max_tokens, "--seed": seed}
+        asked |= {"--extra_body": extra_body, "--api_key_env": api_key_env, "--n": None if n == 1 else n}
         if given := [name for name, value in asked.items() if value is not None]:
             raise DataError(f"{given[0]} is about asking a server: give its --url too")
         client, request = None, None
@@ -71,9 +71,9 @@ def _json(text: str | None) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DataError(f"--extra-body must be a JSON object: {error}") from None
+        raise DataError(f"--extra_body must be a JSON object: {error}") from None
     if not isinstance(value, dict):
-        raise DataError(f"--extra-body must be a JSON object, got {type(value).__name__}")
+        raise DataError(f"--extra_body must be a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -46,7 +46,7 @@ class Live:
         if n < 1:
             raise DataError(f"--n must be at least 1, got {n}")
         if taken := sorted(set(extra or {}) & set(OURS)):
-            raise DataError(f"--extra-body must not hold {', '.join(taken)}: the command itself sets it")
+            raise DataError(f"--extra_body must not hold {', '.join(taken)}: the command itself sets it")
         self.client, self.tokenizer, self.n = client, tokenizer, n
         self.kind, self.model = self._look(model)
         self.sampling = {**sampling, **NEUTRAL.get(self.kind, {}), **(extra or {})}
@@ -67,7 +67,7 @@ class Live:
             if model is None:
                 raise DataError(
                     f"{self.client.url}/models: {error}. Is the server running, and --url right? If it cannot list its "
-                    "models, name one: --server-model."
+                    "models, name one: --server_model."
                 ) from None
             listed = None
         except Reject as error:
@@ -77,7 +77,7 @@ class Live:
         if model is None:
             if len(models) != 1:
                 names = ", ".join(item["id"] for item in models[:20]) or "none"
-                raise DataError(f"--server-model: name the model to ask; the server lists {names}")
+                raise DataError(f"--server_model: name the model to ask; the server lists {names}")
             model = models[0]["id"]
         return next((kind for kind in kinds if kind in NEUTRAL), "openai"), model
 

@@ -52,7 +52,7 @@ def _warnings(counts: dict[str, Any], listed: list[dict[str, Any]]) -> list[str]
     for entry in _settings(counts):
         if entry["settings"] is None:
             said.append(
-                f"{entry['rows']} rows: the data does not tell how they were sampled; give --temperature, --top-p and "
+                f"{entry['rows']} rows: the data does not tell how they were sampled; give --temperature, --top_p and "
                 "the others if they were not 1 or off, since ratios depend on it"
             )
         elif words := sampling.bias(entry["settings"]):

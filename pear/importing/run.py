@@ -181,7 +181,7 @@ def _check_settings(
     if client is not None and source != "openai":
         raise DataError(f"--url goes with --source openai, got {source}")
     if logprobs_of not in (None, *STAGES):
-        raise DataError(f"--logprobs-of must be one of {', '.join(STAGES)}, got {logprobs_of!r}")
+        raise DataError(f"--logprobs_of must be one of {', '.join(STAGES)}, got {logprobs_of!r}")
     if jobs < 1:
         raise DataError(f"--jobs must be at least 1, got {jobs}")
     if unknown := sorted(set(settings or {}) - set(KEYS)):

@@ -53,7 +53,7 @@ def bias(sampling: dict[str, Any]) -> str | None:
     if stage not in STAGES:
         words.append(
             "nothing tells whether the log-probs are of the model's own distribution or of the one that was drawn "
-            "from: say --logprobs-of raw, tempered or processed"
+            "from: say --logprobs_of raw, tempered or processed"
         )
     if stage == "raw" and (tempered or truncated or penalized):
         words.append(

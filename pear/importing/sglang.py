@@ -6,7 +6,7 @@ A record is that dict, with the `prompt` it answers (or `messages`) put beside: 
 `sampling_params` may stand beside.
 
 Log-probs are of the tempered distribution (logits / temperature, before top-p and top-k) unless the engine ran with
-SGLANG_RETURN_ORIGINAL_LOGPROB=1; then say `--logprobs-of raw`.
+SGLANG_RETURN_ORIGINAL_LOGPROB=1; then say `--logprobs_of raw`.
 """
 
 from collections.abc import Iterator

@@ -188,7 +188,7 @@ def _too_long(data: Data) -> Finding:
     return Finding(
         "too_long",
         "note",
-        f"{count(len(data.too_long), 'row')} longer than --max-length are not looked at ({listed(data.too_long)}); "
+        f"{count(len(data.too_long), 'row')} longer than --max_length are not looked at ({listed(data.too_long)}); "
         "`pear sft` leaves them out by its own --max_length.",
     )
 

@@ -156,7 +156,7 @@ def test_scores_weights_and_loss_of_mixed_data_are_those_of_full_logits(folder):
     assert min(weights) < 0.7 < 1.4 < max(weights)  # the case says something
     assert SHAPES == {(1, 1), (1, 2), (2, 1), (2, 2)}, SHAPES
 
-    options = ["--gamma", GAMMA, "--log-ratio-clip", LOW, HIGH]
+    options = ["--gamma", GAMMA, "--log_ratio_clip", LOW, HIGH]
     run("inspect", "--data", scored, "--model", folder / "student", *options, "--json", folder / "report.json",
         "--html", folder / "page.html")  # fmt: skip
     report = json.loads((folder / "report.json").read_text())

@@ -262,7 +262,7 @@ def test_a_server_that_goes_away_is_not_asked_for_every_row(monkeypatch, tmp_pat
 def test_a_server_without_a_list_of_models(tmp_path, monkeypatch):
     monkeypatch.setattr("server_faulty.Handler.do_GET", lambda self: self._send(404, b"not here"))
     with serving() as server:
-        with pytest.raises(DataError, match="--server-model: name the model to ask"):
+        with pytest.raises(DataError, match="--server_model: name the model to ask"):
             ask(server.url, tmp_path)
         result = ask(server.url, tmp_path, server_model="tiny")
     assert (result["written"], result["server"]["model"]) == (12, "tiny")
@@ -322,7 +322,7 @@ def test_the_key_reaches_no_file_and_no_message(status, tmp_path, monkeypatch):
     data = make_data(tmp_path)
     with serving(lambda _, number: (status, body, headers)) as server:
         arguments = ["import", "--source", "openai", "--url", server.url, "--data", str(data), "--out",
-                     str(tmp_path / "out.jsonl"), "--api-key-env", "MY_KEY", "--retries", "0"]  # fmt: skip
+                     str(tmp_path / "out.jsonl"), "--api_key_env", "MY_KEY", "--retries", "0"]  # fmt: skip
         result = CliRunner().invoke(app, arguments)
         assert server.authorizations[0] == f"Bearer {KEY}"
     assert result.exit_code == (3 if status == 500 else 1)

@@ -180,15 +180,15 @@ def test_what_is_imported_trains(llama_url, policy_folder, prompts, tmp_path):
 def test_the_command_asks_a_real_server(llama_url, policy_folder, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     out = tmp_path / "out.jsonl"
-    arguments = ["import", "--source", "openai", "--url", llama_url, "--server-model", NAME, "--data", str(prompts),
-                 "--out", str(out), "--tokenizer", str(policy_folder), "--max-tokens", "5", "--seed", "3",
+    arguments = ["import", "--source", "openai", "--url", llama_url, "--server_model", NAME, "--data", str(prompts),
+                 "--out", str(out), "--tokenizer", str(policy_folder), "--max_tokens", "5", "--seed", "3",
                  "--temperature", "0.7"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output + result.stderr
     assert "4 rows of 4 records: 4 token rows; " in result.output and "temperature 0.7" in result.output
     assert len(list(read_jsonl(out))) == 4
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-0987654321")
-    result = CliRunner().invoke(app, [*arguments, "--no-resume"])
+    result = CliRunner().invoke(app, [*arguments, "--no_resume"])
     assert result.exit_code == 1 and "answered 401" in result.stderr and "0987654321" not in result.stderr
 
 

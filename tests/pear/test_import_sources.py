@@ -750,11 +750,11 @@ def test_sampling_is_noted_and_what_it_biases(told, tmp_path):
     rows, result = run(tmp_path, "openai", [text_record(t) for t in text])
     assert all(row["behavior_sampling"] == SAMPLING for row in rows)
     (warning,) = [w for w in result["warnings"] if "temperature 0.7" in w]
-    assert "--logprobs-of" in warning and "no weight brings those back" in warning
+    assert "--logprobs_of" in warning and "no weight brings those back" in warning
     rows, result = run(tmp_path, "openai", [text_record(t) for t in text], logprobs_of="processed")
     assert rows[0]["behavior_sampling"]["logprobs"] == "processed"
     (warning,) = [w for w in result["warnings"] if "temperature 0.7" in w]
-    assert "--logprobs-of" not in warning and "temperature 1" not in warning and "no weight" in warning
+    assert "--logprobs_of" not in warning and "temperature 1" not in warning and "no weight" in warning
 
     plain = [{"prompt": t.prompt, "completion": t.text, "logprobs": t.logprobs, "tokens": t.tokens} for t in text]
     columns = {"tokens": "tokens"}
@@ -893,18 +893,18 @@ def test_the_command_says_what_it_did_and_its_status_tells_of_rejects(told, fold
     "arguments, message",
     [
         (["--source", "ollama"], "--source must be one of"),
-        (["--source", "vllm", "--prompt-column", "q"], "--source jsonl"),
+        (["--source", "vllm", "--prompt_column", "q"], "--source jsonl"),
         (["--source", "vllm", "--seed", "1"], "give its --url"),
         (["--source", "vllm", "--n", "2"], "give its --url"),
-        (["--source", "vllm", "--logprobs-of", "cooked"], "--logprobs-of must be one of"),
+        (["--source", "vllm", "--logprobs_of", "cooked"], "--logprobs_of must be one of"),
         (["--source", "vllm", "--url", "http://127.0.0.1:9/v1"], "--source openai"),
         (["--source", "openai", "--url", "127.0.0.1:9"], "http://host:port/v1"),
         (["--source", "openai", "--url", "http://me:pw@127.0.0.1:9/v1"], "no user, password"),
-        (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--extra-body", "{"], "JSON object"),
+        (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--extra_body", "{"], "JSON object"),
         (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--jobs", "0"], "--jobs"),
         (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--timeout", "0"], "--timeout"),
         (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--retries", "-1"], "--retries"),
-        (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--api-key-env", "PEAR_NOT_SET"], "PEAR_NOT_SET"),
+        (["--source", "openai", "--url", "http://127.0.0.1:9/v1", "--api_key_env", "PEAR_NOT_SET"], "PEAR_NOT_SET"),
     ],
 )
 def test_settings_that_do_not_go_together(arguments, message, jsonl, tmp_path):

@@ -164,7 +164,7 @@ def test_command_writes_equal_bytes_and_prints_the_advice(student, files, tmp_pa
     outputs = []
     for place in ("a", "b"):
         files_of = [str(tmp_path / place / name) for name in ("page.html", "report.json")]
-        command = ["inspect", "--data", str(files["mixed"]), "--model", student, "--log-ratio-clip", "-0.05", "0.2"]
+        command = ["inspect", "--data", str(files["mixed"]), "--model", student, "--log_ratio_clip", "-0.05", "0.2"]
         found = CliRunner().invoke(app, [*command, "--html", files_of[0], "--json", files_of[1], "--rows", "4"])
         assert found.exit_code == 0, found.output
         outputs.append([Path(path).read_bytes() for path in files_of])

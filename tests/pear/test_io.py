@@ -229,14 +229,14 @@ def test_bad_optional_column_is_named_with_position_value_and_remedy(change, mes
     with pytest.raises(DataError, match=f"^f:7: .*{message}") as error:
         check_scored_row(full_row(**change), "f:7")
     if message.startswith("`top_k") and "one length" not in message:
-        assert "Score the row again with `pear score --column none --top-k K`" in str(error.value)
+        assert "Score the row again with `pear score --column none --top_k K`" in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["top_k_ids", "top_k_logprobs"])
 def test_one_column_of_top_k_without_the_other_is_an_error(key):
     row = full_row()
     del row[key]
-    with pytest.raises(DataError, match=f"f:7: no `{key}`; `pear score --column none --top-k K` writes"):
+    with pytest.raises(DataError, match=f"f:7: no `{key}`; `pear score --column none --top_k K` writes"):
         check_scored_row(row, "f:7")
 
 

@@ -550,13 +550,13 @@ def test_wrong_answers_are_never_trained_on_silently(tokenizer, rows, make_train
 def test_top_k_that_is_missing_or_at_another_temperature(tokenizer, rows, tmp_path):
     columns = make_config(tmp_path, distill="forward").more_columns()
     path = write(tmp_path / "s.jsonl", drop(rows, "top_k_ids", "top_k_logprobs"))
-    command = f"pear score --column none --top-k K --top-k-temperature 2 --model <teacher> --data {path} --out {path}"
+    command = f"pear score --column none --top_k K --top_k_temperature 2 --model <teacher> --data {path} --out {path}"
     message = rf"s.jsonl:1: no `top_k_ids`: `{command}` writes it, and every log-prob stays .*; or pass --teacher"
     with pytest.raises(DataError, match=message):
         load_scored(path, tokenizer, columns=columns, temperature=2.0)
     path = write(tmp_path / "s.jsonl", rows)
     message = "s.jsonl:1: .*at top_k_temperature = 1, but distill_temperature = 2: pass --distill_temperature 1"
-    message += ", or score again with `pear score --column none --top-k K --top-k-temperature 2`"
+    message += ", or score again with `pear score --column none --top_k K --top_k_temperature 2`"
     with pytest.raises(DataError, match=message):
         load_scored(path, tokenizer, columns=columns, temperature=2.0)
     data = load_scored(path, tokenizer, columns=columns)
@@ -866,7 +866,7 @@ def test_command_line_refuses_teachers_of_other_tokens(folders, rows, tokenizer,
 
 
 def test_command_line_with_heads_of_two_sizes(tokenizer, student, jsonl, text_rows, tmp_path, caplog):
-    """`pear score --top-k` and `--teacher` with a longer head than the student's; another tokenizer names both."""
+    """`pear score --top_k` and `--teacher` with a longer head than the student's; another tokenizer names both."""
     longer = make_model(tokenizer, seed=5)  # a llama too, since transformers adds a token to tokenizers of qwen2
     small, large, other = (tmp_path / name for name in ("small", "large", "other"))
     more = make_tokenizer()
@@ -906,7 +906,7 @@ def test_top_k_from_score_to_sft(folders, jsonl, text_rows, tmp_path):
     from pear.cli import app
 
     scored, k = tmp_path / "scored.jsonl", 60
-    top = ["--column", "none", "--top-k", k, "--top-k-temperature", 2]
+    top = ["--column", "none", "--top_k", k, "--top_k_temperature", 2]
     for model, data, more in ((folders[0], jsonl(text_rows), []), (folders[1], scored, top)):
         command = ["score", "--model", model, "--data", data, "--out", scored, *more]
         result = CliRunner().invoke(app, [str(part) for part in command])

@@ -861,7 +861,7 @@ def test_command_line(save_model, jsonl, tmp_path, text_rows):
     assert len(list(read_jsonl(out))) == len(text_rows)
     run = CliRunner().invoke(
         app, ["score", "--model", str(folder), "--data", str(out), "--out", str(out), "--column", "ref_logprobs"]
-        + ["--top-k", "3", "--top-k-temperature", "2"]
+        + ["--top_k", "3", "--top_k_temperature", "2"]
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     assert "response tokens, each with the 3 most likely at temperature 2, mean log-prob" in run.output
@@ -873,7 +873,7 @@ def test_command_line(save_model, jsonl, tmp_path, text_rows):
     run = CliRunner().invoke(app, line)
     assert run.exit_code == 1 and "error: column = 'none' without top_k: there would be nothing" in run.output
     assert read(out) == before
-    run = CliRunner().invoke(app, [*line, "--top-k", "4"])
+    run = CliRunner().invoke(app, [*line, "--top_k", "4"])
     assert run.exit_code == 0, run.output
     assert "each with the 4 most likely at temperature 1, mean log-prob" in run.output
     for old, row in zip(before, read(out), strict=True):

@@ -247,7 +247,7 @@ def test_accelerate_launches_it(place, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    options = ["--data", arguments["data"], "--fallback", arguments["fallback"], "--batch-tokens", "120"]
+    options = ["--data", arguments["data"], "--fallback", arguments["fallback"], "--batch_tokens", "120"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launch, "--multi_gpu", "-m", "pear", "score", *options, "--out", str(tmp_path / "out")]
