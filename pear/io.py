@@ -8,8 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from pear.formats import HEAD, json_hint, other_format
+from pear.strict_json import HALF_PAIR, find_half_pair, parse_json, unwritable
+
+MAX_FLOAT32, MAX_INT32 = 3.4028234e38, 2**31 - 1  # log-probs become float32, token ids int32
 MAX_LOGPROB = 1e-4  # a log-prob may exceed zero by rounding, never by more
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,16 +40,20 @@ def line_list(numbers: Sequence[int], most: int = 20) -> str:
 # Reading
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike, *, whole_text: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line_number, row)`, counting lines from 1. Lines of only white space are no rows.
 
+    `whole_text` False also yields rows with half of a surrogate pair in a string, which UTF-8 cannot hold.
+
     Raises:
-        DataError: no such file, or a line that is not UTF-8, not JSON or no JSON object; with file and line.
+        DataError: no such file, a file of another format, or a line that is not UTF-8, not JSON or no JSON object; with
+            file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (expected JSONL, one JSON object a line)")
-    with open(path, "rb") as file:
+    with open_input(path, "JSONL, one JSON object a line") as file:
+        if other := other_format(path, file.read(HEAD)):
+            raise DataError(f"{path}: {other}")
+        file.seek(0)
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -54,15 +62,116 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line:
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except json.JSONDecodeError as error:
-                found = _shorten(line)
-                raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}: {found}") from None
-            if not isinstance(row, dict):
+                found, hint = _shorten(line), json_hint(path, line, error.pos, number)
                 raise DataError(
-                    f"{path}:{number}: expected a JSON object with keys, got {type(row).__name__}: {_shorten(line)}"
+                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}: {found}{hint}"
+                ) from None
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: cannot be read: {error}: {_shorten(line)}") from None
+            if not isinstance(row, dict):
+                hint = ""
+                if isinstance(row, list) and number == 1:
+                    hint = f". For a JSON array of rows: jq -c '.[]' {path} > rows.jsonl"
+                raise DataError(
+                    f"{path}:{number}: expected a JSON object with keys, got {type(row).__name__}: "
+                    f"{_shorten(line)}{hint}"
+                )
+            if whole_text and HALF_PAIR.search(raw) and (place := find_half_pair(row)):
+                raise DataError(
+                    f"{path}:{number}: {place} holds half of a surrogate pair, which is no character and cannot be "
+                    "written as UTF-8. A text was cut inside an emoji, say: take the half out."
                 )
             yield number, row
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        DataError: no such file, or one that holds something else.
+    """
+    path = Path(path)
+    try:
+        value = parse_json(_text(path, "a JSON object"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object with keys, got {type(value).__name__}")
+    return value
+
+
+def read_yaml(path: str | os.PathLike, expected: str) -> Any:
+    """What a YAML file holds; `expected` says what that is to be, for messages.
+
+    Raises:
+        DataError: no such file, no YAML, or YAML that nests or repeats itself without bound.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        value = yaml.safe_load(_text(path, expected))
+        size = _expanded(value, {})
+    except RecursionError:
+        raise DataError(f"{path}: nested too deep (expected {expected})") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML: {' '.join(str(error).split())} (expected {expected})") from None
+    except ValueError as error:  # a date that is none, an integer of 5000 digits
+        raise error if isinstance(error, DataError) else DataError(f"{path}: not YAML: {error}") from None
+    if size > MAX_YAML:
+        raise DataError(f"{path}: its aliases stand for more than {MAX_YAML} values (expected {expected})")
+    return value
+
+
+def _text(path: Path, expected: str) -> str:
+    with open_input(path, expected) as file:
+        raw = file.read()
+    if other := other_format(path, raw[:HEAD]):
+        raise DataError(f"{path}: {other}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+MAX_YAML = 1_000_000  # values, each alias counted as all that it stands for
+
+
+def _expanded(value: Any, sizes: dict[int, int]) -> int:
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = MAX_YAML + 1  # of a value that holds itself
+        items = value if isinstance(value, list) else [item for pair in value.items() for item in pair]
+        sizes[id(value)] = 1 + sum(_expanded(item, sizes) for item in items)
+    return sizes[id(value)]
+
+
+@contextlib.contextmanager
+def open_input(path: Path, expected: str) -> Iterator[BinaryIO]:
+    """A file of the user's, open for reading bytes. DataError: there is none, or it cannot be read."""
+    try:
+        if path.is_dir():
+            raise DataError(f"{path}: a folder; give a file in it (expected {expected})")
+        if not path.exists():
+            raise DataError(f"{path}: no such file (expected {expected})")
+        if not path.is_file():
+            raise DataError(f"{path}: no regular file, and it is read more than once: give a file ({expected})")
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{_shorten(str(path))}: cannot be read: {error.strerror or error}") from None
+    with file:
+        yield file
+
+
+def check_writable(row: dict[str, Any], where: str) -> None:
+    """Raise where a row that is to be written again holds what JSON cannot: NaN (of pandas, say) or an infinity."""
+    if reason := unwritable(row):
+        raise DataError(f"{where}: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,11 +306,11 @@ def check_scored_row(row: dict[str, Any], where: str, needs: tuple[str, ...] = (
         )
     ids, mask = lists["input_ids"], lists["completion_mask"]
     for t, token in enumerate(ids):
-        if type(token) is not int or token < 0:
-            raise DataError(f"{where}: `input_ids[{t}]` must be a token id >= 0, got {token!r}")
+        if type(token) is not int or not 0 <= token <= MAX_INT32:
+            raise DataError(f"{where}: `input_ids[{t}]` must be a token id >= 0, got {token!r:.100}")
     for t, bit in enumerate(mask):
         if type(bit) not in (int, bool) or bit not in (0, 1):
-            raise DataError(f"{where}: `completion_mask[{t}]` must be 0 or 1, got {bit!r}")
+            raise DataError(f"{where}: `completion_mask[{t}]` must be 0 or 1, got {bit!r:.100}")
     if 1 not in mask:
         raise DataError(f"{where}: no completion: `completion_mask` has no 1 in {len(mask)} tokens")
     if mask[0]:
@@ -236,12 +345,12 @@ def _origin(key: str) -> str:
 def _check_logprobs(logprobs: list, mask: list, key: str, where: str) -> None:
     again = "`pear score`" if key == "behavior_logprobs" else f"`pear score --column {key}`"
     for t, value in enumerate(logprobs):
-        if type(value) not in (int, float):
-            raise DataError(f"{where}: `{key}[{t}]` must be a number, got {value!r}")
-        if mask[t] and not -math.inf < value <= MAX_LOGPROB:  # False for NaN too
+        if type(value) not in (int, float) or type(value) is int and abs(value) > MAX_FLOAT32:
+            raise DataError(f"{where}: `{key}[{t}]` must be a number, got {value!r:.100}")
+        if mask[t] and not -MAX_FLOAT32 <= value <= MAX_LOGPROB:  # False for NaN too
             raise DataError(
-                f"{where}: `{key}[{t}]` is {value!r}; a log-prob is finite and at most 0. Score the row again with "
-                f"{again}."
+                f"{where}: `{key}[{t}]` is {value!r:.100}; a log-prob is finite and at most 0. Score the row again "
+                f"with {again}."
             )
 
 
@@ -262,17 +371,17 @@ def _check_top_k(row: dict[str, Any], where: str) -> None:
                     f"{where}: `{key}[{t}]` must have K = {k} entries as the first completion token's ids have, got "
                     f"{len(values)}. {again}"
                 )
-        if set(map(type, ids)) != {int} or min(ids) < 0:
-            j = next(j for j, token in enumerate(ids) if type(token) is not int or token < 0)
-            raise DataError(f"{where}: `top_k_ids[{t}][{j}]` must be a token id >= 0, got {ids[j]!r}. {again}")
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_INT32:
+            j = next(j for j, token in enumerate(ids) if type(token) is not int or not 0 <= token <= MAX_INT32)
+            raise DataError(f"{where}: `top_k_ids[{t}][{j}]` must be a token id >= 0, got {ids[j]!r:.100}. {again}")
         if len(set(ids)) != k:
             twice = next(token for token in ids if ids.count(token) > 1)
             raise DataError(f"{where}: `top_k_ids[{t}]` has token {twice} twice. {again}")
-        if not set(map(type, logprobs)) <= {int, float} or not all(-math.inf < value < math.inf for value in logprobs):
-            numbers = (type(value) in (int, float) and -math.inf < value < math.inf for value in logprobs)
+        if not set(map(type, logprobs)) <= {int, float} or not all(abs(value) <= MAX_FLOAT32 for value in logprobs):
+            numbers = (type(value) in (int, float) and abs(value) <= MAX_FLOAT32 for value in logprobs)
             j = list(numbers).index(False)
             raise DataError(
-                f"{where}: `top_k_logprobs[{t}][{j}]` must be a finite number, got {logprobs[j]!r}. {again}"
+                f"{where}: `top_k_logprobs[{t}][{j}]` must be a finite number, got {logprobs[j]!r:.100}. {again}"
             )
         if sorted(logprobs, reverse=True) != logprobs:
             j = next(j for j in range(1, k) if logprobs[j] > logprobs[j - 1])
@@ -286,8 +395,8 @@ def _check_top_k(row: dict[str, Any], where: str) -> None:
                 f"{where}: `top_k_logprobs[{t}]`: the K probabilities sum to {total:.6g}, more than 1. {again}"
             )
     temperature = row.get("top_k_temperature", 1.0)
-    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        raise DataError(f"{where}: `top_k_temperature` must be a positive number, got {temperature!r}. {again}")
+    if type(temperature) not in (int, float) or not 0 < temperature <= MAX_FLOAT32:
+        raise DataError(f"{where}: `top_k_temperature` must be a positive number, got {temperature!r:.100}. {again}")
     for key, what in (("top_k_model", "a model's name"), ("top_k_tokenizer", "a vocabulary's fingerprint")):
         if not isinstance(found := row.get(key, ""), str):
             raise DataError(f"{where}: `{key}` must be a string, {what}, got {found!r:.100}. {again}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pear.io import DataError, write_json
+from pear.strict_json import find_half_pair, parse_json
 
 FORMAT = 1  # of run.json; raise it when an older reader would misread a newer file
 KINDS = ("sft", "rl")
@@ -163,13 +164,17 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise _damaged(path, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise _damaged(path, f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if place := find_half_pair(value):
+        raise _damaged(path, f"{place} holds half of a surrogate pair, which is no character")
     if not isinstance(value, dict):
         raise _damaged(path, f"expected a JSON object with keys, got {type(value).__name__}")
     return value

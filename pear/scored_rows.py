@@ -20,7 +20,7 @@ from pear.align import ROLES, Roles, Spans, Unaligned, align, spans_of
 from pear.align.contents import contents_of
 from pear.align.roles import names_of
 from pear.align.spans import JOINT, NO_BYTES
-from pear.io import MAX_LOGPROB, DataError, check_label, check_scored_row
+from pear.io import MAX_FLOAT32, MAX_LOGPROB, DataError, check_label, check_scored_row
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 from pear_kernels.weights import PEAROptions
@@ -196,9 +196,9 @@ def _logprobs(row: dict[str, Any], where: str) -> list[float]:
             "again."
         )
     for i, value in enumerate(logprobs):
-        if type(value) not in (int, float) or not -np.inf < value <= MAX_LOGPROB:  # False for NaN too
+        if type(value) not in (int, float) or not -MAX_FLOAT32 <= value <= MAX_LOGPROB:  # False for NaN too
             raise DataError(
-                f"{where}: `behavior_spans.logprobs[{i}]` is {value!r}; a log-prob is finite and at most 0. Import the "
-                "row again."
+                f"{where}: `behavior_spans.logprobs[{i}]` is {value!r:.100}; a log-prob is finite and at most 0. "
+                "Import the row again."
             )
     return logprobs

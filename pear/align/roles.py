@@ -5,9 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
-from pear.io import DataError
+from pear.io import DataError, read_yaml
 
 Roles = Mapping[str, tuple[str, ...]]  # a role and the tokens that play it, by their text
 
@@ -52,12 +50,7 @@ def read_roles(path: str | Path) -> Roles:
         DataError: no such file, no YAML, no map of lists of strings, or a token that the file names twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (expected YAML, `role: [token, ...]`)")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not YAML: {error}") from None
+    given = read_yaml(path, "YAML, `role: [token, ...]`")
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise DataError(f"{path}: expected `role: [token, ...]`, got {type(given).__name__}")

@@ -1,6 +1,5 @@
 """The command line of `pear import`: its settings as the library takes them, and what it says at the end."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from pear.importing.client import Client, read_key
 from pear.importing.report import lines
 from pear.importing.run import import_logprobs
 from pear.io import DataError
+from pear.strict_json import parse_json
 
 MAX_TOKENS = 1024
 
@@ -69,7 +69,7 @@ def _json(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise DataError(f"--extra_body must be a JSON object: {error}") from None
     if not isinstance(value, dict):

@@ -67,7 +67,7 @@ class Journal:
                             raise ValueError("the header is of another import")
                     else:
                         self._note(entry, end)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise DataError(
                         f"{self.path}:{number}: damaged ({error}). Delete the file, or turn resume off, to start anew."
                     ) from error

@@ -24,6 +24,7 @@ from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, prompt_and_completion, template_arguments, tokenize_row
 from pear.seal import SEALED
+from pear.strict_json import unwritable
 
 _NO_IDS = "the source gives no ids"
 _NO_TOKENIZER = "no --tokenizer"
@@ -107,10 +108,8 @@ class Converter:
         """The row's own keys, `prompt` and `completion`, in the form that everything else reads."""
         own = {key: value for key, value in generation.extra.items() if key not in _MADE}
         row = own | {"prompt": generation.prompt, "completion": generation.completion}
-        try:
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:
-            raise Reject(f"the row cannot be written as JSON: {error}") from None
+        if reason := unwritable(row):
+            raise Reject(f"the row cannot be written as JSON: {reason}")
         try:
             check_label(row, "row")
             row = prompt_and_completion(row, "row")

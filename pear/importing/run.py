@@ -125,7 +125,7 @@ def import_logprobs(
                 + (f", {again} that were set aside are tried again." if again else "."),
                 markup=False,
             )
-        todo = ((line, record) for line, record in read_jsonl(data) if line not in journal.done)
+        todo = ((line, record) for line, record in read_jsonl(data, whole_text=False) if line not in journal.done)
         missing = 0
         with (
             _progress(console, records, resumed) as advance,
@@ -192,7 +192,7 @@ def _check_settings(
 
 def _look(data: str | os.PathLike) -> int:
     """How many records a file has; a line that is no JSON object is found here, before anything else."""
-    count = sum(1 for _ in read_jsonl(data))
+    count = sum(1 for _ in read_jsonl(data, whole_text=False))
     if not count:
         raise DataError(f"{data}: no rows in it")
     return count
@@ -297,7 +297,7 @@ def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Consol
 
 
 def _rejected(data: str | os.PathLike, rejects: dict[int, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    for line, record in read_jsonl(data):
+    for line, record in read_jsonl(data, whole_text=False):
         for reject in rejects.get(line, ()):
             yield {"line": line, **_writable(reject), "row": _writable(record)}
 

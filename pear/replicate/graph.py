@@ -243,7 +243,7 @@ def _kept(unit: Unit, out: Path, key: str) -> dict[str, Any] | None:
     path = out / "jobs" / unit.name / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("key") != key:
         return None

@@ -19,6 +19,7 @@ import numpy as np
 from pear.io import DataError, read_jsonl
 from pear.pictures import write_whole
 from pear.runs import MOMENTS
+from pear.strict_json import parse_json
 
 STUDY = "study.json"
 ROWS = ("problems", "evaluations", "training", "diagnostics", "weights", "jobs")  # each <name>.jsonl
@@ -122,7 +123,7 @@ def read_results(folder: str | os.PathLike) -> Results:
     if not path.is_file():
         raise DataError(f"{folder}: no results: there is no {STUDY}, which `pear replicate` writes")
     try:
-        study = json.loads(path.read_bytes())
+        study = parse_json(path.read_bytes())
     except ValueError as error:  # of JSON or of UTF-8
         raise DataError(f"{path}: not JSON: {error}") from None
     _check_study(study, str(path))

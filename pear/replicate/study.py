@@ -11,9 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
-from pear.io import DataError
+from pear.io import DataError, read_yaml
 from pear.tasks import TASKS
 from pear.worked import WORKED
 from pear_kernels.weightings import WeightingOptions
@@ -153,14 +151,9 @@ def load_study(path: str | os.PathLike, fast: bool = False) -> Study:
         DataError: no such file, not YAML, or a key or value that cannot be, naming it
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"config: {path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"config: {path} is not YAML: {error}") from None
+    values = read_yaml(path, "YAML of a study")
     if not isinstance(values, dict):
-        raise DataError(f"config: {path} must be a YAML mapping of keys, got {type(values).__name__}")
+        raise DataError(f"{path}: must be a YAML mapping of keys, got {type(values).__name__}")
     overlay = values.pop("fast", None)
     if fast:
         if not isinstance(overlay, dict):

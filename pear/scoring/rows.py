@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, read_jsonl
+from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, check_writable, read_jsonl
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 from pear.scored_rows import is_cut
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
@@ -82,6 +82,7 @@ def read_plan(
         digest.update(line_for_hash(line, row))
         if row.get("scored") is not None:
             check_seal(row, where)
+        check_writable(row, where)
         row = prompt_and_completion(without_nulls(row), where)
         check_label(row, where)
         choice = _choose(row, where, policy, fallback, column)

@@ -137,7 +137,7 @@ class SideFiles:
                             (self._places if isinstance(found, Scores) else self._spans)[line] = number, at
                         elif json.loads(text) != self.header:
                             raise ValueError("not the header of this data, model and settings")
-                    except (ValueError, KeyError, TypeError) as error:
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
                         raise DataError(
                             f"{self._path(number)}:{n}: damaged ({error}). Delete the file, or turn resume off, to "
                             "start anew."

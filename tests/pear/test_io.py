@@ -1,12 +1,15 @@
 """Files: errors that say where, and files that are whole or not there."""
 
 import errno
+import gzip
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +19,7 @@ from pear.io import (
     atomic_writer,
     check_scored_row,
     read_jsonl,
+    read_yaml,
     write_json,
     write_jsonl,
     write_text,
@@ -59,6 +63,89 @@ def test_bad_line_is_named_by_file_and_line(tmp_path, line, message):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         list(read_jsonl(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"note": {"a": ["\\ud83d"]}}', "`note.a[0]` holds half of a surrogate pair"),
+        (b'{"note": {"\\udc00": 1}}', "key '\\udc00' holds half of a surrogate pair"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 100 deep"),
+        (b'{"x": ' + b'[{"y": ' * 60 + b"1" + b"}]" * 60 + b"}", "nested more than 100 deep"),
+        (b"[" * 100_000, "nested more than 100 deep"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "an integer of more than 4300 digits"),
+        (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' is given twice"),
+    ],
+)
+def test_what_would_fail_later_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"ok": "\\ud83d\\ude00"}\n' + line + b"\n")  # a whole pair is an emoji
+    with pytest.raises(DataError, match=r"x\.jsonl:2: .*" + re.escape(message)) as caught:
+        list(read_jsonl(path))
+    assert len(str(caught.value)) < 400
+
+
+def test_line_ends_and_separators_inside_of_strings_are_text(tmp_path):
+    row = {"a": "b\u2028c\u0085d", "deep": eval("[" * 99 + "]" * 99)}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    (tmp_path / "x.jsonl").write_bytes(line + b"\r\n\r\n" + line)
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, row), (3, row)]
+
+
+ROW = b'{"prompt": "a", "completion": "b"}'
+FILES = {
+    "gz": (gzip.compress(ROW), "a gzip archive.*: gunzip -k {}"),
+    "zst": (b"\x28\xb5\x2f\xfd\0", "a zstd archive.*: zstd -d {}"),
+    "zip": (b"PK\x03\x04\0", "a zip archive.*: unzip {}"),
+    "parquet": (b"PAR1\x15\0", "a parquet file.*l\\('parquet', data_files='{}'\\)"),
+    "arrow": (b"ARROW1\0\0", "an arrow file.*l\\('arrow', data_files='{}'\\)"),
+    "array": (b"[" + ROW + b"]", "1: expected a JSON object with keys, got list.*jq -c '.\\[\\]' {}"),
+    "lines": (b"[\n" + ROW + b"\n]", "1: not JSON.*For a JSON array.*jq -c '.\\[\\]' {}"),
+    "pretty": (b'{\n  "prompt": "a"\n}', "1: not JSON.*For an object over several lines.*jq -c . {}"),
+    "repr": (b"{'prompt': 'a'}", "1: not JSON.*json.dumps"),
+    "csv": (b"prompt,completion\na,b\n", "1: not JSON.*For CSV.*l\\('csv', data_files='{}'\\)"),
+    "utf16": ('{"prompt": "a"}'.encode("utf-16"), "UTF-16, not UTF-8.*iconv -f UTF-16 -t UTF-8 {}"),
+    "utf16le": ('{"prompt": "a"}'.encode("utf-16-le"), "UTF-16LE, not UTF-8"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "bin": (b"\x89\0\1\2", "a binary file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_files_are_named_with_what_makes_jsonl_of_them(tmp_path, name):
+    content, message = FILES[name]
+    path = tmp_path / f"data.{name}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:.*{message.format(re.escape(str(path)))}"):
+        list(read_jsonl(path))
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    with pytest.raises(DataError, match="a folder; give a file in it"):
+        list(read_jsonl(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no regular file"):
+        list(read_jsonl(tmp_path / "pipe"))
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        list(read_jsonl(tmp_path / ("x" * 300)))
+
+
+BOMB = "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join(['*' + b] * 9)}]\n" for b, c in pairwise("abcdefghij"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [" * 2000, "nested too deep"),
+        ("a: [1", "not YAML: while parsing.*line 1"),
+        (BOMB, "aliases stand for more than"),
+        ("a: 2024-13-99", "not YAML: month must be"),
+    ],
+)
+def test_yaml_without_bound_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(DataError, match=f"x.yaml: .*{message}"):
+        read_yaml(tmp_path / "x.yaml", "a map")
 
 
 @pytest.mark.parametrize("before", [None, "old"])

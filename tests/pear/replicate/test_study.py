@@ -279,25 +279,25 @@ def test_what_cannot_be_is_refused_by_name(values, message, write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seeds: [1", "is not YAML: "),
-        ("- 1\n- 2\n", "must be a YAML mapping of keys, got list"),
-        ("", "must be a YAML mapping of keys, got NoneType"),
-        ("study: !!python/object:os.system x\n", "is not YAML: "),
+        ("seeds: [1", ": not YAML: "),
+        ("- 1\n- 2\n", ": must be a YAML mapping of keys, got list"),
+        ("", ": must be a YAML mapping of keys, got NoneType"),
+        ("study: !!python/object:os.system x\n", ": not YAML: "),
     ],
 )
 def test_files_that_are_no_mapping_are_refused(text, message, write):
     path = write(text)
-    with pytest.raises(DataError, match=re.escape(f"config: {path} {message}")):
+    with pytest.raises(DataError, match=re.escape(f"{path}{message}")):
         load_study(path)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"config: {tmp_path / 'none.yaml'} cannot be read: No such file")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'none.yaml'}: no such file (expected YAML")):
         load_study(tmp_path / "none.yaml")
-    with pytest.raises(DataError, match=re.escape(f"config: {tmp_path} cannot be read: Is a directory")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: a folder; give a file in it")):
         load_study(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("study: für\n".encode("latin-1"))
-    with pytest.raises(DataError, match="latin.yaml is not YAML: "):
+    with pytest.raises(DataError, match="latin.yaml: not UTF-8 text"):
         load_study(tmp_path / "latin.yaml")
 
 
