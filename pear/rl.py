@@ -27,6 +27,7 @@ from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_conf
 from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
+from pear import rl_metrics
 from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
@@ -36,6 +37,7 @@ from pear.models import check_architecture, find_config, load_model, load_tokeni
 from pear.options import model_init_kwargs, model_name, parse
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
+from pear.rl_metrics import CLIPPED
 from pear.runs import given, read_run, write_run
 from pear.save import save_final
 from pear.tasks import Problem, load_task
@@ -47,9 +49,6 @@ logger = get_logger(__name__)
 SHOWN_FAULTS = 3  # of a generation, in the log; all are counted
 # TRL's names of losses, and ours. In TRL the ratio of a sequence is an option of them, in ours an objective.
 OBJECTIVE_OF = {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")}
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")
-# what TRL logs from its own loss, and where it is among our statistics
-TRL_NAMES = {"entropy": "entropy", "clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
 MEANS = [name for name in POLICY_STATS if name not in ("ratio_max", "tokens")]
 
 
@@ -234,7 +233,21 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             pear=self.policy_options() | self._divisor(inputs, mask, mode),
         )
         values = output.stats
-        self._policy_stats[mode].append(torch.stack([values[name] for name in (*MEANS, "ratio_max", "tokens")]).float())
+        as_trl = rl_metrics.micro_batch(
+            output.logprobs[:, width:].detach().to(mask.device),
+            values["entropy"],
+            mask,
+            inputs,
+            loss_type=self.loss_type,
+            of_sequences=self.importance_sampling_level == "sequence",
+            beta=self.beta,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.args.delta,
+            unbiased_kl=self.args.use_bias_correction_kl,
+        )
+        of_ours = torch.stack([values[name] for name in (*MEANS, "ratio_max", "tokens")]).float()
+        self._policy_stats[mode].append(torch.cat([of_ours.to(as_trl.device), as_trl]))
         return output.loss
 
     def policy_options(self) -> dict[str, Any]:
@@ -269,11 +282,15 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     # ---- statistics: gathered as tensors, read back only when they are logged
 
-    def _read_stats(self, mode: str) -> dict[str, float]:
+    def _read_stats(self, mode: str) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """`POLICY_STATS` over all tokens since the last call, and TRL's figures of each micro-batch, by name."""
         if not self._policy_stats[mode]:
-            return {}
-        table = torch.stack(self._policy_stats[mode]).double()  # a row a micro-batch: means, ratio_max, tokens
+            return {}, {}
+        table = torch.stack(self._policy_stats[mode])  # a row a micro-batch: means, ratio_max, tokens; TRL's
         self._policy_stats[mode].clear()
+        own = len(MEANS) + 2
+        as_trl = rl_metrics.read(table[:, own:], *rl_metrics.names(self.loss_type, self.beta), self.accelerator)
+        table = table[:, :own].double()
         tokens, largest = table[:, -1:], table[:, -2].max()
         sums = torch.cat([(table[:, :-2] * tokens).sum(0), tokens.sum(0)])
         if self.accelerator.num_processes > 1:
@@ -281,20 +298,16 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             largest = self.accelerator.gather(largest.reshape(1)).max()
         *means, tokens = sums.tolist()
         stats = {name: value / max(tokens, 1) for name, value in zip(MEANS, means, strict=True)}
-        return stats | {"ratio_max": largest.item(), "tokens": tokens}
+        return stats | {"ratio_max": largest.item(), "tokens": tokens}, as_trl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        stats = self._read_stats(mode)
+        stats, as_trl = self._read_stats(mode)
         metrics = self._metrics[mode]
         for name, value in stats.items():
             metrics[f"pear/{name}"] = [value]
-            if name in TRL_NAMES:
-                metrics[TRL_NAMES[name]] = [value]
-        if stats:
-            metrics["clip_ratio/region_mean"] = [stats["clip_low"] + stats["clip_high"]]
-            if self.beta != 0:
-                metrics["kl"] = [stats["kl_ref"]]
+        for name, values in as_trl.items():
+            metrics[name].extend(values)
         super().log(logs, start_time)
 
     # ---- files: what TRL forgets at a checkpoint is which step of which rollouts it was at

@@ -107,9 +107,11 @@ def assert_same_weights(a, b) -> None:
         assert torch.equal(x, y), name
 
 
+TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
 def without_times(log: list[dict]) -> list[dict]:
-    times = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
-    return [{key: value for key, value in entry.items() if key not in times} for entry in log]
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in log]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,16 +237,21 @@ def test_loss_and_gradients_are_trl_s(make_trainer, tokenizer, monkeypatch, loss
     by_trl = "sequence" in loss and options.get("use_bias_correction_kl", False)
     assert bool(trainer.other_formula({})) == by_trl
     assert_three_agree(found)
-    stats = trainer._read_stats("train")
-    if by_trl or case == "all truncated":
-        assert (stats.get("tokens", 0) == 0) and all(map(math.isfinite, stats.values()))
+    stats, as_trl = trainer._read_stats("train")
+    if by_trl:
+        assert not stats and not as_trl
         return
     theirs = trainer._metrics["train"]
+    assert as_trl.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert as_trl[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), name
+    if case == "all truncated":
+        assert stats["tokens"] == 0 and all(map(math.isfinite, stats.values()))
+        assert loss in ("cispo", "sapo") or math.isnan(as_trl["clip_ratio/low_min"][0]) == ("sequence" not in loss)
+        return
     assert stats["entropy"] == pytest.approx(theirs["entropy"][0], rel=1e-5)
     if options.get("beta"):
         assert stats["kl_ref"] > 0
-        if not options.get("use_bias_correction_kl"):
-            assert stats["kl_ref"] == pytest.approx(theirs["kl"][0], rel=1e-4)
     if loss in ("grpo", "bnpo", "dr_grpo", "dapo"):
         for ours, name in (("clip_low", "low"), ("clip_high", "high")):
             assert stats[ours] == pytest.approx(theirs[f"clip_ratio/{name}_mean"][0], abs=1e-6)
@@ -387,11 +394,9 @@ def test_a_run_gives_the_weights_of_trl_s(make_trainer, tmp_path, monkeypatch, n
         assert (ours[key] - theirs[key]).norm() <= 1e-4 * moved, key
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-6)
     for a, b in zip(*(trainer.state.log_history for trainer in trainers), strict=True):
-        for key in ("loss", "reward", "kl", "clip_ratio/region_mean", "completions/mean_length", "entropy"):
-            if key in b and not (key.startswith("clip") and name == "sequence"):  # ours are of tokens
-                # TRL's entropy is a mean of micro-batches, ours of all their tokens
-                rel = 1e-2 if key == "entropy" and "gradient_accumulation_steps" in RUNS[name] else 1e-4
-                assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-5), key
+        assert b.keys() <= a.keys()
+        for key in b.keys() - TIMES:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
 
 def test_two_runs_are_bitwise_equal_and_the_global_seed_does_not_matter(make_trainer, tmp_path):
