@@ -16,7 +16,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from datasets import Dataset
+from rl_training import GROUP, LIMIT, TIMES, by_ids, make_grpo_trainer, prompts, rollouts
 from safetensors import SafetensorError
 from tiny import make_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
@@ -29,11 +29,8 @@ from pear.cli import app
 from pear.fused_head import add_fused_head
 from pear.io import DataError, WriteError, read_jsonl
 from pear.rl import PEARGRPOTrainer, data_dataset
-from pear.rl_config import PEARGRPOConfig
 from pear.runs import read_run
 from pear.save import save_final
-
-GROUP, LIMIT = 4, 8
 
 
 @pytest.fixture(scope="module")
@@ -41,48 +38,11 @@ def policy(save_model) -> str:
     return str(save_model(seed=0))
 
 
-def prompts(count: int = 6) -> Dataset:
-    return Dataset.from_dict({"prompt": [f"What is {n} plus {n * n}?" for n in range(count)]})
-
-
-def by_ids(prompts, completions, completion_ids, **_) -> list[float]:
-    """A reward that is seldom equal in a group."""
-    return [(sum(ids) % 7) / 7 for ids in completion_ids]
-
-
-def rollouts(prompts, trainer) -> dict:
-    """The same completions for every trainer: of several lengths, ended or cut off, whatever its weights."""
-    tokenizer = trainer.processing_class
-    rng = random.Random(f"{trainer._step} {prompts}")
-    completions = []
-    for i in range(len(prompts)):
-        ids = [rng.randrange(5, 260) for _ in range(1 + (3 * i + trainer._step) % LIMIT)]
-        completions.append(ids if len(ids) == LIMIT or i % 3 == 0 else [*ids, tokenizer.eos_token_id])
-    return {"prompt_ids": [tokenizer(p)["input_ids"] for p in prompts], "completion_ids": completions, "logprobs": None}
-
-
 @pytest.fixture
 def make_trainer(tokenizer, policy, tmp_path):
-    def make(ours=True, reward=by_ids, model=None, data=None, rollout_func=None, peft_config=None, **options):
-        defaults = dict(
-            per_device_train_batch_size=GROUP, num_generations=GROUP, max_completion_length=LIMIT, logging_steps=1,
-            save_strategy="no", report_to="none", learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd",
-            max_grad_norm=0.0, gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True,
-            max_steps=2, seed=7, bf16=False, model_init_kwargs={"dtype": "float32"} if model is None else None,
-        )  # fmt: skip
-        options = defaults | options
-        folder = str(options.pop("output_dir", tmp_path / "run"))
-        trainer = (PEARGRPOTrainer if ours else GRPOTrainer)(
-            policy if model is None else model,
-            reward,
-            (PEARGRPOConfig if ours else GRPOConfig)(folder, **options),
-            train_dataset=prompts() if data is None else data,
-            processing_class=tokenizer,
-            rollout_func=rollout_func,
-            peft_config=peft_config,
-        )
-        trainer.model.train()
-        return trainer
+    def make(ours=True, model=None, **options):
+        options.setdefault("output_dir", tmp_path / "run")
+        return make_grpo_trainer(policy if model is None else model, tokenizer, ours, **options)
 
     return make
 
@@ -105,9 +65,6 @@ def assert_close(a: dict, b: dict, tolerance: float) -> None:
 def assert_same_weights(a, b) -> None:
     for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
-
-
-TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
 def without_times(log: list[dict]) -> list[dict]:
@@ -355,48 +312,6 @@ def test_head_in_float32(make_trainer, tokenizer, monkeypatch, tied):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
-
-
-RUNS = {
-    "grpo": dict(loss_type="grpo", gradient_accumulation_steps=2),
-    "dapo": dict(loss_type="dapo", gradient_accumulation_steps=2, temperature=0.7),
-    "reused": dict(loss_type="bnpo", steps_per_generation=2, num_iterations=2, beta=0.1, use_bias_correction_kl=False),
-    "sequence": dict(importance_sampling_level="sequence", steps_per_generation=2, num_iterations=2, delta=1.5),
-    "cispo": dict(loss_type="cispo", epsilon_high=1.5, steps_per_generation=4, gradient_accumulation_steps=2),
-    "truncated": dict(mask_truncated_completions=True, steps_per_generation=2, num_iterations=2),
-    "sapo": dict(loss_type="sapo", num_iterations=2),
-    "cold": dict(temperature=0.7, beta=0.1, use_bias_correction_kl=False, num_iterations=2),
-    "checkpointed": dict(gradient_checkpointing=True, num_iterations=2),
-}
-
-
-randperm = torch.randperm
-
-
-def reversed_or_seeded(n: int, generator=None) -> torch.Tensor:
-    """The order of prompts is drawn from a generator; that of a generation's rows is not, and is here a fixed one."""
-    return torch.arange(n - 1, -1, -1) if generator is None else randperm(n, generator=generator)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_gives_the_weights_of_trl_s(make_trainer, tmp_path, monkeypatch, name):
-    trainers = []
-    for ours in (True, False):
-        trainer = make_trainer(ours, rollout_func=rollouts, max_steps=4, output_dir=tmp_path / str(ours), **RUNS[name])
-        start = copy.deepcopy(trainer.model.state_dict())
-        with monkeypatch.context() as patch:  # each shuffles a generation, by a seed of its own
-            patch.setattr(torch, "randperm", reversed_or_seeded)
-            trainer.train()
-        trainers.append(trainer)
-    ours, theirs = (trainer.model.state_dict() for trainer in trainers)
-    for key in ours:
-        moved = (theirs[key] - start[key]).norm()
-        assert (ours[key] - theirs[key]).norm() <= 1e-4 * moved, key
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-6)
-    for a, b in zip(*(trainer.state.log_history for trainer in trainers), strict=True):
-        assert b.keys() <= a.keys()
-        for key in b.keys() - TIMES:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
 
 def test_two_runs_are_bitwise_equal_and_the_global_seed_does_not_matter(make_trainer, tmp_path):
