@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pear.command_line import PearCommand, PearGroup
+from pear.shown import one_line, say
 
 
 class _App(typer.Typer):
@@ -45,7 +47,8 @@ def _options(
 
 def _fail(error: Exception) -> typer.Exit:
     """A mistake in the input is told in a sentence, without a traceback."""
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    message = Text(one_line(f"error: {error}"), style="red")
+    Console(stderr=True).print(message, soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -110,7 +113,8 @@ def score(
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     if is_main():
-        typer.echo(summary_text(summary))
+        for line in summary_text(summary).splitlines():
+            say(line)
     leave_group()
 
 
@@ -190,7 +194,7 @@ def import_(
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     for line in lines:
-        typer.echo(line)
+        say(line)
     if rejected:
         raise typer.Exit(3)
 
@@ -272,7 +276,7 @@ def compare(
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     for path in files:
-        typer.echo(f"written: {path}")
+        say(f"written: {path}")
 
 
 @app.command()
@@ -346,7 +350,7 @@ def inspect(
         raise _fail(error) from None
     for path in (html, json):
         if path is not None:
-            typer.echo(f"written: {path}")
+            say(f"written: {path}")
 
 
 @app.command()
@@ -422,7 +426,7 @@ def plan(
         return
     Console().print(table(found))
     for line in lines(found):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -466,4 +470,4 @@ def replicate(
     except (DataError, WriteError, UnitError) as error:
         raise _fail(error) from None
     for path in files:
-        typer.echo(f"written: {path}")
+        say(f"written: {path}")

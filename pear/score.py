@@ -25,6 +25,7 @@ from pear.scoring.rows import Plan, Share, all_rows, read_plan, some_lines
 from pear.scoring.side import SideFiles
 from pear.scoring.spans import make_spans
 from pear.seal import FORMAT
+from pear.shown import one_line
 
 COLUMNS = (*LOGPROB_COLUMNS, "none")  # where log-probs may go
 
@@ -364,7 +365,7 @@ def summary_text(summary: dict[str, Any]) -> str:
             f"{len(reasons)} rows do not round-trip between text and tokens ({some_lines(list(reasons))}), so that no "
             f"student of another tokenizer can use them; of line {first}: {reasons[first]}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _too_long_message(plan: Plan, data: str | os.PathLike) -> str:
