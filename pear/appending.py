@@ -1,11 +1,22 @@
-"""Files that grow while work goes on, and that the next call goes on from: each held by one process at a time."""
+"""Files that one process at a time has: those that grow while work goes on, and the outputs of commands."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 
-from pear.io import DataError
+from pear.io import DataError, check_folder, check_output, is_stream, write_error
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -16,11 +27,7 @@ def appending(path: Path, doing: str) -> Iterator[FileIO]:
         DataError: another process has it, and is `doing` ("scoring") the very same.
     """
     with open(path, "ab", buffering=0) as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
+        if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -35,3 +42,121 @@ def write_all(file: FileIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:  # a call may write less than all, as on a disk that is nearly full
         rest = rest[file.write(rest) :]
+
+
+@contextlib.contextmanager
+def output_folder(folder: str | os.PathLike, name: str = "out", held: bool = True) -> Iterator[None]:
+    """Hold an output folder, made if missing, for the length of the block: nobody else who asks so gets it.
+
+    The lock is the system's, on the file .lock in the folder, so it ends with the process, whatever ends it. If nothing
+    was written in the block, a folder that was made for it goes again.
+
+    Args:
+        name: of the argument, for messages
+        held: False only checks that the folder can be written, for the processes of a launch that are not the first
+
+    Raises:
+        DataError: it is a file, or another process holds it
+        WriteError: it cannot be written
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{name}: {folder} is a file; give a folder to write to")
+    check_folder(folder)
+    if not held:
+        yield
+        return
+    busy = f"{name}: another run is at work in {folder}; wait for its end, or give another folder"
+    with _locked(folder / ".lock", busy):
+        yield
+
+
+@contextlib.contextmanager
+def output_file(
+    path: str | os.PathLike | None, name: str = "out", streams: bool = True, held: bool = True
+) -> Iterator[None]:
+    """`output_folder` for a file that is written at the end of the work; None is no file.
+
+    Raises:
+        DataError, WriteError: as `pear.io.check_output`; another process is about to write this file
+    """
+    if path is None:
+        yield
+        return
+    check_output(path, name, streams=streams)
+    if is_stream(path) or not held:
+        yield
+        return
+    real = Path(os.path.realpath(path))
+    busy = f"{name}: another process is about to write {path}; wait for its end, or give another file"
+    with _locked(real.with_name(f".{real.name}.lock"), busy):
+        yield
+
+
+def holding(hold: Callable, argument: str, **options: bool) -> Callable:
+    """Decorator: while the function runs, `argument` is held by `hold`, `output_file` or `output_folder`.
+
+    Of several processes that were launched together, the first holds it for all.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def held(*args, **kwargs):
+            output = signature.bind(*args, **kwargs).arguments.get(argument)
+            with hold(output, held=is_main(), **options):
+                return function(*args, **kwargs)
+
+        return held
+
+    return decorate
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those that a launcher started; a process alone is."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+@contextlib.contextmanager
+def _locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` and take it away at the end; DataError(busy) where another process holds it."""
+    if fcntl is None:
+        yield
+        return
+    made = [folder for folder in path.parents if not folder.exists()]
+    file = None
+    try:
+        try:
+            while file is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(path, "ab")
+                if not _lock(file, path, busy):  # its holder took the file away meanwhile: the next one counts
+                    file.close()
+                    file = None
+        except OSError as error:
+            raise write_error(path.parent, error) from error
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            file.close()
+        for folder in made:  # from the innermost; one that is not empty stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(file, path: Path, busy: str) -> bool:
+    """Whether `file` is locked and still has the name `path`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise DataError(busy) from None
+    except OSError as error:  # a file system that has no locks
+        logger.warning(f"{path} cannot be locked ({error.strerror}): do not start a second run with this output")
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pear.appending import holding, output_folder
 from pear.curves import CURVES, SMOOTH_FROM, SMOOTH_SHARE, TITLES, figures, last, plain, shorten
 from pear.eval import percent
 from pear.intervals import all_ks, difference, evaluations_of, interval_of, paired_counts
@@ -84,6 +85,7 @@ def _differences_table(runs: Sequence[Run]) -> str | None:
 # The command
 
 
+@holding(output_folder, "out")
 def compare(
     folders: Sequence[str | os.PathLike], out: str | os.PathLike, names: Sequence[str] | None = None
 ) -> list[Path]:
@@ -122,8 +124,6 @@ def _check_folders(folders: list[Path], out: Path) -> None:
         if (real := folder.resolve()) in seen:
             raise DataError(f"{folder}: this run is given twice (the other time as {seen[real]})")
         seen[real] = folder
-    if out.exists() and not out.is_dir():
-        raise DataError(f"out: {out} is a file; give a folder to write the comparison to")
     if out.resolve() in seen:
         raise DataError(f"out: {out} is one of the runs; give another folder to write the comparison to")
 

@@ -28,6 +28,7 @@ from rich.console import Console
 import pear
 import pear_kernels
 from pear import pipeline
+from pear.appending import output_folder
 from pear.compare import compare, comparison_table
 from pear.countdown import Numbers, make_tokenizer, train_problems, worked_example
 from pear.eval import evaluate, table
@@ -127,10 +128,8 @@ def run(out: str | Path = "runs/demo", fast: bool = False, workers: int | None =
         WriteError: the disk is full; finished stages stay
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise DataError(f"out: {out} is a file; give a folder to write the demo to")
     console = Console()
-    with Team(workers, console) as team:
+    with output_folder(out), Team(workers, console) as team:
         return _run(out, fast, team, console)
 
 

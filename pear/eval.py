@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pear.appending import holding, output_file
 from pear.generate import generate
 from pear.io import write_json
 from pear.tasks import FORMATS, Problem, load_task, rewards
@@ -159,6 +160,7 @@ def percent(value: float, stderr: float | None = None) -> str:
     return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
 
 
+@holding(output_file, "out")
 def run(
     model: str,
     task: str = "countdown",

@@ -5,6 +5,9 @@ import errno
 import json
 import math
 import os
+import re
+import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -205,15 +208,118 @@ def sync_and_close(file: TextIO) -> None:
     file.close()
 
 
+# What is written into as it is, since a rename would put a regular file in its place.
+STREAMS = (stat.S_ISFIFO, stat.S_ISCHR)
+_DESCRIPTORS = re.compile(r"(/dev/fd|/proc/(self|thread-self|\d+)(/task/\d+)?/fd)/\d+")
+
+
+def is_stream(path: str | os.PathLike) -> bool:
+    """Whether `path` is a FIFO, a character device or an open file descriptor (/dev/stdout, /dev/fd/3).
+
+    Such a path is written into, and never replaced.
+
+    Raises:
+        DataError: it is a socket or a block device, which nothing here writes to.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing there yet; what is wrong with it shows when it is written
+        return False
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+        what = "a socket" if stat.S_ISSOCK(mode) else "a block device"
+        raise DataError(f"{path} is {what}: nothing is written to it; give the name of a file, or of a FIFO")
+    return any(kind(mode) for kind in STREAMS) or (not stat.S_ISDIR(mode) and _descriptor(path) is not None)
+
+
+def _descriptor(path: str | os.PathLike) -> str | None:
+    """`path`, or the link behind it, that names an open file descriptor; None if it does not."""
+    name = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        name = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        if _DESCRIPTORS.fullmatch(name):
+            return name
+        if not os.path.islink(name):
+            return None
+        name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return None
+
+
+def write_stream(path: str | os.PathLike, content: Iterable[bytes]) -> None:
+    """Write into a path that `is_stream`; one of this process's own descriptors goes on where it is."""
+    descriptor = _descriptor(path)
+    own = descriptor is not None and descriptor.split("/")[2] in ("fd", "self", str(os.getpid()))
+    try:
+        if own:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # O_APPEND: of another process's descriptor, which may be a regular file; nothing is truncated
+        opened = os.dup(int(descriptor.rpartition("/")[2])) if own else os.open(path, os.O_WRONLY | os.O_APPEND)
+        with open(opened, "wb") as file:
+            for block in content:
+                file.write(block)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def check_output(path: str | os.PathLike, name: str = "out", *, streams: bool = True) -> None:
+    """Raise now, before any work, where the file `path` cannot be written later; nothing is left behind.
+
+    Args:
+        name: of the argument, for the message
+        streams: whether a FIFO, a device or a descriptor will do; not where side files go beside the output
+
+    Raises:
+        DataError: `path` is a folder, a socket or a block device, or a stream where none will do
+        WriteError: no folder can be made there, or no file in it
+    """
+    if os.path.isdir(path):
+        raise DataError(f"{name} is a folder, {path}: give the name of a file in it")
+    if is_stream(path):
+        if not streams:
+            raise DataError(
+                f"{name} is no regular file, {path}: what is done so far is kept in files beside it, so that a kill "
+                "loses nothing; give the name of a regular file, and copy it from there"
+            )
+        if not os.access(path, os.W_OK):
+            raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        return
+    check_folder(Path(os.path.realpath(path)).parent, path)
+
+
+def check_folder(folder: str | os.PathLike, path: str | os.PathLike | None = None) -> None:
+    """Raise now, before any work, where files in `folder`, which may not exist yet, cannot be written later.
+
+    Raises:
+        WriteError: names `path` (or the folder): no folder can be made, or no file in it
+    """
+    place = Path(os.path.realpath(folder))
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):  # of no name, where the system can; else gone at once
+            pass
+    except OSError as error:
+        raise write_error(folder if path is None else path, error) from error
+
+
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
     """A text file that appears under `path` when the block ends well, and never otherwise.
 
-    The text goes to a temporary file in the same folder (made if missing), is synced to disk, and is then renamed.
+    The text goes to a temporary file in the same folder (made if missing), is synced to disk, and is then renamed. A
+    path that `is_stream` is not replaced: the text is written into it when the block has ended well.
 
     Raises:
+        DataError: `path` is a socket or a block device.
         WriteError: the disk is full, or the folder cannot be written; an older file at `path` is as it was.
     """
+    if is_stream(path):
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            file.buffer.seek(0)
+            write_stream(path, file.buffer)
+        return
     path = Path(os.path.realpath(path))  # follow a link, or the rename would replace the link itself
     temporary = None
     try:

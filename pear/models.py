@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pear.adapters import load_adapter, read_adapter
 from pear.io import DataError, WriteError, disk_error, write_error
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,10 +35,18 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """A causal language model from `name`: "smollm2", a transformers folder, or a hub name.
 
     `kwargs` go to `AutoModelForCausalLM.from_pretrained`. Only safetensors are read and no code of the model's is run.
+    Of a folder with an adapter alone, the base that it names is loaded and the adapter merged into it.
 
     Raises:
         DataError: there is nothing under that name that can be read, or no head, which would be random numbers.
     """
+    if (base := _base_of(name)) is not None:
+        kwargs = {key: value for key, value in kwargs.items() if key != "revision"}  # the folder's, not the base's
+        with _named_base(name, base):
+            loaded = load_model(base, **kwargs)
+        model = load_adapter(resolve_model(name), loaded)
+        model.config._name_or_path = name
+        return model
     with _named(name):
         model, found = AutoModelForCausalLM.from_pretrained(
             resolve_model(name), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
@@ -67,8 +76,45 @@ def check_architecture(config: PretrainedConfig | None, name: str) -> None:
             )
 
 
+def _base_of(name: str) -> str | None:
+    """The model that `name` is an adapter folder of, or None: what `load_model` can load, wherever we are."""
+    if name == "smollm2":
+        return None
+    folder = Path(resolve_model(name))
+    config = read_adapter(str(folder))
+    if config is None:
+        return None
+    base = config["base_model_name_or_path"]
+    seen = {folder.resolve()}
+    if not os.path.isabs(base) and not Path(base).is_dir() and (folder.parent / base).is_dir():
+        base = str(folder.parent / base)  # written relative to where the adapter was trained
+    if Path(base).resolve() in seen:
+        raise DataError(f"model {name!r} is an adapter folder that names itself as its base_model_name_or_path")
+    return base
+
+
+@contextlib.contextmanager
+def _named_base(name: str, base: str) -> Iterator[None]:
+    """An error of the base, with the adapter folder that asks for it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            f"model {name!r} is an adapter folder of {base!r} (base_model_name_or_path in its adapter_config.json), "
+            f"which cannot be loaded: {error}"
+        ) from error
+
+
+def start_model(name: str, **kwargs: Any) -> str | PreTrainedModel:
+    """What a trainer starts from: a name that it loads by itself, or, of an adapter folder, the merged model."""
+    return resolve_model(name) if _base_of(name) is None else load_model(name, **kwargs)
+
+
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to `name` (see `load_model`)."""
+    """The tokenizer that belongs to `name` (see `load_model`); of an adapter folder without one, its base's."""
+    if (base := _base_of(name)) is not None and not (Path(resolve_model(name)) / "tokenizer_config.json").is_file():
+        with _named_base(name, base):
+            return load_tokenizer(base, **{key: value for key, value in kwargs.items() if key != "revision"})
     with _named(name):
         return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
 
@@ -91,13 +137,16 @@ def _named(name: str) -> Iterator[None]:
 
 
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
-    """The config of `name` (see `load_model`), without its weights."""
+    """The config of `name` (see `load_model`), without its weights; of an adapter folder, its base's."""
+    if (base := _base_of(name)) is not None:
+        with _named_base(name, base):
+            return load_config(base, **{key: value for key, value in kwargs.items() if key != "revision"})
     with _named(name):
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **kwargs)
 
 
 def find_config(name: str, **kwargs: Any) -> PretrainedConfig | None:
-    """`load_config`, or None where there is none to read: in an adapter's folder, say."""
+    """`load_config`, or None where there is none to read."""
     try:
         return load_config(name, **kwargs)
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 
-from pear.io import write_error
+from pear.io import WriteError, is_stream, write_error, write_stream
 
 matplotlib.use("Agg")  # files only; there may be no display
 from matplotlib import pyplot as plt  # noqa: E402
@@ -38,6 +38,8 @@ def save_figure(figure: plt.Figure, path: str | os.PathLike) -> None:
 def write_whole(files: Mapping[Path, bytes]) -> None:
     """Write all the files or, if any cannot be written, none: no name changes hands before every byte is on the disk.
 
+    A path that `is_stream` (a FIFO, a device) is not replaced but written into, after the others.
+
     Raises:
         WriteError: names the file that failed; older files are as they were, and folders made for new ones are gone
     """
@@ -46,6 +48,8 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
     path = None
     try:
         for path, content in files.items():
+            if is_stream(path):
+                continue
             real = Path(os.path.realpath(path))  # follow a link, or the rename would replace the link itself
             if real.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))  # seen now, not at the rename
@@ -59,6 +63,11 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
         for path, temporary in temporaries.items():  # noqa: B007 (the error below names it)
             temporary.replace(path)
         made.clear()
+        for path, content in files.items():
+            if is_stream(path):  # last: what went into a FIFO cannot be taken back
+                write_stream(path, [content])
+    except WriteError:
+        raise
     except OSError as error:
         raise write_error(path, error) from error
     finally:

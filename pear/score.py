@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pear.appending import holding, output_file
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, write_error
 from pear.models import vocabulary_fingerprint
 from pear.scoring.batches import TopK, batches, score_batch
@@ -30,6 +31,7 @@ from pear.shown import one_line
 COLUMNS = (*LOGPROB_COLUMNS, "none")  # where log-probs may go
 
 
+@holding(output_file, "out", streams=False)
 def score(
     model: str | PreTrainedModel | None,
     data: str | os.PathLike,
@@ -120,8 +122,6 @@ def score(
         return Policy(name, tokenizer, max_length, dtype, where)
 
     with processes.together():
-        if os.path.isdir(out):  # else it would show when everything is scored
-            raise DataError(f"out is a folder, {out}: give the name of a file in it")
         policy = None if model is None else open_policy(model)
         plan = read_plan(data, policy, fallback, column, replaced, open_policy)
         _check_plan(plan, data, out, wanted, column)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pear.appending import holding, output_file
 from pear.importing import checks, columns, openai, sglang, vllm
 from pear.importing.client import Client, Failed
 from pear.importing.generation import STAGES, Reject, read_all
@@ -22,14 +23,16 @@ from pear.importing.live import Live
 from pear.importing.report import report
 from pear.importing.rows import Converter
 from pear.importing.sampling import KEYS
-from pear.io import DataError, atomic_writer, read_jsonl, write_error, write_json, write_jsonl
+from pear.io import DataError, atomic_writer, check_output, is_stream, read_jsonl, write_error, write_json, write_jsonl
 from pear.models import load_tokenizer
 from pear.seal import seal
 
 SOURCES = ("vllm", "sglang", "openai", "jsonl")
+REJECTS, REPORT = ".rejects.jsonl", ".report.json"  # behind the name of `out`
 GIVE_UP = 30  # rows in a row to which there was no answer at all: the server is gone
 
 
+@holding(output_file, "out", streams=False)
 def import_logprobs(
     source: str,
     data: str | os.PathLike,
@@ -157,11 +160,11 @@ def import_logprobs(
             **found["files"],
         }
         result = report(found["counts"], facts)
-        write_json(f"{out}.report.json", result)
+        write_json(f"{out}{REPORT}", result)
         if live is None or not result["rejected"]:
             journal.remove()
     return result | {
-        "report": f"{out}.report.json",
+        "report": f"{out}{REPORT}",
         "partial": str(journal.path) if journal.path.exists() else None,
         "seconds": time.monotonic() - began,
     }
@@ -188,6 +191,8 @@ def _check_settings(
         raise DataError(f"sampling settings must be of {', '.join(KEYS)}, got {', '.join(unknown)}")
     if out.exists() and Path(data).exists() and os.path.samefile(data, out):
         raise DataError(f"{out}: out is the data itself, which holds more than scored rows do; give another out")
+    for name in REJECTS, REPORT:
+        check_output(f"{out}{name}")
 
 
 def _look(data: str | os.PathLike) -> int:
@@ -270,7 +275,7 @@ def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Consol
         checks.add(counts, entry["counts"])
         if entry["rejects"]:
             rejects[entry["record"]] = entry["rejects"]
-    aside = Path(f"{out}.rejects.jsonl")
+    aside = Path(f"{out}{REJECTS}")
     try:
         if rows:
             with atomic_writer(out) as written:
@@ -279,7 +284,7 @@ def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Consol
                         written.write(json.dumps(seal(row), ensure_ascii=False, allow_nan=False) + "\n")
         if rejects:
             write_jsonl(aside, _rejected(data, rejects))
-        else:
+        elif not is_stream(aside):
             aside.unlink(missing_ok=True)
     except OSError as error:
         kept = f"What was imported is kept in {journal.path}; the same command goes on from there."

@@ -17,7 +17,7 @@ from pear.inspecting.data import read
 from pear.inspecting.page import page
 from pear.inspecting.report import make_report
 from pear.inspecting.student import logprobs
-from pear.io import DataError
+from pear.io import DataError, check_output
 from pear.pictures import write_whole
 from pear.scoring.policies import Policy
 from pear.scoring.processes import device_named
@@ -112,14 +112,14 @@ def write_outputs(
 def _check_outputs(files: dict[str, str | os.PathLike | None]) -> None:
     """Raise where two of them are one file: nothing that is written may take the place of the data, or of the other.
 
-    Or where a folder is in the way, which would show when the student's work is done and lost.
+    Or where one cannot be written, which would show when the student's work is done and lost.
     """
     seen: dict[str, str] = {}
     for name, path in files.items():
         if path is not None and (other := seen.setdefault(os.path.realpath(path), name)) != name:
             raise DataError(f"{name} and {other} are the same file, {path}: give another name to one of them")
-        if name != "data" and path is not None and os.path.isdir(path):
-            raise DataError(f"{name} is a folder, {path}: give the name of a file in it")
+        if name != "data" and path is not None:
+            check_output(path, name)
 
 
 @contextlib.contextmanager

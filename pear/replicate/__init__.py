@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pear.io import DataError
+from pear.io import DataError, check_folder
 from pear.replicate.study import Study, load_study
 
 RESULTS = Path("experiments/results")
@@ -57,6 +57,7 @@ def replicate(
     for name, path in (("out", out), ("results", results)):
         if path.exists() and not path.is_dir():
             raise DataError(f"{name}: {path} is a file; give a folder")
+        check_folder(path)
     notes = None
     if study.notes is not None and not fast:
         try:

@@ -6,7 +6,6 @@ holds the lock on `out`. So a folder under `out/jobs` is whole, whenever and how
 
 import contextlib
 import copy
-import fcntl
 import graphlib
 import hashlib
 import json
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from pear.appending import output_folder
 from pear.folders import sync_files
 from pear.io import DISK_FULL, DataError, WriteError, disk_error, write_error, write_json
 from pear.side_by_side import quiet
@@ -81,7 +81,7 @@ def run_units(
     keys = unit_keys(units, code)
     team = Workers(cores() if workers is None else workers)
     out = Path(out)
-    with _locked(out):
+    with output_folder(out):
         running = out / ".running"
         shutil.rmtree(running, ignore_errors=True)  # of a run that was killed
         records = {unit.name: record for unit in units if (record := _kept(unit, out, keys[unit.name])) is not None}
@@ -220,22 +220,6 @@ def _plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """No second run in `out`. The system lets go of the lock when this process ends, whatever ended it."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"out: {out} is a file; give a folder to write to")
-    with _disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"out: another run is at work in {out}; wait for its end, or give another folder") from None
-        yield
 
 
 def _kept(unit: Unit, out: Path, key: str) -> dict[str, Any] | None:

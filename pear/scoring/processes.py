@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pear.appending import is_main as is_main
 from pear.io import DataError
 
 WAIT = timedelta(days=7)  # a process may score for days longer than another
@@ -103,11 +104,6 @@ class Processes:
             raise own
         if failed:
             raise OtherProcessFailed(f"process {failed[0] + 1} of {self.count} failed: {told[failed[0]]}")
-
-
-def is_main() -> bool:
-    """Whether this is the process that speaks, before or without any `Processes`."""
-    return int(os.environ.get("RANK") or 0) == 0
 
 
 def leave_group() -> None:

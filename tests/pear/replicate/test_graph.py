@@ -113,7 +113,7 @@ def test_units_see_what_they_need_and_leave_a_record(tmp_path):
         "name": "arm/b", "phase": "arm", "labels": {"arm": "arm/b", "value": 10}, "needs": ["base"],
         "key": 0, "seconds": 0, "result": 0,
     }  # fmt: skip
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs", ".lock"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs"}
 
 
 def test_workers_change_no_result(tmp_path):
@@ -395,7 +395,7 @@ def test_killed_at_any_time_a_run_goes_on_where_it_was(tmp_path):
         before, kept = before + len(started), done
     records = run(units, out, workers=2)
     assert sorted(names[value] for value in calls(log)[before:]) == sorted(set(names.values()) - kept)
-    assert {p.name for p in out.iterdir()} == {"jobs", ".lock"}
+    assert {p.name for p in out.iterdir()} == {"jobs"}
     assert what(records) == what(whole(out)) == what(run(units, tmp_path / "fresh"))
 
 
@@ -420,7 +420,7 @@ def test_however_a_run_is_ended_its_workers_end_in_the_middle_of_their_work(tmp_
     assert {record["labels"]["value"] for record in whole(tmp_path / "out").values()} == started - stuck(started)
     if end == signal.SIGINT:
         assert text.count("Traceback") == 1  # the parent's, and none of a worker's
-        assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs", ".lock"}
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"jobs"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
