@@ -151,8 +151,8 @@ def read_adapter(name: str) -> dict[str, Any] | None:
         raise DataError(f"model {name!r} is an adapter folder without {WEIGHTS}; only safetensors are read")
     if not isinstance(base, str) or not base:
         raise DataError(
-            f"model {name!r} is an adapter folder whose {CONFIG} names no base_model_name_or_path: write the model that "
-            "the adapter was trained on there"
+            f"model {name!r} is an adapter folder whose {CONFIG} names no base_model_name_or_path: write there the "
+            "model that the adapter was trained on"
         )
     return config
 
@@ -169,9 +169,7 @@ def load_adapter(name: str, base: PreTrainedModel) -> PreTrainedModel:
         model = PeftModel.from_pretrained(base, name, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         said = " ".join(str(error).split())
-        raise DataError(
-            f"model {name!r}: its adapter does not fit its base {base.name_or_path!r}: {said:.300}"
-        ) from None
+        raise DataError(f"model {name!r}: its adapter does not fit {base.name_or_path!r}: {said:.300}") from None
     if not can_merge(model):
         if not hasattr(model.base_model, "merge_and_unload"):
             raise DataError(

@@ -125,38 +125,37 @@ def _locked(path: Path, busy: str) -> Iterator[None]:
         yield
         return
     made = [folder for folder in path.parents if not folder.exists()]
-    file = None
     try:
-        try:
-            while file is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(path, "ab")
-                if not _lock(file, path, busy):  # its holder took the file away meanwhile: the next one counts
-                    file.close()
-                    file = None
-        except OSError as error:
-            raise write_error(path.parent, error) from error
-        yield
+        with _lock(path, busy):
+            yield
     finally:
-        if file is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            file.close()
         for folder in made:  # from the innermost; one that is not empty stays
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _lock(file, path: Path, busy: str) -> bool:
-    """Whether `file` is locked and still has the name `path`."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise DataError(busy) from None
-    except OSError as error:  # a file system that has no locks
-        logger.warning(f"{path} cannot be locked ({error.strerror}): do not start a second run with this output")
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+@contextlib.contextmanager
+def _lock(path: Path, busy: str) -> Iterator[None]:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")
+        except OSError as error:
+            raise write_error(path.parent, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(busy) from None
+            except OSError as error:  # a file system that has no locks
+                logger.warning(f"{path} cannot be locked ({error.strerror}): start no second run with this output")
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                ours = False
+            if ours:  # else its holder took the file away meanwhile, and the next one counts
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import resource
+import socket
+import stat
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,6 +19,7 @@ from pear.io import (
     DataError,
     WriteError,
     atomic_writer,
+    check_output,
     check_scored_row,
     read_jsonl,
     read_yaml,
@@ -24,6 +27,7 @@ from pear.io import (
     write_jsonl,
     write_text,
 )
+from pear.pictures import write_whole
 
 
 def test_jsonl_round_trip_keeps_order_numbers_and_text(tmp_path):
@@ -338,3 +342,72 @@ def test_missing_field_is_named(key):
     del row[key]
     with pytest.raises(DataError, match=f"f:7: no `{key}`"):
         check_scored_row(row, "f:7")
+
+
+# ---- outputs that are no regular files
+
+
+def test_fifos_devices_and_descriptors_are_written_into_and_stay_what_they_are(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # so that writers do not wait for one
+    write_text(fifo, "text\n")
+    write_json(fifo, {"a": 1})
+    write_jsonl(fifo, [{"b": 2}])
+    with pytest.raises(RuntimeError), atomic_writer(fifo) as file:
+        file.write("half of it")
+        raise RuntimeError
+    assert os.read(reader, 1000) == b'text\n{\n  "a": 1\n}\n{"b": 2}\n'
+    write_whole({fifo: b"png", tmp_path / "beside": b"file"})
+    assert os.read(reader, 1000) == b"png" and (tmp_path / "beside").read_bytes() == b"file"
+    assert stat.S_ISFIFO(os.stat(fifo).st_mode) and sorted(os.listdir(tmp_path)) == ["beside", "fifo"]
+    before = os.stat("/dev/null")
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for path in ("/dev/null", link):
+        write_text(path, "x")
+    assert os.path.samestat(before, os.stat("/dev/null")) and link.is_symlink()
+    os.close(reader)
+
+
+def test_a_descriptor_of_this_process_goes_on_where_it_is(tmp_path):
+    code = "import os; from pear.io import write_text; print('a'); write_text('/dev/stdout', 'b\\n'); print('c')"
+    with open(tmp_path / "out", "w") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "out").read_text() == "a\nb\nc\n" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_link_is_followed_and_kept(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+def test_a_socket_is_refused_and_so_are_streams_where_side_files_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s")
+        with pytest.raises(DataError, match="s is a socket: nothing is written to it"):
+            write_text("s", "x")
+    os.mkfifo("fifo")
+    check_output("fifo")
+    with pytest.raises(DataError, match="out is no regular file, fifo: .*give the name of a regular file"):
+        check_output("fifo", streams=False)
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match=r"could not write .*file/out\.json: Not a directory"):
+        check_output(tmp_path / "file" / "out.json")
+    with pytest.raises(DataError, match="html is a folder, .*give the name of a file in it"):
+        check_output(tmp_path, "html")
+    check_output(tmp_path / "not" / "yet" / "there.json")
+    assert os.listdir(tmp_path) == ["file"]
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pear.io.tempfile.TemporaryFile", read_only)
+    with pytest.raises(WriteError, match=r"could not write .*out\.json: Read-only file system"):
+        check_output(tmp_path / "out.json")

@@ -1,14 +1,17 @@
 """Names to models, and fingerprints that tell tokenizers apart."""
 
 import importlib.util
+import json
 import os
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CORPUS, make_model, make_tokenizer
 from tokenizers import normalizers, processors
 from transformers import LlamaForSequenceClassification
 
+from pear.adapters import logits
 from pear.io import DataError
 from pear.models import (
     cache_folder,
@@ -164,3 +167,77 @@ def test_a_tied_head_is_in_a_bare_trunk(tokenizer, tmp_path):
     model.base_model.save_pretrained(tmp_path)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(load_model(str(tmp_path)).eval()(ids).logits, model(ids).logits)
+
+
+# ---- folders that hold an adapter alone
+
+
+@pytest.fixture
+def adapter_folder(save_model, tokenizer, tmp_path):
+    """make(tied=, **LoraConfig's) -> (folder of a LoRA with random weights, logits of the adapter on its base)."""
+
+    def make(tied: bool, **options):
+        base = str(save_model(tied=tied))
+        model = get_peft_model(load_model(base), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) / 10)
+        model.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", logits(model), logits(load_model(base))
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        dict(target_modules=["q_proj", "lm_head"]),
+        dict(target_modules=["embed_tokens", "lm_head"]),
+        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        dict(target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+        dict(target_modules="all-linear", use_dora=True, use_rslora=True),
+    ],
+    ids=["embed", "head", "both", "both tied", "embed saved", "tokens", "dora"],
+)
+def test_a_merged_adapter_is_the_adapter_on_its_base(adapter_folder, tmp_path, tied, options):
+    folder, expected, before = adapter_folder(tied, **options)
+    merged = load_model(str(folder))
+    assert (expected - before).abs().max() > 0.1 and not isinstance(merged, PeftModel)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "merged"))), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_folder_has_its_base_s_config_and_its_own_tokenizer(adapter_folder, tokenizer):
+    folder, *_ = adapter_folder(True, target_modules=["q_proj"])
+    assert head_size(str(folder)) == len(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer(str(folder))) == tokenizer_fingerprint(tokenizer)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert tokenizer_fingerprint(load_tokenizer(str(folder))) == tokenizer_fingerprint(tokenizer)
+
+
+def test_an_adapter_folder_that_cannot_be_used_is_a_sentence(adapter_folder):
+    folder, *_ = adapter_folder(True, target_modules=["q_proj"])
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+
+    def refused(base, message: str) -> None:
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        for load in (load_model, load_config):
+            with pytest.raises(DataError, match=message):
+                load(str(folder))
+
+    refused("./gone", r"adapter' is an adapter folder of './gone' .*cannot be loaded: .*no such folder")
+    refused(None, "names no base_model_name_or_path")
+    refused(str(folder), "names itself")
+    path.write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"an adapter folder without adapter_model\.safetensors"):
+        load_model(str(folder))
