@@ -27,6 +27,13 @@ app = _App(
     pretty_exceptions_show_locals=False,
 )
 
+# Which rows fit, as `pear sft` has it.
+MAX_LENGTH = Annotated[
+    int | None,
+    typer.Option(help="Tokens of the longest row; default: the model's positions. More than 1 % longer: an error."),
+]
+DROP_LONG_ROWS = Annotated[bool, typer.Option(help="Leave out any number of longer rows.")]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -68,7 +75,8 @@ def score(
         typer.Option(help="Without --model, for rows that name no policy: none (weight 1), or a model to estimate by."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch, at most.")] = 8192,
-    max_length: Annotated[int | None, typer.Option(help="Leave out longer rows; default: the model's context.")] = None,
+    max_length: MAX_LENGTH = None,
+    drop_long_rows: DROP_LONG_ROWS = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from what an earlier, killed call has scored.")] = True,
@@ -102,6 +110,7 @@ def score(
             out,
             batch_tokens=batch_tokens,
             max_length=max_length,
+            drop_long_rows=drop_long_rows,
             dtype=dtype,
             device=device,
             resume=resume,
@@ -303,7 +312,8 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Page with pictures and coloured text to write.")] = None,
     json: Annotated[Path | None, typer.Option(help="JSON report to write.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to show with their text.")] = 12,
-    max_length: Annotated[int | None, typer.Option(help="Leave out longer rows; default: the model's context.")] = None,
+    max_length: MAX_LENGTH = None,
+    drop_long_rows: DROP_LONG_ROWS = False,
     sample: Annotated[int | None, typer.Option(help="Look at so many rows only, drawn at random.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     roles: Annotated[
@@ -320,7 +330,7 @@ def inspect(
     from pear_kernels.weights import PEAROptions
 
     try:
-        run(
+        report = run(
             data,
             model,
             options=PEAROptions(
@@ -338,6 +348,7 @@ def inspect(
             json_report=json,
             rows=rows,
             max_length=max_length,
+            drop_long_rows=drop_long_rows,
             sample=sample,
             seed=seed,
             batch_tokens=batch_tokens,
@@ -351,6 +362,7 @@ def inspect(
     for path in (html, json):
         if path is not None:
             say(f"written: {path}")
+    say(report["data"]["in_words"])
 
 
 @app.command()

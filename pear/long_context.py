@@ -43,6 +43,12 @@ def longest_row(dataset: Dataset) -> int:
     return longest
 
 
+def row_limit(max_length: int | None, *configs: PretrainedConfig | None) -> int | None:
+    """Tokens of the longest row to train on: `max_length`, and the positions of every model; None without a bound."""
+    limits = [max_length, *(position_limit(config) for config in configs if config is not None)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def check_context(longest: dict[str, int], config: PretrainedConfig | None, of: str = "model") -> None:
     """Raise if a row is longer than the positions of a model. (A pack may be, since positions start anew in it.)
 

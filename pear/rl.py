@@ -60,9 +60,6 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G.
     """
 
-    _tag_names = ["trl", "grpo", "pear"]
-    _name = "PEAR GRPO"
-
     def __init__(self, model, reward_funcs=None, args: PEARGRPOConfig | None = None, **kwargs: Any):
         if args is None:
             args = PEARGRPOConfig("pear-rl")

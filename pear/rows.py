@@ -106,6 +106,29 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
     return TokenizedRow(list(ids), mask, len(prompt_ids) - start)
 
 
+def is_bare_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a row is strings, none of them rendered by a chat template, and the tokenizer has one."""
+    text = row.get("prompt")
+    if not isinstance(text, str) or not tokenizer.chat_template:
+        return False
+    return not any(token in text for token in tokenizer.all_special_tokens)
+
+
+def bare_text_in_words(count: int, rows: int) -> str:
+    return (
+        f"{count} of {rows} rows are text (`prompt` and `completion` are strings), and the tokenizer has a chat "
+        "template. Text is tokenised as it stands, without the template, while `pear rl --task` and `pear eval` put "
+        "their questions through it. For a model that is to answer these, give rows as chats (lists of messages)"
+    )
+
+
+def prompt_cut_in_words(count: int) -> str:
+    return (
+        f"{count} rows: the end of the prompt becomes other tokens once the completion follows; the completion was "
+        "taken to start where they differ (as in TRL)"
+    )
+
+
 def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that `tokenize_row` tokenizes: prompt, completion and EOS, or what the chat template makes of a chat."""
     prompt, completion = row["prompt"], row["completion"]

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.appending import holding, output_file
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, write_error
+from pear.long_rows import check_long_rows, rows_in_words, too_long
 from pear.models import vocabulary_fingerprint
+from pear.rows import bare_text_in_words, prompt_cut_in_words
 from pear.scoring.batches import TopK, batches, score_batch
 from pear.scoring.choice import NONE
 from pear.scoring.output import Written, write_out
@@ -39,6 +41,7 @@ def score(
     *,
     batch_tokens: int = 8192,
     max_length: int | None = None,
+    drop_long_rows: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = True,
     dtype: str = "auto",
@@ -83,7 +86,8 @@ def score(
         model: a name for `load_model`; or a loaded model, which then needs `tokenizer`; or None, see above.
         batch_tokens: rows are sorted by length and padded in batches of at most this many tokens (a longer row alone).
         max_length: longer rows are left out of `out`; they are counted and listed in the result, never cut. None: the
-            model's own context length, if its config tells.
+            model's own context length, if its config tells. More than 1 % of such rows are an error.
+        drop_long_rows: leave out any number of them.
         resume: False starts anew, whatever an earlier call left.
         dtype: "float32", "bfloat16", or "auto": float32 on a CPU, the checkpoint's dtype elsewhere. For names only.
         device: where to run; None takes the accelerator if there is one, each of several processes its own.
@@ -124,7 +128,7 @@ def score(
     with processes.together():
         policy = None if model is None else open_policy(model)
         plan = read_plan(data, policy, fallback, column, replaced, open_policy)
-        _check_plan(plan, data, out, wanted, column)
+        _check_plan(plan, data, out, wanted, column, drop_long_rows)
     _tell_plan(plan, data, console)
     if len(set(processes.gather(plan.hash))) > 1:
         raise DataError(f"{data}: the processes of this run have read different data; do all see the same file?")
@@ -224,16 +228,18 @@ def _check_top_k(top_k: int | None, temperature: float) -> TopK | None:
     return TopK(top_k, float(temperature))
 
 
-def _check_plan(plan: Plan, data: str | os.PathLike, out: str | os.PathLike, wanted: TopK | None, column: str) -> None:
+def _check_plan(
+    plan: Plan, data: str | os.PathLike, out: str | os.PathLike, wanted: TopK | None, column: str, drop_long_rows: bool
+) -> None:
+    rows = plan.written + len(plan.too_long)
+    if not rows:
+        raise DataError(f"{data}: no rows in it")
+    check_long_rows(str(data), list(plan.too_long), rows, _limit(plan), drop=drop_long_rows)
     if plan.too_long and os.path.exists(out) and os.path.samefile(data, out):
         raise DataError(
             f"{_too_long_message(plan, data)} They would be lost, since out is the same file: give another out, or a "
             "larger max_length."
         )
-    if not plan.written:
-        if plan.too_long:
-            raise DataError(_too_long_message(plan, data) + " No row is left to score.")
-        raise DataError(f"{data}: no rows in it")
     if wanted is not None and plan.none and column == "behavior_logprobs":
         raise DataError(
             f"{data}: rows without a policy get no log-probs ({some_lines(sorted(plan.none))}), and so no top_k beside "
@@ -314,7 +320,7 @@ def _counts(plan: Plan, resumed: int) -> dict[str, Any]:
         "none": len(plan.none),
         "passed": len(plan.passed),
         "too_long": len(plan.too_long),
-        "too_long_lines": plan.too_long,
+        "too_long_lines": list(plan.too_long),
     }
 
 
@@ -333,11 +339,9 @@ def _tell_plan(plan: Plan, data: str | os.PathLike, console: Console) -> None:
     if plan.too_long:
         console.print(_too_long_message(plan, data), style="yellow", markup=False, highlight=False)
     if cut := sum(row.prompt_cut > 0 for row in all_rows(plan)):
-        console.print(
-            f"{cut} rows: the end of the prompt becomes other tokens once the completion follows; the "
-            "completion was taken to start where they differ (as in TRL).",
-            style="yellow",
-        )
+        console.print(f"{prompt_cut_in_words(cut)}.", style="yellow")
+    if plan.text:
+        console.print(f"{data}: {bare_text_in_words(plan.text, plan.written)}.", style="yellow", markup=False)
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -346,11 +350,9 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["top_k"]:
         top = f", each with the {summary['top_k']} most likely at temperature {summary['top_k_temperature']:g}"
     mean = "" if summary["mean_logprob"] is None else f", mean log-prob {summary['mean_logprob']:.4f}"
-    limit = "their model's context" if summary["max_length"] is None else f"{summary['max_length']} tokens"
     lines = [
         f"{summary['out']}: {summary['scored']} of {summary['rows']} rows scored ({summary['resumed']} of them by an "
-        f"earlier call), {summary['too_long']} left out as longer than {limit}; {summary['tokens']} response "
-        f"tokens{top}{mean}, {summary['seconds']:.1f} s"
+        f"earlier call); {summary['tokens']} response tokens{top}{mean}, {summary['seconds']:.1f} s"
     ]
     if summary["none"] or summary["passed"] or summary["estimated"] or len(summary["policies"]) > 1:
         lines.append("rows of each behaviour policy: " + ", ".join(f"{n} {k}" for k, n in summary["policies"].items()))
@@ -365,15 +367,19 @@ def summary_text(summary: dict[str, Any]) -> str:
             f"{len(reasons)} rows do not round-trip between text and tokens ({some_lines(list(reasons))}), so that no "
             f"student of another tokenizer can use them; of line {first}: {reasons[first]}"
         )
+    long = summary["too_long_lines"]
+    limit = "their model's positions" if summary["max_length"] is None else summary["max_length"]
+    lines.append(rows_in_words("Wrote", summary["rows"] - len(long), {too_long(long, limit): len(long)}))
     return "\n".join(map(one_line, lines))
 
 
+def _limit(plan: Plan) -> str:
+    return " or ".join(map(str, sorted(set(plan.too_long.values()))))
+
+
 def _too_long_message(plan: Plan, data: str | os.PathLike) -> str:
-    limits = sorted({share.policy.max_length for share in plan.shares if share.policy.max_length is not None})
-    return (
-        f"{data}: left out {len(plan.too_long)} rows longer than max_length = {' or '.join(map(str, limits))} tokens "
-        f"({some_lines(plan.too_long)})."
-    )
+    rows = plan.written + len(plan.too_long)
+    return f"{data}: left out {len(plan.too_long)} of {rows} rows, {too_long(list(plan.too_long), _limit(plan))}."
 
 
 @contextlib.contextmanager

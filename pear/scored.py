@@ -10,7 +10,7 @@ from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
-from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, read_jsonl
+from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_writable, read_jsonl
 from pear.models import vocabulary_fingerprint
 from pear.rows import TokenizedRow
 from pear.scored_rows import (
@@ -19,6 +19,8 @@ from pear.scored_rows import (
     Reader,
     check_kind,
     is_byte_row,
+    is_raw,
+    no_behavior,
     own_blocks,
     tokens_a_block,
     without_nulls,
@@ -62,12 +64,15 @@ def load_scored(
     max_length: int | None = None,
     *,
     strict: bool = False,
+    drop_long_rows: bool = False,
+    needs_behavior: bool = True,
     columns: Sequence[str] = (),
     temperature: float = 1.0,
     head_size: int | None = None,
     options: PEAROptions = DEFAULTS,
     unaligned: str = "error",
     roles: Roles = ROLES,
+    found: Found | None = None,
 ) -> Dataset:
     """Rows of `pear score` and `pear import`, checked, as a dataset with the COLUMNS, in tokens of the student.
 
@@ -84,8 +89,13 @@ def load_scored(
     `options` (`PEARSFTConfig.pear_options`) in rows of the student's own tokens, by spans in aligned ones, and -1 at
     tokens without a log-ratio. Which rows are of which kind is logged.
 
-    Rows longer than `max_length` are counted, logged with their line numbers and left out (with `strict`: an error);
-    none is ever cut. Rows that cannot be aligned are an error, or with `unaligned="skip"` treated likewise.
+    Without `needs_behavior` (`PEARSFTConfig.needs_behavior`: whether the objective uses a behaviour policy's log-probs)
+    rows that were never scored are taken too, in the tokens that `pear score` would write, and no row has to be
+    aligned.
+
+    Rows longer than `max_length` are counted, logged with their line numbers and left out; none is ever cut. More than
+    1 % of such rows are an error without `drop_long_rows`; with `strict` a single one is. Rows that cannot be aligned
+    are an error, or with `unaligned="skip"` left out likewise. `found` receives the counts.
 
     Raises:
         DataError: with file and line: a row that is damaged, edited or of an older version, a column that is not
@@ -98,12 +108,19 @@ def load_scored(
     reader, vocabulary = Reader(tokenizer, roles), vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
-    found, behaviors = Found(), []
+    found, behaviors = Found() if found is None else found, []
+    found.weighted = needs_behavior
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         row = without_nulls(row)
-        check_kind(row, where)
-        check_seal(row, where)
+        raw = not needs_behavior and is_raw(row)
+        if raw:
+            check_writable(row, where)  # as `pear score` does: half a surrogate pair has no tokens
+            row = {key: value for key, value in row.items() if key not in ("input_ids", "completion_mask")}
+        else:
+            if needs_behavior:
+                check_kind(row, where)
+            check_seal(row, where)
         for name, how in WRITTEN_BY.items():
             if name in columns and name not in row and not is_byte_row(row):
                 raise DataError(f"{where}: no `{name}`: {how.format(file=path, temperature=temperature)}")
@@ -114,29 +131,28 @@ def load_scored(
             check_top_k_vocabulary(row, reader.fingerprint, vocabulary, head_size, where)
             check_top_k(row, temperature, table["top_k_ids"], where)
         if max_length is not None and len(tokens.input_ids) > max_length:
-            if strict:
-                raise DataError(
-                    f"{where}: {len(tokens.input_ids)} tokens, more than max_length = {max_length}. "
-                    "Raise max_length, or leave strict_length off to train without such rows."
-                )
             found.too_long.append(line)
             continue
         behavior = reader.behavior(row, where, tokens, own)
+        if isinstance(behavior, str) and not needs_behavior:
+            behavior = no_behavior(np.array(tokens.completion_mask))
         if isinstance(behavior, str):
             found.unaligned[line] = behavior
             continue
-        found.add(line, row, behavior)
+        found.add(line, row, behavior, tokens, tokenizer)
         behaviors.append(behavior)
         for name, values in table.items():
             values.append(_read(name, row, tokens, behavior))
     found.check(
         path,
         max_length=max_length,
+        strict=strict,
+        drop_long_rows=drop_long_rows,
         unaligned=unaligned,
         negatives="sequence_label" in columns,
-        block_level=options.level == "block" and not options.clip_blocks,
+        block_level=needs_behavior and options.level == "block" and not options.clip_blocks,
     )
-    if found.aligned or found.no_policy:
+    if any(behavior.block_ids is not None for behavior in behaviors):
         masks = table["completion_mask"]
         table["block_ids"] = [
             _block_ids(behavior, mask, options) for behavior, mask in zip(behaviors, masks, strict=True)

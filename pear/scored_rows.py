@@ -20,7 +20,15 @@ from pear.align import ROLES, Roles, Spans, Unaligned, align, spans_of
 from pear.align.contents import contents_of
 from pear.align.roles import names_of
 from pear.align.spans import JOINT, NO_BYTES
-from pear.io import MAX_FLOAT32, MAX_LOGPROB, DataError, check_label, check_scored_row
+from pear.io import (
+    LOGPROB_COLUMNS,
+    MAX_FLOAT32,
+    MAX_LOGPROB,
+    TOP_K_COLUMNS,
+    DataError,
+    check_label,
+    check_scored_row,
+)
 from pear.models import tokenizer_fingerprint
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 from pear_kernels.weights import PEAROptions
@@ -29,9 +37,10 @@ NO_POLICY = "none"  # as `behavior_policy`
 NO_RATIO = -1  # as a token's block: it carries no log-ratio
 _NO_LOGPROBS = (
     'no log-probs of a behaviour policy (`behavior_logprobs`), and no `"behavior_policy": "none"` that says there is '
-    "none. Score the row: `pear score --model <the model that wrote it>`; or, where nobody knows that model, `pear "
-    "score --fallback none` (human text: each of its tokens has weight 1) or `pear score --fallback MODEL` (that "
-    "model's estimate)"
+    "none. Score the rows first: `pear score --model <the model that wrote them> --data {file} --out scored.jsonl`; "
+    "or, where nobody knows that model, with `--fallback none` (human text: each of its tokens has weight 1) or "
+    "`--fallback MODEL` (that model's estimate) in its place. `pear sft --weighting none` and `dft` take rows without "
+    "scores"
 )
 
 
@@ -40,6 +49,12 @@ class Behavior(NamedTuple):
 
     logprobs: np.ndarray  # (C,) float32; a span's sum at its first token, 0 at its others and where there is no ratio
     block_ids: np.ndarray | None  # (C,) int32, NO_RATIO where there is none; None: a log-prob a token, cut by the level
+
+
+def no_behavior(mask: np.ndarray) -> Behavior:
+    """Of a row without a log-ratio."""
+    count = int(mask.sum())
+    return Behavior(np.zeros(count, np.float32), np.full(count, NO_RATIO, np.int32))
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +78,17 @@ def is_byte_row(row: dict[str, Any]) -> bool:
     return has_policy(row) and "input_ids" not in row and isinstance(spans, dict) and "logprobs" in spans
 
 
+def has_logprobs(row: dict[str, Any]) -> bool:
+    """Whether there are log-probs of a behaviour policy."""
+    return has_policy(row) and ("behavior_logprobs" in row or is_byte_row(row))
+
+
+def is_raw(row: dict[str, Any]) -> bool:
+    """Whether nothing was ever scored or imported in this row."""
+    scores = ("scored", *LOGPROB_COLUMNS, *TOP_K_COLUMNS, "behavior_spans")
+    return not any(row.get(key) is not None for key in scores)
+
+
 def is_cut(row: dict[str, Any]) -> bool:
     """Whether the policy was stopped at the text's end, by a limit of tokens say, and did not end there itself."""
     spans = row.get("behavior_spans")
@@ -71,8 +97,9 @@ def is_cut(row: dict[str, Any]) -> bool:
 
 def check_kind(row: dict[str, Any], where: str) -> None:
     """Raise unless the row is one of the three kinds that a file for training holds."""
-    if has_policy(row) and "behavior_logprobs" not in row and not is_byte_row(row):
-        raise DataError(f"{where}: {_NO_LOGPROBS}. Keys found: {sorted(row)}")
+    if has_policy(row) and not has_logprobs(row):
+        said = _NO_LOGPROBS.format(file=where.rpartition(":")[0])
+        raise DataError(f"{where}: {said}. Keys found: {sorted(row)}")
 
 
 def tokens_a_block(options: PEAROptions) -> int:
@@ -102,7 +129,7 @@ class Reader:
             DataError: damaged columns, or no text to make tokens of.
         """
         if "input_ids" in row or "behavior_logprobs" in row:
-            needs = needs if has_policy(row) else tuple(name for name in needs if name != "behavior_logprobs")
+            needs = needs if has_logprobs(row) else tuple(name for name in needs if name != "behavior_logprobs")
             check_scored_row(row, where, needs)
             stored = TokenizedRow(row["input_ids"], [int(bit) for bit in row["completion_mask"]], 0)
             if row.get("tokenizer") == self.fingerprint:
@@ -143,9 +170,8 @@ class Reader:
             DataError: damaged spans; or ids of another tokenizer without spans.
         """
         mask = np.array(tokens.completion_mask, dtype=bool)
-        if not has_policy(row):
-            count = int(mask.sum())
-            return Behavior(np.zeros(count, np.float32), np.full(count, NO_RATIO, np.int32))
+        if not has_logprobs(row):
+            return no_behavior(mask)
         if own:
             return Behavior(np.array(row["behavior_logprobs"], dtype=np.float32)[mask], None)
         if "behavior_spans" not in row:

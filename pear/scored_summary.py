@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from pear.importing.sampling import bias, changed
 from pear.io import DataError, line_list
-from pear.scored_rows import NO_RATIO, Behavior, has_policy
+from pear.long_rows import check_long_rows, rows_in_words, too_long
+from pear.rows import TokenizedRow, bare_text_in_words, is_bare_text, prompt_cut_in_words
+from pear.scored_rows import NO_RATIO, Behavior, has_policy, is_raw
 
 logger = logging.getLogger("pear.scored")  # not accelerate's, which needs a trainer's state
 
@@ -35,6 +39,9 @@ class Found:
     """Line numbers of a file's rows, by what was found of them; only rows that are trained on are told of by `add`."""
 
     rows: int = 0
+    weighted: bool = True  # by log-ratios to a behaviour policy
+    text: list[int] = field(default_factory=list)  # neither a chat nor rendered by a template
+    prompt_cut: list[int] = field(default_factory=list)
     wrong: list[int] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
     unaligned: dict[int, str] = field(default_factory=dict)  # with the reason
@@ -49,8 +56,19 @@ class Found:
     ratio_tokens: int = 0
     spans: int = 0
 
-    def add(self, line: int, row: dict[str, Any], behavior: Behavior) -> None:
+    def add(
+        self,
+        line: int,
+        row: dict[str, Any],
+        behavior: Behavior,
+        tokens: TokenizedRow,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         self.rows += 1
+        if is_bare_text(row, tokenizer):
+            self.text.append(line)
+        if is_raw(row) and tokens.prompt_cut:
+            self.prompt_cut.append(line)
         if not row.get("label", True):
             self.wrong.append(line)
         if row.get("behavior_estimated"):
@@ -71,9 +89,18 @@ class Found:
                 self.few_shared.append(line)
 
     def check(
-        self, path: str | os.PathLike, *, max_length: int | None, unaligned: str, negatives: bool, block_level: bool
+        self,
+        path: str | os.PathLike,
+        *,
+        max_length: int | None,
+        strict: bool,
+        drop_long_rows: bool,
+        unaligned: str,
+        negatives: bool,
+        block_level: bool,
     ) -> None:
         """Raise for what stops a run; `block_level` where aligned rows would be clipped unlike the others."""
+        check_long_rows(str(path), self.too_long, self._all(), max_length or 0, drop=drop_long_rows, strict=strict)
         if self.unaligned and unaligned == "error":
             reasons = [f"line {line}: {reason}" for line, reason in list(self.unaligned.items())[:20]]
             more = len(self.unaligned) - len(reasons)
@@ -107,8 +134,7 @@ class Found:
         said = []
         if self.too_long:
             said.append(
-                f"left out {len(self.too_long)} of {self._all()} rows, longer than max_length = {max_length} tokens "
-                f"({line_list(self.too_long)})"
+                f"left out {len(self.too_long)} of {self._all()} rows, {too_long(self.too_long, max_length or 0)}"
             )
         if self.unaligned:
             reasons = Counter(self.unaligned.values()).most_common(3)
@@ -116,6 +142,10 @@ class Found:
                 f"left out {len(self.unaligned)} of {self._all()} rows, which cannot be aligned with the student's "
                 f"tokens ({line_list(list(self.unaligned))}): " + "; ".join(f"{reason} ({n})" for reason, n in reasons)
             )
+        if self.text:
+            said.append(bare_text_in_words(len(self.text), self.rows))
+        if self.prompt_cut:
+            said.append(prompt_cut_in_words(len(self.prompt_cut)))
         if self.aligned:
             said.append(
                 f"{len(self.aligned)} of {self.rows} rows are not in the student's tokens and were aligned by their "
@@ -128,7 +158,7 @@ class Found:
                 f"in {_rows(len(self.few_shared))} fewer than {FEW_SHARED:.0%} of the response tokens carry a "
                 f"log-ratio ({line_list(self.few_shared)}): the others train with the weight of their place"
             )
-        if self.no_policy:
+        if self.no_policy and self.weighted:
             said.append(
                 f"{len(self.no_policy)} of {self.rows} rows have no behaviour policy: each of their tokens has weight "
                 "1, as in plain SFT"
@@ -146,6 +176,26 @@ class Found:
                 + reasons
             )
         return said
+
+    def rows_in_words(self, done: str, max_length: int | None) -> str:
+        """How many rows, and what was left out: a command's last line."""
+        return rows_in_words(
+            done,
+            self.rows,
+            {
+                too_long(self.too_long, max_length or 0): len(self.too_long),
+                f"not aligned with the student's tokens ({line_list(list(self.unaligned))})": len(self.unaligned),
+            },
+        )
+
+    def counts(self) -> dict[str, int]:
+        """For a run's record."""
+        return {
+            "read": self._all(),
+            "kept": self.rows,
+            "too_long": len(self.too_long),
+            "unaligned": len(self.unaligned),
+        }
 
     def _all(self) -> int:
         return self.rows + len(self.too_long) + len(self.unaligned)

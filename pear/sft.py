@@ -23,18 +23,34 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
-from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options
+from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
 from pear.models import check_architecture, find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import load_scored
+from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare, top_k_vocabularies
+from pear.shown import say
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear_kernels import LossOutput, Teacher
 
 logger = get_logger(__name__)
+
+PAPER = {
+    "title": "Good SFT Optimizes for SFT, Better SFT Prepares for Reinforcement Learning",
+    "id": "2602.01058",
+}
+
+
+def objective_in_words(args: PEARSFTConfig) -> str:
+    """What a model was trained with: "PEAR SFT", "SFT", "SFT weighted by dft", "distillation (forward)", ..."""
+    if args.distill != "none":
+        return f"distillation ({args.distill})" + (" weighted by PEAR" if args.weighting == "pear" else "")
+    if args.weighting == "pear":
+        return "PEAR SFT" + (" with wrong answers" if args.negatives else "")
+    return "SFT" + (f" weighted by {args.weighting}" if args.weighting != "none" else "")
 
 
 class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
@@ -61,13 +77,6 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
     - distill: `divergence`.
     """
 
-    _tag_names = ["trl", "sft", "pear"]
-    _name = "PEAR SFT"
-    _paper = {
-        "title": "Good SFT Optimizes for SFT, Better SFT Prepares for Reinforcement Learning",
-        "id": "2602.01058",
-    }
-
     def __init__(
         self, model, args: PEARSFTConfig | None = None, *, teacher: PreTrainedModel | None = None, **kwargs: Any
     ):
@@ -83,6 +92,11 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         if teacher is not None:
             args.check_teacher("a teacher is given")
         prepare_device_options(args)
+        # What TRL writes into the model card.
+        self._name = objective_in_words(args)
+        self._tag_names, self._paper = (
+            (["trl", "sft", "pear"], PAPER) if args.weighting == "pear" else (["trl", "sft"], {})
+        )
         self._columns = args.more_columns(teacher_in_memory=teacher is not None)
         self._vocabulary: int | None = None
         self._largest_id = -1  # of the data's top-k
@@ -305,8 +319,17 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
 
     tokenizer = load_tokenizer(name)
     in_memory = data_args.teacher is not None
+    init = model_init_kwargs(args, model_args)
+    config = find_config(name, **init)
+    check_architecture(config, name)
+    check_quantization(config, model_args.load_in_4bit or model_args.load_in_8bit)
+    teacher_config = find_config(data_args.teacher) if in_memory else None
+    limit = row_limit(args.max_length, config, teacher_config)
     how = {
+        "max_length": limit,
         "strict": args.strict_length,
+        "drop_long_rows": args.drop_long_rows,
+        "needs_behavior": args.needs_behavior,
         "columns": args.more_columns(in_memory),
         "temperature": args.distill_temperature,
         "options": args.pear_options(),
@@ -316,24 +339,17 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         how["roles"] = read_roles(data_args.roles)
     if "top_k_ids" in how["columns"]:
         how["head_size"] = head_size(name, revision=model_args.model_revision)
-    train_dataset = load_scored(data_args.data, tokenizer, args.max_length, **how)
+    rows = {"train": Found()}
+    train_dataset = load_scored(data_args.data, tokenizer, found=rows["train"], **how)
     eval_dataset = None
     if data_args.eval_data is not None:
-        eval_dataset = load_scored(data_args.eval_data, tokenizer, args.max_length, **how)
-    init = model_init_kwargs(args, model_args)
-    config = find_config(name, **init)
-    check_architecture(config, name)
-    check_quantization(config, model_args.load_in_4bit or model_args.load_in_8bit)
-    datasets = {"train": train_dataset, "eval": eval_dataset}
-    longest = {which: longest_row(dataset) for which, dataset in datasets.items() if dataset is not None}
-    check_context(longest, config)
+        rows["eval"] = Found()
+        eval_dataset = load_scored(data_args.eval_data, tokenizer, found=rows["eval"], **how)
     init["attn_implementation"] = attention_for(init["attn_implementation"], args, config, init["dtype"], "model")
     args.model_init_kwargs = init
     teacher = None
     if in_memory:
-        config = find_config(data_args.teacher)
-        check_context(longest, config, "teacher")
-        attention = attention_for(model_args.attn_implementation, args, config, teacher_dtype(), "teacher")
+        attention = attention_for(model_args.attn_implementation, args, teacher_config, teacher_dtype(), "teacher")
         teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=attention)
     trainer = PEARSFTTrainer(
         resolve_model(name),
@@ -352,9 +368,13 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if trainer.accelerator.is_main_process:  # for `pear compare`
         settings = {"start": name, "data": data_args.data, **given(args)}
         settings |= {"teacher": data_args.teacher} if in_memory else {}
+        settings["rows"] = {which: found.counts() for which, found in rows.items()}
         settings |= {"unaligned": data_args.unaligned} if data_args.unaligned != "error" else {}
         settings |= {"roles": data_args.roles} if data_args.roles is not None else {}
         write_run(args.output_dir, "sft", trainer.state.log_history, settings)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
+    if args.should_log:
+        done = {"train": "Trained on", "eval": "Evaluated on"}
+        say(". ".join(found.rows_in_words(done[which], limit) for which, found in rows.items()))
     return trainer

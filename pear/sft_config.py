@@ -137,10 +137,18 @@ class PEARSFTConfig(SFTConfig):
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
     )
-    strict_length: bool = field(
-        default=False,
-        metadata={"help": "Stop at a row longer than max_length, instead of counting it and leaving it out."},
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the longest row, and with packing of a pack. Default: the model's positions; of a pack, "
+            "the longest row, at least 1024. Longer rows are never cut: more than 1 % of them are an error, fewer are "
+            "left out and counted."
+        },
     )
+    drop_long_rows: bool = field(
+        default=False, metadata={"help": "Leave out any number of rows longer than max_length."}
+    )
+    strict_length: bool = field(default=False, metadata={"help": "A single row longer than max_length is an error."})
 
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():
@@ -193,6 +201,11 @@ class PEARSFTConfig(SFTConfig):
         columns = ("ref_logprobs",) if self.weighting in REFERENCED and not teacher_in_memory else ()
         columns += ("sequence_label",) if self.negatives else ()
         return columns + (TOP_K if self.distill != "none" and not teacher_in_memory else ())
+
+    @property
+    def needs_behavior(self) -> bool:
+        """Whether the loss depends on a behaviour policy's log-probs; where not, rows without scores are trained on."""
+        return self.weighting == "pear"
 
     def check_teacher(self, what: str) -> None:
         """Raise unless the loss looks at a teacher in memory; `what` is the subject of the message."""
@@ -250,8 +263,8 @@ class PEARSFTConfig(SFTConfig):
         for name, (is_refused, why) in refused.items():
             if is_refused:
                 raise DataError(f"{name} = {getattr(self, name)!r} does not go with `pear sft`: {why}")
-        if self.packing and self.max_length is None:
-            raise DataError("packing needs max_length, the length of a pack; got None")
+        if self.strict_length and self.drop_long_rows:
+            raise DataError("strict_length and drop_long_rows are opposites: give one of them")
 
 
 @dataclass

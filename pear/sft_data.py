@@ -15,6 +15,8 @@ from trl.trainer.utils import pad
 
 from pear.fused_head import IGNORE, first_tokens_ignored
 from pear.io import TOP_K_COLUMNS, DataError
+from pear.long_context import longest_row
+from pear.long_rows import check_long_rows, too_long
 from pear.scored import BLOCK_COLUMNS, COLUMNS, SPANS
 from pear.scored_rows import tokens_a_block
 from pear.scored_summary import spans_at_block_level
@@ -29,6 +31,7 @@ PER_TOKEN = {
     "ref_logprobs": (torch.float32, 0.0),
     "sequence_label": (torch.bool, True),
 }
+PACK = 1024  # tokens of a pack, at least, where no length is given
 WRONG_TO_RIGHT = 4  # tokens of wrong answers for one of a right answer, at most without a warning
 IN_BATCHES = (*PER_TOKEN, *TOP_K_COLUMNS)
 
@@ -94,7 +97,7 @@ def prepare(
         dataset = dataset.with_format("numpy")
         kwargs = {"num_proc": args.dataset_num_proc}
         if max_length is not None:
-            dataset = _within(dataset, name, max_length, args.strict_length)
+            dataset = _within(dataset, name, max_length, args)
         dataset = dataset.map(
             _labels,
             input_columns=["input_ids", "completion_mask"],  # top-k columns would take long to be looked at
@@ -106,9 +109,8 @@ def prepare(
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
             kept = [column for column in ("input_ids", "labels", *IN_BATCHES) if column in dataset.column_names]
-            dataset = pack_dataset(
-                dataset.select_columns(kept), max_length, "bfd", kwargs | {"desc": f"Packing {name}"}
-            )
+            length = max_length or max(PACK, longest_row(dataset))
+            dataset = pack_dataset(dataset.select_columns(kept), length, "bfd", kwargs | {"desc": f"Packing {name}"})
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
     return dataset
@@ -189,19 +191,15 @@ def _check_temperature(dataset: Dataset, name: str, temperature: float) -> None:
         )
 
 
-def _within(dataset: Dataset, name: str, max_length: int, strict: bool) -> Dataset:
+def _within(dataset: Dataset, name: str, max_length: int, args: PEARSFTConfig) -> Dataset:
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    fits = [i for i, length in enumerate(lengths) if length <= max_length]
-    if len(fits) == len(lengths):
+    long = [i for i, length in enumerate(lengths) if length > max_length]
+    if not long:
         return dataset
-    message = (
-        f"{name} dataset: {len(lengths) - len(fits)} of {len(lengths)} rows are longer than max_length = "
-        f"{max_length} tokens"
-    )
-    if strict or not fits:
-        raise DataError(message)
-    logger.warning(f"{message}; they are left out")
-    return dataset.select(fits)
+    where = f"{name} dataset"
+    check_long_rows(where, long, len(lengths), max_length, drop=args.drop_long_rows, strict=args.strict_length)
+    logger.warning(f"{where}: left out {len(long)} of {len(lengths)} rows, {too_long(long, max_length)}")
+    return dataset.select([i for i, length in enumerate(lengths) if length <= max_length])
 
 
 def _labels(input_ids: np.ndarray, completion_mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -189,7 +189,7 @@ def _too_long(data: Data) -> Finding:
         "too_long",
         "note",
         f"{count(len(data.too_long), 'row')} longer than --max_length are not looked at ({listed(data.too_long)}); "
-        "`pear sft` leaves them out by its own --max_length.",
+        "`pear sft` with the same --max_length leaves them out too.",
     )
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
 from pear.inspecting.tokens import Tokens
-from pear.io import DataError, check_label, read_jsonl
+from pear.io import DataError, check_label, line_list, read_jsonl
+from pear.long_rows import check_long_rows, rows_in_words, too_long
 from pear.scored_rows import Reader, check_kind, has_policy, without_nulls
 from pear.seal import check_seal
 
@@ -35,6 +36,7 @@ class Data(NamedTuple):
     total: int  # in the file
     too_long: list[int]  # lines left out
     unaligned: dict[int, str]  # lines left out, and why
+    in_words: str = ""  # how many rows, and what was left out
 
     def tokens(self, logprobs: list[np.ndarray]) -> Tokens:
         """All rows' tokens, with the student's log-probs (C,) of each row."""
@@ -53,14 +55,16 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
+    drop_long_rows: bool = False,
     sample: int | None = None,
     seed: int = 0,
     roles: Roles = ROLES,
 ) -> Data:
     """Rows that `pear score` or `pear import` wrote, checked as `pear sft` checks them.
 
-    Rows longer than `max_length` student tokens, and rows that cannot be aligned, are left out and counted. With
-    `sample`, so many rows are looked at, drawn by `seed`; the seals of all are checked.
+    Rows longer than `max_length` student tokens, and rows that cannot be aligned, are left out and counted. More than
+    1 % of rows that are too long are an error without `drop_long_rows`. With `sample`, so many rows are looked at,
+    drawn by `seed`; the seals of all are checked.
 
     Raises:
         DataError: a damaged, edited or older row, no row left.
@@ -68,30 +72,40 @@ def read(
     total = _checked(path)
     chosen = _choose(total, sample, seed)
     reader = Reader(tokenizer, roles)
-    rows, too_long, unaligned = [], [], {}
+    rows, long, unaligned = [], [], {}
     for number, (line, row) in enumerate(read_jsonl(path)):
         if chosen is not None and number not in chosen:
             continue
-        found = _read(reader, without_nulls(row), line, f"{path}:{line}")
-        if isinstance(found, str):
+        found = _read(reader, without_nulls(row), line, f"{path}:{line}", max_length)
+        if found is None:
+            long.append(line)
+        elif isinstance(found, str):
             unaligned[line] = found
-        elif max_length is not None and len(found.input_ids) > max_length:
-            too_long.append(line)
         else:
             rows.append(found)
+    looked_at = len(rows) + len(long) + len(unaligned)
+    check_long_rows(str(path), long, looked_at, max_length or 0, drop=drop_long_rows)
     if not rows:
         raise DataError(
-            f"{path}: no row to look at: of {total}, {len(too_long)} are longer than max_length = {max_length}, "
+            f"{path}: no row to look at: of {total}, {len(long)} are longer than max_length = {max_length}, "
             f"{len(unaligned)} cannot be aligned" + (f" ({next(iter(unaligned.values()))})" if unaligned else "")
         )
-    return Data(rows, total, too_long, unaligned)
+    left_out = {}
+    if long:
+        left_out[too_long(long, max_length or 0)] = len(long)
+    if unaligned:
+        left_out[f"not aligned with the student's tokens ({line_list(list(unaligned))})"] = len(unaligned)
+    done = "Inspected" if chosen is None else f"Drew {len(chosen)} of {total} rows; inspected"
+    return Data(rows, total, long, unaligned, rows_in_words(done, len(rows), left_out))
 
 
-def _read(reader: Reader, row: dict[str, Any], line: int, where: str) -> Row | str:
-    """The row; or, in words, why it cannot be aligned."""
+def _read(reader: Reader, row: dict[str, Any], line: int, where: str, max_length: int | None) -> Row | str | None:
+    """The row; or, in words, why it cannot be aligned; None if it is too long."""
     check_kind(row, where)
     check_label(row, where)
     tokens, own = reader.tokens(row, where, ("behavior_logprobs",))
+    if max_length is not None and len(tokens.input_ids) > max_length:
+        return None
     behavior = reader.behavior(row, where, tokens, own)
     if isinstance(behavior, str):
         return behavior

@@ -35,6 +35,7 @@ def inspect(
     json_report: str | os.PathLike | None = None,
     rows: int = 12,
     max_length: int | None = None,
+    drop_long_rows: bool = False,
     sample: int | None = None,
     seed: int = 0,
     roles: Roles = ROLES,
@@ -53,7 +54,9 @@ def inspect(
         html: where a page with pictures and coloured text goes; None: nowhere.
         json_report: where the returned report goes as JSON; None: nowhere. Both are written, or none.
         rows: how many rows to show with their text, the worst ones and an ordinary one.
-        max_length: longer rows are left out and counted. None: the model's own context length, if its config tells.
+        max_length: longer rows are left out and counted, as `pear sft` does; more than 1 % of such rows are an error.
+            None: the model's own positions, if its config tells.
+        drop_long_rows: leave out any number of them.
         sample: look at so many rows only, drawn by `seed`.
         roles: `pear.align`'s rule for structural tokens.
         batch_tokens: rows are padded in batches of at most this many tokens.
@@ -81,7 +84,15 @@ def inspect(
     _check_outputs({"data": data, "html": html, "json": json_report})
     place = device_named(device or None)
     student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
-    found = read(data, student.tokenizer, max_length=student.max_length, sample=sample, seed=seed, roles=roles)
+    found = read(
+        data,
+        student.tokenizer,
+        max_length=student.max_length,
+        drop_long_rows=drop_long_rows,
+        sample=sample,
+        seed=seed,
+        roles=roles,
+    )
     with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:
         scored = logprobs(loaded, found.rows, data, batch_tokens, advance)
         half = loaded.dtype in (torch.bfloat16, torch.float16)

@@ -53,14 +53,14 @@ def write_out(
     Raises:
         DataError: the data changed since `plan` was made of it.
     """
-    places, too_long = scored_places(plan), set(plan.too_long)
+    places = scored_places(plan)
     written, digest = Written(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         readers = {name: stack.enter_context(side.reader()) for name, side in sides.items()}
         target = stack.enter_context(atomic_writer(out))
         for line, row in read_jsonl(data):
             digest.update(line_for_hash(line, row))
-            if line in too_long:
+            if line in plan.too_long:
                 continue
             row = prompt_and_completion(without_nulls(row), f"{data}:{line}")
             if line in places:

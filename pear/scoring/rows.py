@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, check_writable, read_jsonl
-from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
+from pear.rows import TokenizedRow, check_same_tokens, is_bare_text, prompt_and_completion, tokenize_row
 from pear.scored_rows import is_cut
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
 from pear.scoring.policies import Policy
@@ -47,7 +47,8 @@ class Plan:
     shares: list[Share]
     none: set[int]  # lines of nobody's words
     passed: set[int]  # lines that keep the log-probs they have
-    too_long: list[int]
+    too_long: dict[int, int]  # line -> the limit of its model
+    text: int = 0  # rows of text to score by a model whose tokenizer has a chat template
 
     @property
     def written(self) -> int:
@@ -74,7 +75,7 @@ def read_plan(
             name no policy, without `fallback`.
     """
     shares = {} if policy is None else {policy.name: Share(policy)}
-    plan = Plan("", [], set(), set(), [])
+    plan = Plan("", [], set(), set(), {})
     unnamed: list[int] = []
     digest = hashlib.sha256()
     for line, row in read_jsonl(data):
@@ -149,8 +150,9 @@ def _add(
     _check_what_stays(row, tokenized, tokenizer, where, replaced)
     limit = share.policy.max_length
     if limit is not None and len(tokenized.input_ids) > limit:
-        plan.too_long.append(line)
+        plan.too_long[line] = limit
         return
+    plan.text += is_bare_text(row, tokenizer)
     ids, start = np.array(tokenized.input_ids, dtype=np.int32), tokenized.completion_mask.index(1)
     share.rows.append(Row(line, ids, start, tokenized.prompt_cut, choice.estimated))
 

@@ -21,6 +21,7 @@ from pear.inspecting.data import read
 from pear.io import DataError, read_jsonl, write_jsonl
 from pear.score import score
 from pear.scored import load_scored
+from pear.scored_summary import Found
 from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer
 from pear_kernels.weights import DEFAULTS, PEAROptions
@@ -182,11 +183,16 @@ def test_samples_are_drawn_by_seed_and_long_rows_told(student, files):
     tokenizer = make_tokenizer()
     lengths = {line: len(row["input_ids"]) for line, row in read_jsonl(files["own"])}
     limit = sorted(lengths.values())[5]
-    found = read(files["own"], tokenizer, max_length=limit)
+    with pytest.raises(DataError, match=rf" of 9 rows are longer than max_length = {limit} .*--drop_long_rows"):
+        read(files["own"], tokenizer, max_length=limit)
+    found = read(files["own"], tokenizer, max_length=limit, drop_long_rows=True)
     assert found.too_long == [line for line, length in lengths.items() if length > limit]
     assert found.total == 9 and len(found.rows) == 9 - len(found.too_long)
-    report = inspect(files["own"], student, max_length=limit)
+    report = inspect(files["own"], student, max_length=limit, drop_long_rows=True)
     assert "too_long" in {finding["kind"] for finding in report["advice"]}
+    trained = Found()
+    assert len(load_scored(files["own"], tokenizer, limit, drop_long_rows=True, found=trained)) == len(found.rows)
+    assert report["data"]["in_words"] == trained.rows_in_words("Inspected", limit)  # as `pear sft` counts them
 
 
 def test_log_probs_of_a_server_without_ids_say_the_same(student, files, tmp_path):

@@ -99,7 +99,7 @@ def test_a_row_beyond_the_models_positions_is_an_error(tokenizer, dataset, make_
     ):
         make_trainer(short())
     rows = dataset.filter(lambda ids: len(ids) < n, input_columns="input_ids")
-    trainer = make_trainer(short(), max_length=n - 1)
+    trainer = make_trainer(short(), max_length=n - 1, drop_long_rows=True)
     assert longest(trainer.train_dataset) < n
     make_trainer(short(n))
     with pytest.raises(DataError, match=rf"eval dataset: a row of {n} tokens"):
@@ -139,7 +139,7 @@ def test_the_commands_say_so_before_any_weights_are_read(tokenizer, scored, data
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
     arguments = ["--model", str(folder), "--data", str(scored), "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(DataError, match=f"a row of {n} tokens, but the model has positions for {n - 1}.*max_length"):
+    with pytest.raises(DataError, match=f"1 of 12 rows are longer than max_length = {n - 1} tokens .*--drop_long_rows"):
         main([*arguments, "--report_to", "none"])
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match=f"max_length = {n}.*positions for {n - 1}"):

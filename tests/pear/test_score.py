@@ -25,7 +25,7 @@ from pear.fused_head import add_fused_head, logit_options
 from pear.io import TOP_K_COLUMNS, DataError, WriteError, check_scored_row, read_jsonl
 from pear.models import load_model, load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from pear.rows import prompt_and_completion, tokenize_row
-from pear.score import score
+from pear.score import score, summary_text
 from pear.scoring.output import floats
 from pear.seal import check_seal
 
@@ -465,8 +465,8 @@ def test_rows_that_do_not_fit_are_not_lost_from_a_file_written_over_itself(
     before = path.read_bytes()
     (tmp_path / "link").symlink_to(path)
     for out in (path, tmp_path / "link"):
-        with pytest.raises(DataError, match=r"left out \d rows longer than max_length = 24 .*give another out"):
-            score(model, path, out, tokenizer=tokenizer, max_length=24, progress=False)
+        with pytest.raises(DataError, match=r"left out \d of 9 rows, longer than max_length = 24 .*give another out"):
+            score(model, path, out, tokenizer=tokenizer, max_length=24, drop_long_rows=True, progress=False)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.partial"))
 
 
@@ -574,25 +574,39 @@ def test_longer_rows_are_counted_and_listed_never_cut(model, tokenizer, jsonl, t
     lengths = [len(tokenize_row(row, tokenizer, "").input_ids) for row in text_rows]
     limit = sorted(lengths)[5]
     long = [i + 1 for i, length in enumerate(lengths) if length > limit]
-    summary = score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, max_length=limit)
+    with pytest.raises(
+        DataError, match=rf"{len(long)} of 9 rows are longer than max_length = {limit} .*--drop_long_rows"
+    ):
+        score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, max_length=limit)
+    assert not (tmp_path / "o").exists()
+    summary = score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, max_length=limit, drop_long_rows=True)
     assert summary["too_long_lines"] == long and summary["too_long"] == len(long) > 0
     assert summary["scored"] + summary["too_long"] == summary["rows"] == len(text_rows)
     kept = [len(row["input_ids"]) for _, row in read_jsonl(tmp_path / "o")]
     assert kept == [length for length in lengths if length <= limit]
     printed = " ".join(capsys.readouterr().err.split())
-    assert f"left out {len(long)} rows longer than max_length = {limit}" in printed
-    assert f"lines {', '.join(map(str, long))}" in printed
+    why = f"longer than max_length = {limit} tokens (lines {', '.join(map(str, long))})"
+    assert f"left out {len(long)} of 9 rows, {why}" in printed
+    last = summary_text(summary).splitlines()[-1]
+    assert last == f"Wrote {9 - len(long)} of 9 rows; left out: {len(long)} {why}"
+    summary = score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+    assert summary_text(summary).splitlines()[-1] == "Wrote all 9 rows"
 
 
 def test_default_limit_is_the_models_context(model, tokenizer, jsonl, tmp_path):
     rows = [{"prompt": "x", "completion": "word " * 400}, {"prompt": "x", "completion": "y"}]
-    summary = score(model, jsonl(rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+    with pytest.raises(DataError, match=r"1 of 2 rows are longer than max_length = 256 tokens \(line 1\)"):
+        score(model, jsonl(rows), tmp_path / "o", tokenizer=tokenizer, progress=False)
+    summary = score(model, jsonl(rows), tmp_path / "o", tokenizer=tokenizer, drop_long_rows=True, progress=False)
     assert summary["max_length"] == 256 and summary["too_long_lines"] == [1]
 
 
 def test_no_row_left_is_an_error(model, tokenizer, jsonl, tmp_path, text_rows):
-    with pytest.raises(DataError, match="No row is left"):
-        score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, max_length=2, progress=False)
+    with pytest.raises(DataError, match="9 of 9 rows are longer than max_length = 2 .*no row is left"):
+        score(
+            model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, max_length=2, drop_long_rows=True,
+            progress=False,
+        )  # fmt: skip
     with pytest.raises(DataError, match="no rows in it"):
         score(model, jsonl([]), tmp_path / "o", tokenizer=tokenizer, progress=False)
     assert not (tmp_path / "o").exists()
@@ -695,7 +709,7 @@ def test_other_data_model_or_settings_do_not_take_over_old_scores(
     stopped(model, data)
     stopped(make_model(tokenizer, seed=1), data)
     stopped(model, jsonl(text_rows[::-1], "other.jsonl"))
-    stopped(model, data, max_length=24)
+    stopped(model, data, max_length=24, drop_long_rows=True)
     stopped(model, data, top_k=3)
     stopped(model, data, top_k=4)
     stopped(model, data, top_k=3, top_k_temperature=2.0)

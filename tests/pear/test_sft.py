@@ -27,7 +27,8 @@ from pear.rows import tokenize_row
 from pear.save import save_final
 from pear.score import score
 from pear.scored import load_scored
-from pear.seal import seal
+from pear.scored_summary import Found
+from pear.seal import seal, write_scored
 from pear.sft import PEARSFTTrainer, main
 from pear.sft_data import PEARCollator
 
@@ -440,22 +441,137 @@ def test_rows_that_are_too_long_are_counted_and_left_out_never_cut(
     limit = sorted(lengths)[10]
     long = [i + 1 for i, n in enumerate(lengths) if n > limit]
     kept = sorted(n for n in lengths if n <= limit)
-    loaded = load_scored(scored, tokenizer, limit)
+    message = rf"scored\.jsonl: {len(long)} of 16 rows are longer than max_length = {limit} tokens \(lines {long[0]}, "
+    with pytest.raises(DataError, match=f"{message}.*more than 1 %.*--drop_long_rows"):
+        load_scored(scored, tokenizer, limit)
+    loaded = load_scored(scored, tokenizer, limit, drop_long_rows=True)
     assert sorted(map(len, loaded["input_ids"])) == kept
     assert f"left out {len(long)} of 16 rows, longer than max_length = {limit}" in caplog.text
     assert f"lines {', '.join(map(str, long))}" in caplog.text
-    with pytest.raises(DataError, match=rf"scored\.jsonl:{long[0]}: \d+ tokens, more than max_length = {limit}"):
-        load_scored(scored, tokenizer, limit, strict=True)
-    with pytest.raises(DataError, match="no row to train on within max_length = 2"):
-        load_scored(scored, tokenizer, 2)
+    with pytest.raises(DataError, match="16 of 16 rows are longer than max_length = 2 .*no row is left"):
+        load_scored(scored, tokenizer, 2, drop_long_rows=True)
 
     caplog.clear()
-    trainer = make_trainer(max_length=limit, packing=packing)  # the trainer itself cuts nothing either
+    with pytest.raises(DataError, match=rf"train dataset: {len(long)} of 16 rows are longer .*--drop_long_rows"):
+        make_trainer(max_length=limit, packing=packing)
+    trainer = make_trainer(max_length=limit, packing=packing, drop_long_rows=True)  # it cuts nothing either
     seen = trainer.train_dataset["seq_lengths" if packing else "input_ids"]
     assert sorted(itertools.chain(*seen) if packing else map(len, seen)) == kept
-    assert f"{len(long)} of 16 rows are longer than max_length" in caplog.text
-    with pytest.raises(DataError, match="rows are longer than max_length"):
-        make_trainer(max_length=limit, packing=packing, strict_length=True)
+    assert f"train dataset: left out {len(long)} of 16 rows, longer than max_length" in caplog.text
+
+
+def test_a_hundredth_of_the_rows_may_be_too_long_unless_none_may(scored, tokenizer, tmp_path, caplog):
+    """199 rows and one or two longer ones; the counts are what the last line says."""
+    rows = sorted((row for _, row in read_jsonl(scored)), key=lambda row: len(row["input_ids"]))
+    limit = len(rows[-1]["input_ids"]) - 1
+    short = [row for row in rows if len(row["input_ids"]) <= limit]
+    path = tmp_path / "many.jsonl"
+    for long in (1, 2, 3):
+        write_scored(path, [*short * 20][: 200 - long] + [rows[-1]] * long)
+        if long == 3:
+            with pytest.raises(DataError, match=r"3 of 200 rows are longer .*\(lines 198, 199, 200\).*more than 1 %"):
+                load_scored(path, tokenizer, limit)
+            continue
+        assert len(load_scored(path, tokenizer, limit, found=(found := Found()))) == 200 - long
+        assert found.counts() == {"read": 200, "kept": 200 - long, "too_long": long, "unaligned": 0}
+        lines = "line 200" if long == 1 else "lines 199, 200"
+        why = f"longer than max_length = {limit} tokens ({lines})"
+        assert f"left out {long} of 200 rows, {why}" in caplog.text
+        said = found.rows_in_words("Trained on", limit)
+        assert said == f"Trained on {200 - long} of 200 rows; left out: {long} {why}"
+        with pytest.raises(DataError, match=f"{long} of 200 rows are longer .*leave strict_length off"):
+            load_scored(path, tokenizer, limit, strict=True)
+
+
+def test_a_pack_holds_the_longest_row_where_no_length_is_given(dataset, make_trainer, monkeypatch):
+    trainer = make_trainer(packing=True, max_length=None)
+    assert max(map(len, trainer.train_dataset["input_ids"])) > max(map(len, dataset["input_ids"]))
+    monkeypatch.setattr("pear.sft_data.PACK", 8)
+    trainer = make_trainer(packing=True, max_length=None)
+    assert max(map(len, trainer.train_dataset["input_ids"])) == max(map(len, dataset["input_ids"]))
+    assert sum(map(len, trainer.train_dataset["input_ids"])) == sum(map(len, dataset["input_ids"]))
+
+
+@pytest.mark.parametrize("weighting", ["none", "dft", "idft"])
+def test_rows_without_scores_train_as_the_scored_ones_do(
+    scored, tokenizer, make_trainer, text_rows, chat_rows, jsonl, tmp_path, weighting
+):
+    """Text and chats: ids, masks and losses are those of the file that `pear score` makes of them; both in one file."""
+    rows = [row | {"input_ids": "mine"} for row in text_rows] + chat_rows
+    raw = jsonl(rows, "raw.jsonl")
+    score(make_model(tokenizer, seed=3), raw, tmp_path / "scored.jsonl", tokenizer=tokenizer, progress=False)
+    both = [row for _, row in read_jsonl(tmp_path / "scored.jsonl")][::2] + rows[1::2]
+    assert not make_config(tmp_path, weighting=weighting).needs_behavior
+    losses = []
+    for path in (tmp_path / "scored.jsonl", raw, jsonl(both, "both.jsonl")):
+        data = load_scored(path, tokenizer, needs_behavior=False)
+        trainer = make_trainer(data=data, weighting=weighting, max_steps=4, max_length=None)
+        if "both" not in str(path):
+            losses.append((data["input_ids"][:], data["completion_mask"][:], trainer.train().training_loss))
+            assert losses[0] == losses[-1]
+        else:
+            assert sorted(data["input_ids"][:]) == sorted(losses[0][0]) and trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {},
+            r"raw\.jsonl:1: no log-probs of a behaviour policy .*`pear score --model <the model that wrote ",
+        ),
+        (
+            {"weighting": "iw-sft"},
+            r"raw\.jsonl:1: no `ref_logprobs`: `pear score --column ref_logprobs --model <initial ",
+        ),
+        (
+            {"weighting": "none", "distill": "forward"},
+            r"raw\.jsonl:1: no `top_k_ids`: `pear score --column none --top_k K",
+        ),
+    ],
+)
+def test_objectives_that_need_scores_name_the_command(tokenizer, text_rows, jsonl, tmp_path, options, message):
+    args, path = make_config(tmp_path, **options), jsonl(text_rows, "raw.jsonl")
+    with pytest.raises(DataError, match=message) as error:
+        load_scored(path, tokenizer, needs_behavior=args.needs_behavior, columns=args.more_columns())
+    assert "\n" not in str(error.value) and f"--data {path}" in str(error.value)
+
+
+def test_rows_that_claim_scores_keep_their_seal_where_no_scores_are_needed(scored, tokenizer, jsonl, text_rows):
+    rows = [row for _, row in read_jsonl(scored)]
+    edited = rows[1] | {"completion": "It is 5."}
+    unsealed = {key: value for key, value in rows[1].items() if key != "scored"}
+    for row, message in ((edited, "edited after"), (unsealed, "no seal"), ({"prompt": "a"}, "no `completion`")):
+        with pytest.raises(DataError, match=rf"data\.jsonl:2: {message}"):
+            load_scored(jsonl([text_rows[0], row]), tokenizer, needs_behavior=False)
+
+
+@pytest.mark.parametrize(
+    "options, name, claims",
+    [
+        ({}, "PEAR SFT", True),
+        ({"weighting": "none"}, "SFT", False),
+        ({"weighting": "dft"}, "SFT weighted by dft", False),
+    ],
+)
+def test_the_model_card_names_what_was_trained(make_trainer, tmp_path, options, name, claims):
+    trainer = make_trainer(**options)
+    trainer.create_model_card("x")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"This model was trained with {name}" in card
+    assert ("pear" in card.lower(), "2602.01058" in card) == (claims, claims)
+
+
+def test_text_for_a_chat_model_is_told_unless_it_was_rendered(scored, tokenizer, text_rows, chat_rows, jsonl, caplog):
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hm?"}], tokenize=False, add_generation_prompt=True
+    )
+    rows = [*text_rows[:3], *chat_rows, {"prompt": chat, "completion": "Yes."}]
+    load_scored(jsonl(rows), tokenizer, needs_behavior=False)
+    assert f"3 of {len(rows)} rows are text (`prompt` and `completion` are strings)" in caplog.text
+    caplog.clear()
+    load_scored(jsonl(rows[3:]), tokenizer, needs_behavior=False)
+    assert "rows are text" not in caplog.text
 
 
 def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
@@ -480,7 +596,7 @@ def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
         ({"loss_type": "dft"}, "loss_type = 'dft' does not go with `pear sft`"),
         ({"trust_remote_code": True}, "trust_remote_code = True does not go"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy = 'wrapped' does not go.*whole response"),
-        ({"packing": True, "max_length": None}, "packing needs max_length"),
+        ({"strict_length": True, "drop_long_rows": True}, "strict_length and drop_long_rows are opposites"),
         ({"eval_packing": True}, "eval_packing = True does not go"),
         ({"completion_only_loss": False}, "completion_only_loss = False does not go"),
         ({"assistant_only_loss": True}, "assistant_only_loss = True does not go"),
@@ -567,6 +683,25 @@ def test_command_line_writes_a_plain_folder(student, scored, tokenizer, tmp_path
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= set(os.listdir(out))
     assert ".final.tmp" not in os.listdir(out)
+    assert run.stdout.rstrip().splitlines()[-1] == "Trained on all 16 rows"
+
+
+def test_the_last_line_and_the_record_say_which_rows_were_trained(student, text_rows, jsonl, tmp_path, capsys):
+    """Of raw rows; two rows of 201 are too long for the model's 256 positions in the data, and all are in the other."""
+    long = {"prompt": "Say ", "completion": "yes. " * 300}
+    data = jsonl([*text_rows[:1] * 199, long, long], "raw.jsonl")
+    line = argv(student, data, tmp_path / "out", "--weighting", "none", "--eval_data", str(data))
+    main(line)
+    said = "199 of 201 rows; left out: 2 longer than max_length = 256 tokens (lines 200, 201)"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Trained on {said}. Evaluated on {said}"
+    counts = {"read": 201, "kept": 199, "too_long": 2, "unaligned": 0}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["rows"] == {
+        "train": counts,
+        "eval": counts,
+    }
+    with pytest.raises(DataError, match=r"raw\.jsonl: 1 of 2 rows are longer than max_length = 256 tokens \(line 2\)"):
+        main(argv(student, jsonl([text_rows[0], long], "raw.jsonl"), tmp_path / "new", "--weighting", "none"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_yaml_and_flags(student, scored, tmp_path):
