@@ -369,12 +369,15 @@ def inspect(
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="smollm2, a transformers folder, a hub name, or qwen3-0.6b, -1.7b, -4b, -8b (no network)."),
+        typer.Option(
+            help="smollm2, a transformers folder, a hub name, or a built-in shape (no network): qwen3-8b, qwen2.5-7b, "
+            "llama-3.1-8b, gemma-3-4b, mistral-7b-v0.3, phi-4, smollm3-3b, ... (docs/plan.md)."
+        ),
     ],
     context: Annotated[
         int | None, typer.Option(help="Tokens of a row; default: the longest that fits, with each loss.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 80GB; default: the GPU that is here.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory or name: 80GB, h100; default: the GPU that is here.")] = None,
     batch: Annotated[int, typer.Option("--batch", "--per_device_train_batch_size", help="Rows of a micro-batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
     bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = True,

@@ -21,6 +21,7 @@ padding, all of which count in the loss.
 import contextlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pear.fused_head import check_head, logit_options
 from pear.io import DataError
 from pear.models import check_architecture, load_config
-from pear.shapes import SHAPES
+from pear.shapes import GPUS, shape_of
 from pear.tracing import GRADIENTS, OTHER, STATES, Trace, model_without_data, trace
 from pear.tracing_liger import liger_layers
 from pear_kernels import plan as plan_head
@@ -299,7 +300,7 @@ def _add_adapter(model: PreTrainedModel, setup: Setup) -> None:
 
 def config_of(name: str) -> PretrainedConfig:
     """Of a folder, a hub name, `smollm2`, or one of `SHAPES` (with or without an owner), which needs no network."""
-    if (known := SHAPES.get(name.rsplit("/")[-1].lower())) is not None and name.count("/") < 2:
+    if not Path(name).is_dir() and (known := shape_of(name)) is not None:
         return AutoConfig.for_model(**known)
     config = load_config(name)
     check_architecture(config, name)
@@ -309,15 +310,26 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def parse_gpu(text: str | None) -> int:
-    """Bytes of "80GB", "79.6 GiB" or "24g"; None: of the GPU that is here. On a card's name a GB has 2^30 bytes."""
+    """Bytes of "80GB", "79.6 GiB", "80" or "NVIDIA H100"; None: of the GPU that is here.
+
+    On a card's name a GB has 2^30 bytes. A card without an amount is one of `pear.shapes.GPUS`.
+    """
     if text is None:
         if not torch.cuda.is_available():
-            raise DataError("no GPU here whose memory could be looked up: pass --gpu, such as --gpu 80GB")
+            raise DataError("no GPU here whose memory could be looked up: pass --gpu, such as --gpu 80GB or --gpu h100")
         return torch.cuda.get_device_properties(0).total_memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib)\s*", text.lower())
-    if found is None or float(found.group(1)) == 0:
-        raise DataError(f"gpu {text!r} is no amount of memory: write it as 80GB, 79.6GiB or 24GB")
-    return int(float(found.group(1)) * 2**30)
+    written = text.strip().lower()
+    if amount := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)\s*(?:g|gb|gib)\b", written):
+        gibibytes = float(amount[1])
+    elif cards := [card for card in GPUS if re.search(rf"\b{card}\b", written)]:
+        gibibytes = GPUS[cards[0]] / 1024
+    else:
+        gibibytes = float(written) if re.fullmatch(r"\d+(\.\d+)?", written) else 0
+    if gibibytes == 0:
+        raise DataError(
+            f"gpu {text!r} is neither an amount of memory (80GB, 79.6GiB, 24) nor a known card ({', '.join(GPUS)})"
+        )
+    return int(gibibytes * 2**30)
 
 
 def plan(
@@ -383,7 +395,33 @@ def plan(
         "trained_parameters": sum(p.numel() for p in step.model.parameters() if p.requires_grad),
         "setup": setup._asdict(),
         "losses": losses,
+        "would_fit": {} if losses["ours"]["fits"] else _would_fit(config, setup, context, capacity, positions),
     }
+
+
+# Smaller setups in the order in which to try them: what each is called on the command line, and what it changes.
+SMALLER = {
+    "--dtype bfloat16": {"dtype": "bfloat16"},
+    "--optim adamw_8bit": {"optim": "adamw_8bit"},
+    "--use_peft": {"use_peft": True},
+    "--use_peft --dtype bfloat16": {"use_peft": True, "dtype": "bfloat16"},
+}
+
+
+def _would_fit(
+    config: PretrainedConfig, setup: Setup, context: int | None, capacity: int, positions: int | None
+) -> dict[str, int]:
+    """The longest context with our loss in each of `SMALLER` that fits, `context` or a token; none: nothing does."""
+    found = {}
+    for options, changes in SMALLER.items():
+        if setup._asdict() | changes == setup._asdict():
+            continue
+        longest = step_of(config, setup._replace(**changes)).longest(
+            "ours", capacity, setup.per_device_train_batch_size
+        )
+        if longest >= (context or 1):
+            found[options] = longest if positions is None else min(longest, positions)
+    return found
 
 
 def _decided_by(step: Step, loss: str, longest: int, batch: int, capacity: int, positions: int | None) -> str:
@@ -406,6 +444,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         if of["longest_context"] < of["longest_context_by_memory"]:
             text += f"; the memory is enough for {of['longest_context_by_memory']:,}"
         texts.append(text)
+    for options, longest in found["would_fit"].items():
+        texts.append(f"would fit with {options}: {longest:,} tokens with ours")
+    if not found["losses"]["ours"]["fits"] and not found["would_fit"]:
+        texts.append(f"nothing smaller that was tried fits either ({', '.join(SMALLER)}): a larger --gpu is needed")
     if found["setup"]["optim"].startswith("paged_"):
         texts.append("The optimizer's paged states are counted as the host's, where they go when the GPU is full.")
     return texts

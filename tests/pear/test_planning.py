@@ -24,19 +24,42 @@ from pear.planning import (
     USABLE,
     Setup,
     config_of,
+    lines,
     naive_head_bytes,
     our_head_bytes,
     parse_gpu,
     plan,
     step_of,
 )
-from pear.shapes import SHAPES
+from pear.shapes import SHAPES, shape_of
 
-PUBLISHED = {  # parameters, as the hub counts them
+PUBLISHED = {  # parameters, as the hub counts them; of Gemma 3's larger ones it counts the images' part too
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "gemma-3-1b": 999_885_952,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mistral-small-24b": 23_572_403_200,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini": 3_836_021_760,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
 }
 PLAIN = Setup(bf16=False)
 BF16 = Setup(dtype="bfloat16", bf16=False)
@@ -195,7 +218,7 @@ def test_naive_head_is_what_the_models_own_loss_makes(setup):
     assert peak.total - step.weights - step.states == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes_have_the_published_parameters(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(name))
@@ -333,7 +356,30 @@ def test_gpu_is_needed_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DataError, match="pass --gpu, such as --gpu 80GB"):
         parse_gpu(None)
-    assert parse_gpu("80GB") == parse_gpu(" 80 gib ") == 80 * 2**30 and parse_gpu("79.5G") == 79.5 * 2**30
+    assert parse_gpu("80GB") == parse_gpu(" 80 gib ") == parse_gpu("80") == 80 * 2**30
+    assert parse_gpu("79.5G") == 79.5 * 2**30 and parse_gpu("A100 40GB") == 40 * 2**30
+    assert parse_gpu("h100") == parse_gpu("NVIDIA H100") == 81559 << 20 and parse_gpu("RTX 4090") == 24564 << 20
+    for wrong in ("0GB", "h900", "-3", "much"):
+        with pytest.raises(DataError, match="neither an amount of memory .* nor a known card .*h200"):
+            parse_gpu(wrong)
+
+
+def test_where_nothing_fits_the_plan_says_what_would(folder):
+    """float32 weights, gradients and AdamW's states are too much for the card; bfloat16 or LoRA are not."""
+    step = step_of(config_of(folder), PLAIN)
+    fixed = step.weights + step.gradients + step.states
+    found = plan(folder, gpu=f"{0.7 * fixed / 2**30 / USABLE:.6f}GB", setup=PLAIN)
+    assert not found["losses"]["ours"]["fits"]
+    half = step_of(config_of(folder), PLAIN._replace(dtype="bfloat16")).longest("ours", found["capacity_bytes"])
+    assert found["would_fit"]["--dtype bfloat16"] == min(half, 4096) > 0
+    assert f"would fit with --dtype bfloat16: {min(half, 4096):,} tokens with ours" in lines(found)
+    assert plan(folder, gpu="80GB", setup=PLAIN)["would_fit"] == {}
+
+
+def test_names_on_the_hub_mean_a_shape():
+    for name in ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"):
+        assert shape_of(name) is SHAPES["llama-3.1-8b"]
+    assert shape_of("google/gemma-3-1b-it") is SHAPES["gemma-3-1b"] and shape_of("some/qwen3-8b/folder") is None
 
 
 def test_models_that_cannot_be_planned_are_refused(tmp_path):
