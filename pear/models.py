@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pear import hub
 from pear.adapters import load_adapter, read_adapter
 from pear.io import DataError, WriteError, disk_error, write_error
 
@@ -128,12 +130,22 @@ def _named(name: str) -> Iterator[None]:
         raise
     except ImportError as error:  # bitsandbytes, of a quantised model
         raise DataError(f"model {name!r}: {' '.join(str(error).split())}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
+        where = "neither a folder here nor on the hub"
+        if os.path.isdir(os.path.expanduser(name)):
+            where = "in this folder"
+        elif constants.HF_HUB_OFFLINE:
+            said = f"it is not in the hub's cache, and {hub.unreachable() or 'HF_HUB_OFFLINE is set'}."
         raise DataError(
-            f"model {name!r}: nothing that can be read, neither a folder here nor on the hub: {said:.300} Give a "
-            "transformers folder with safetensors (./name, if it is one), a hub name that can be reached, or smollm2."
+            f"model {name!r:.200}: nothing that can be read, {where}: {said:.300} Give a transformers folder with "
+            "safetensors (./name, if it is one), a hub name that can be reached, or smollm2."
         ) from error
+    except Exception as error:  # safetensors, tokenizers and configs raise what they like of a damaged file
+        said = " ".join(str(error).split())
+        raise DataError(f"model {name!r:.200}: cannot be loaded: {type(error).__name__}: {said:.300}") from error
 
 
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
@@ -167,10 +179,17 @@ def resolve_model(name: str) -> str:
     """
     if name == "smollm2":
         return str(smollm2_folder())
+    if not name or "\0" in name or max(map(len, name.encode("utf-8", "replace").split(b"/"))) > 255:
+        raise DataError(
+            f"model {name!r:.200}: no model has such a name. Give a transformers folder, a hub name, or smollm2."
+        )
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name
-    if looks_like_path and not Path(name).expanduser().is_dir():
-        raise DataError(f"model {name!r}: no such folder. Give a transformers folder, a hub name, or smollm2.")
-    return str(Path(name).expanduser()) if looks_like_path else name
+    folder = os.path.expanduser(name) if looks_like_path else name
+    if not os.path.isdir(folder):
+        if looks_like_path:
+            raise DataError(f"model {name!r:.200}: no such folder. Give a transformers folder, a hub name, or smollm2.")
+        hub.settle(name)
+    return folder
 
 
 def cache_folder() -> Path:

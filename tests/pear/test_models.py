@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import CORPUS, make_model, make_tokenizer
 from tokenizers import normalizers, processors
 from transformers import LlamaForSequenceClassification
 
+from pear import hub
 from pear.adapters import logits
 from pear.io import DataError
 from pear.models import (
@@ -241,3 +243,51 @@ def test_an_adapter_folder_that_cannot_be_used_is_a_sentence(adapter_folder):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(DataError, match=r"an adapter folder without adapter_model\.safetensors"):
         load_model(str(folder))
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_said_at_once(monkeypatch, caplog, tmp_path):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(hub, "_offline_by_choice", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    hub._reason.cache_clear()
+    try:
+        for load in (load_tokenizer, load_config, load_model):
+            with pytest.raises(DataError, match=r"model 'some/model'.*cannot be reached \(Name or service not known\)"):
+                load("some/model")
+        assert asked == [(hub.constants.ENDPOINT, hub.TIMEOUT)] and not caplog.messages
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        (tmp_path / "models--other--model").mkdir()
+        hub.constants.HF_HUB_OFFLINE = False
+        hub.settle("other/model")
+        assert "'other/model' comes from the hub's cache" in caplog.messages[0] and len(asked) == 1
+    finally:
+        hub._reason.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 5000, "/" + "y" * 5000, "a\0b", ""])
+def test_names_that_no_model_has_are_said(name):
+    with pytest.raises(DataError, match="no such folder|no model has such a name") as caught:
+        load_tokenizer(name)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_damaged_folder_is_said(save_model):
+    folder = save_model()
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(DataError, match="cannot be loaded: SafetensorError"):
+        load_model(str(folder))
+    (folder / "tokenizer.json").write_text("[" * 1000)
+    with pytest.raises(DataError, match=re.escape(str(folder))):
+        load_tokenizer(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DataError, match="nothing that can be read, in this folder"):
+        load_config(str(folder))
