@@ -285,8 +285,13 @@ class ModelArguments(ModelConfig):
 class DataArguments:
     """Which files and which model."""
 
-    data: str | None = field(default=None, metadata={"help": "Training rows, as written by `pear score`."})
-    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, as written by `pear score`."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training rows, as written by `pear score`; for weighting none, dft and idft also without scores."
+        },
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, of the same kinds."})
     model: str | None = field(
         default=None, metadata={"help": "The student: smollm2, a transformers folder or a hub name."}
     )
