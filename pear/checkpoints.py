@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -57,11 +58,16 @@ def resume_from(choice: bool | str | None, output_dir: str) -> str | None:
         if not is_whole(Path(choice)):
             raise DataError(f"resume_from_checkpoint: {choice} is not a whole checkpoint (its {STATE} cannot be read)")
         return choice
+    found = newest_whole(output_dir)
+    if found is None:
+        logger.warning(f"{output_dir} has no whole checkpoint to go on from: training starts at the beginning")
+    return found
+
+
+def newest_whole(output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint of the latest step; None where there is none."""
     found = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and is_whole(folder):
             found[int(match[1])] = str(folder)
-    if not found:
-        logger.warning(f"{output_dir} has no whole checkpoint to go on from: training starts at the beginning")
-        return None
-    return found[max(found)]
+    return found[max(found)] if found else None

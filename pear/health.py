@@ -1,6 +1,7 @@
 """What `pear sft` logs of its loss: means over tokens of all micro-batches and processes, and warnings in words."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,8 @@ COUNTS = ("seen", "tokens", "wrong_tokens")
 LARGEST = ("weight_max",)
 ESS = "effective_sample_size"
 
+EXPLODED = 20.0  # a mean weight: the gradient is so many times that of plain SFT
+EVERY = 0.99  # a share of tokens that is as good as all
 MOST = 0.5  # a share of tokens above which a warning is due
 FEW = 0.05  # an effective sample size below which one is
 NEAR_ZERO = 1e-3  # a weight below it is as good as none
@@ -105,9 +108,45 @@ def _total(name: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
     return (columns[name] * columns[_counted_by(name)]).sum()
 
 
+def clipped_in_words(low: float, high: float, log_ratio_clip: Sequence[float]) -> str | None:
+    """What it means that nearly all log-ratios are clipped: `low` and `high` are shares of those that there are."""
+    if low + high < EVERY:
+        return None
+    side = "low" if low > high else "high"
+    left = (
+        f"of a token's position alone, whatever the student's log-probs (all at the {side} end)"
+        if max(low, high) >= EVERY
+        else "of positions and of the signs of the ratios alone, whatever their size"
+    )
+    return (
+        f"{low + high:.1%} of the log-ratios lie outside log_ratio_clip = [{log_ratio_clip[0]:g}, "
+        f"{log_ratio_clip[1]:g}] ({low:.1%} below, {high:.1%} above), so the weights are a function {left}."
+    )
+
+
 def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
     """What is wrong with a run that logs `stats` (without their prefix), by a name for each kind of trouble."""
     found: dict[str, str] = {}
+    if stats.get("tokens") == 0:
+        found["no_tokens"] = (
+            "No token of the last logged steps has a loss: every token is masked, so nothing trains. Look at "
+            "`completion_mask` in the data, and at the weights of the rows."
+        )
+    rated = stats.get("ratio_tokens", 1.0)
+    if args.weighting == "pear" and rated > 0:
+        low, high = (stats.get(f"ratio_clipped_{side}", 0.0) / rated for side in ("low", "high"))
+        if (words := clipped_in_words(low, high, args.log_ratio_clip)) is not None:
+            found["clipped"] = (
+                f"PEAR: {words} Mean log-ratio {stats.get('log_ratio_mean', 0.0) / rated:.3f}. Check that the "
+                "behaviour log-probs are of this text (`pear inspect`), take data from a closer policy, or widen "
+                "log_ratio_clip; with center the mean of each response counts no more."
+            )
+    if (mean := stats.get("weight_mean", 0.0)) > EXPLODED:
+        found["exploded"] = (
+            f"The mean weight is {mean:.3g}, above {EXPLODED:g}: gradients are so many times those of plain SFT. "
+            "Try normalize (sequence or batch), a lower upper end of log_weight_clip or log_ratio_clip, a smaller "
+            "gamma, or iw_max for iw-sft; a clip of the gradient's norm hides this, it does not repair it."
+        )
     stats = defaultdict(float, stats)  # what no token had is not there
     if args.weighting == "pear" and stats["weight_floor"] > MOST:
         found["floor"] = (

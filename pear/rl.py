@@ -37,7 +37,9 @@ from pear.models import check_architecture, find_config, load_model, load_tokeni
 from pear.options import model_init_kwargs, model_name, parse
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
+from pear.rl_health import RolloutHealth, log_in_words, rollouts_in_words
 from pear.rl_metrics import CLIPPED
+from pear.run_log import SaysHowItRuns
 from pear.runs import given, read_run, write_run
 from pear.save import save_final
 from pear.tasks import Problem, load_task
@@ -52,7 +54,7 @@ OBJECTIVE_OF = {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cisp
 MEANS = [name for name in POLICY_STATS if name not in ("ratio_max", "tokens")]
 
 
-class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
     """GRPOTrainer with the fused policy loss. Arguments, datasets and reward functions are GRPOTrainer's.
 
     Logged besides TRL's own, under `pear/` (and `eval_pear/`): the statistics of `pear_kernels.policy.POLICY_STATS`,
@@ -82,6 +84,7 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             reference = self.accelerator.unwrap_model(self.ref_model)
             add_fused_head(reference, temperature=self.temperature, float32=float32)
         self._policy_stats: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._rollout_health = RolloutHealth()
         self._unlogged: tuple[float, int] | None = None  # running loss and last logged step of a checkpoint
         if why := self.other_formula({}):
             logger.warning(f"{why}: TRL's own formula runs on our log-probs, at four products instead of three")
@@ -97,6 +100,33 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         with seeded(f"{self.args.seed} {self._step} {self.accelerator.process_index}", self.accelerator.device):
             return super()._prepare_inputs(generation_batch)
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's; and what is wrong with what it drew."""
+        found = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            trained = (found["completion_mask"] * found.get("tool_mask", 1)).sum()
+            sizes = torch.stack([found["advantages"].abs().max().float(), trained.float()])
+            sizes = self.accelerator.gather(sizes[None])  # (processes, 2)
+            metrics = self._metrics["train"]
+            troubles = rollouts_in_words(
+                advantage=sizes[:, 0].max().item(),
+                reward=metrics["reward"][-1],
+                trained=int(sizes[:, 1].sum().item()),
+                truncated=metrics["completions/clipped_ratio"][-1],
+                max_completion_length=self.max_completion_length,
+                beta=self.beta,
+                samples=str(Path(self.args.output_dir) / "samples") if self.args.keep_samples else None,
+            )
+            self._rollout_health.note(self.state.global_step, troubles)
+        return found
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the step ends with this micro-batch
+            for kind, message in self._rollout_health.lasting(self.state.global_step + 1).items():
+                self.warn_once(kind, message)
+        return loss
 
     def _get_train_sampler(self, dataset=None):
         """TRL's, its order that of the epoch in which a resumed run goes on."""
@@ -306,6 +336,9 @@ class PEARGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         for name, values in as_trl.items():
             metrics[name].extend(values)
         super().log(logs, start_time)
+        if mode == "train":
+            for kind, message in log_in_words(logs, self.beta).items():
+                self.warn_once(kind, message)
 
     # ---- files: what TRL forgets at a checkpoint is which step of which rollouts it was at
 

@@ -26,6 +26,7 @@ from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
 from pear.models import check_architecture, find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
+from pear.run_log import SaysHowItRuns
 from pear.runs import given, write_run
 from pear.save import save_final
 from pear.scored import load_scored
@@ -53,7 +54,7 @@ def objective_in_words(args: PEARSFTConfig) -> str:
     return "SFT" + (f" weighted by {args.weighting}" if args.weighting != "none" else "")
 
 
-class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
+class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
     """SFTTrainer whose loss is one of `pear_kernels`. Datasets come from `load_scored`; arguments are SFTTrainer's.
 
     The loss is a sum over the response tokens of an optimiser step, over all its micro-batches and processes, divided
@@ -151,7 +152,6 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
         self._names = names_logged(args, teacher is not None, self._has_blocks)
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
-        self._warned: set[str] = set()
 
     def _send_telemetry(self) -> None:
         """TRL reports which of its trainers are used; ours is none of them."""
@@ -287,12 +287,17 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: value for name, value in stats.items()})
             logs["num_tokens"] = self._total_train_tokens
-            if mode == "train":
-                self._warn_in_words(stats)
         super().log(logs, start_time)
+        if stats:
+            self._warn_in_words(mode, stats)
 
-    def _warn_in_words(self, stats: dict[str, float]) -> None:
+    def _warn_in_words(self, mode: str, stats: dict[str, float]) -> None:
         found = in_words(self.args, {name.removeprefix("pear/"): value for name, value in stats.items()})
+        if mode == "eval":
+            for kind, message in found.items():
+                if kind not in self._said:
+                    self.warn_once(f"eval {kind}", f"Evaluation data: {message}")
+            return
         if self._largest:
             largest = torch.stack(list(self._largest.values())).float()[None]
             largest = self.accelerator.gather(largest).amax(0).tolist()  # over processes
@@ -300,9 +305,7 @@ class PEARSFTTrainer(WholeCheckpoints, SFTTrainer):
             found |= first_step_in_words(self.args, dict(zip(self._largest, largest, strict=True)), half)
             self._largest = {}
         for kind, message in found.items():
-            if kind not in self._warned:
-                self._warned.add(kind)
-                logger.warning(message)
+            self.warn_once(kind, message)
 
 
 def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
