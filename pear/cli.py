@@ -281,7 +281,7 @@ def compare(
     from pear.io import DataError, WriteError
 
     try:
-        files = run(runs, out, name)
+        files = run(runs, out, name, show=typer.echo)
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     for path in files:

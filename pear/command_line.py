@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from pear.interruption import ends_in_words
+
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 
@@ -79,7 +81,12 @@ class PearCommand(OneLineErrors, TyperCommand):
                 option.opts = with_underscores(option.opts)
                 option.secondary_opts = with_underscores(option.secondary_opts)
 
+    def invoke(self, ctx: Any) -> Any:
+        with ends_in_words(self.name or "", ctx.meta["pear.arguments"]):
+            return super().invoke(ctx)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["pear.arguments"] = list(args)
         if not ctx.ignore_unknown_options:  # those of sft and rl are read by pear.options
             args = self._without_switch_values(with_underscores(args))
         return super().parse_args(ctx, args)

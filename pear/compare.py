@@ -87,7 +87,10 @@ def _differences_table(runs: Sequence[Run]) -> str | None:
 
 @holding(output_folder, "out")
 def compare(
-    folders: Sequence[str | os.PathLike], out: str | os.PathLike, names: Sequence[str] | None = None
+    folders: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    names: Sequence[str] | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write report.md and its pictures to `out`, all of them or none; the same runs give the same bytes.
 
@@ -96,6 +99,7 @@ def compare(
         out: a folder, made if missing
         names: what to call the runs, one each; None for the names in their records, or, where two runs share one,
             their folders
+        show: is given the report's tables and remarks as text
 
     Returns:
         the files written, the report first
@@ -113,6 +117,8 @@ def compare(
     report = _report(runs, list(files))
     written = {out / REPORT: report.encode()} | {out / name: content for name, content in files.items()}
     write_whole(written)
+    if show is not None:
+        show("\n\n".join([comparison_table(runs), *_remarks(runs)]))
     return list(written)
 
 

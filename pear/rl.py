@@ -35,6 +35,7 @@ from pear.fused_head import IGNORE, add_fused_head
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
 from pear.models import check_architecture, find_config, load_model, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
+from pear.outcome import outcome
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
 from pear.rl_health import RolloutHealth, log_in_words, rollouts_in_words
@@ -503,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
         if held_out:
             pass_at_k(load_model(str(out)).to(trainer.accelerator.device), "after")
         finish_run(out, trainer, name)
+        print("\n".join(outcome(out, "rl")))
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
     return trainer

@@ -100,7 +100,7 @@ class SaysHowItRuns:
                 self.run_log.add({"step": self.state.global_step, "warning": message})
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """The trainer's own. A KeyboardInterrupt leaves it with `progress`, a sentence on what there is to go on from."""
+        """The trainer's own. A KeyboardInterrupt gets `progress`, what there is to go on from, and `can_resume`."""
         if isinstance(resume_from_checkpoint, str):
             self.add_callback(_SaysWhereItGoesOn(resume_from_checkpoint, self.accelerator))
         try:

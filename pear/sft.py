@@ -8,6 +8,7 @@ scored.py, those that training leaves in save.py.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
 from pear.models import check_architecture, find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
+from pear.outcome import outcome
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, write_run
 from pear.save import save_final
@@ -375,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         settings |= {"unaligned": data_args.unaligned} if data_args.unaligned != "error" else {}
         settings |= {"roles": data_args.roles} if data_args.roles is not None else {}
         write_run(args.output_dir, "sft", trainer.state.log_history, settings)
+        print("\n".join(outcome(Path(args.output_dir), "sft")))
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
     if args.should_log:

@@ -660,7 +660,12 @@ def test_command(make, tmp_path):
     result = CliRunner().invoke(app, ["compare", *folders, "--out", str(out), "--name", "SFT", "--name", "PEAR"])
     assert result.exit_code == 0, result.output
     assert f"written: {out / 'report.md'}" in result.output and f"written: {out / 'curves_sft.png'}" in result.output
-    assert (out / "report.md").read_text().startswith("# SFT, PEAR\n")
+    report = (out / "report.md").read_text()
+    assert report.startswith("# SFT, PEAR\n")
+    tables = [line for line in report.splitlines() if line.startswith("|")]
+    runs, differences = tables[:4], tables[4:9]
+    assert "pass@" in runs[0] and differences[0].startswith("| difference")
+    assert all(line in result.output for line in (*runs, *differences))
     failed = CliRunner().invoke(app, ["compare", folders[0], "--out", str(tmp_path / "none")])
     assert failed.exit_code == 1 and "error: a comparison needs two runs or more, got 1" in failed.output
     assert "Traceback" not in failed.output and not (tmp_path / "none").exists()

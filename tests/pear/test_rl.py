@@ -697,12 +697,20 @@ def test_command_line_leaves_a_model_and_its_record(policy, tmp_path, tokenizer)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = json.loads((out / "run.json").read_text())
     assert text["versions"]["trl"]
+    rates = [f"pass@{k} {100 * record.before[f'pass@{k}']:.1f} %" for k in (1, 2)]
+    for words in ("2 steps: reward", *rates, f"model: {out}", f"next: pear eval --model {out}"):
+        assert words in run.output
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines == text["log"]
 
     before = (out / "eval" / "before.json").stat().st_mtime_ns
     run = CliRunner().invoke(app, argv(policy, out, *more, "--resume_from_checkpoint", "true", "--max_steps", "3"))
     assert run.exit_code == 0, run.output
     assert (out / "eval" / "before.json").stat().st_mtime_ns == before
     assert [entry["step"] for entry in read_run(out).log if "loss" in entry] == [1, 2, 3]
+    assert f"Going on from {out}/checkpoint-2: step 2 of 3" in run.output
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in lines if "loss" in entry] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
