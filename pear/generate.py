@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.decode import decode
+from pear_kernels.positions import position_limit
 
 
 class Completion(NamedTuple):
@@ -71,7 +72,7 @@ def generate(
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = position_limit(model.config)
     for i, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{i}] has no tokens: {prompts[i]!r}")

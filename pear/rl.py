@@ -12,6 +12,7 @@ log-probs and entropies: the same numbers, at four products instead of three. Op
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
@@ -32,6 +34,7 @@ from pear.checkpoints import WholeCheckpoints, resume_from
 from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
+from pear.generate import encode_prompt
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
 from pear.models import check_architecture, find_config, load_model, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
@@ -40,12 +43,14 @@ from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_rewa
 from pear.rl_config import PEARGRPOConfig, RLArguments
 from pear.rl_health import RolloutHealth, log_in_words, rollouts_in_words
 from pear.rl_metrics import CLIPPED
+from pear.rows import is_bare_text
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, read_run, write_run
 from pear.save import save_final
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
 from pear_kernels.policy import POLICY_STATS
+from pear_kernels.positions import position_limit
 
 logger = get_logger(__name__)
 
@@ -455,6 +460,33 @@ def data_dataset(path: str, column: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def check_prompts(prompts: Sequence[Any], tokenizer, config: PretrainedConfig | None, new_tokens: int | None) -> None:
+    """Prompts are never cut or left out: DataError where one fills the model's positions, a warning where a completion
+    of `new_tokens` may leave them; and one for text that a chat model is asked without its template."""
+    said = logging.getLogger(__name__)  # accelerate's logger needs a trainer's state
+    limit, beyond = None if config is None else position_limit(config), 0
+    for number, prompt in enumerate(prompts if limit is not None else (), start=1):
+        ids = tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+        if len(ids) >= limit:
+            raise DataError(
+                f"prompt {number} of {len(prompts)} has {len(ids)} tokens, but the model has positions for {limit}, "
+                "prompt and completion together. Leave the prompt out, or shorten it."
+            )
+        beyond += len(ids) + (new_tokens or 0) > limit
+    if beyond:
+        said.warning(
+            f"{beyond} of {len(prompts)} prompts with max_completion_length = {new_tokens} are longer than the {limit} "
+            "positions of the model: completions that go beyond them are likely to be nonsense. Lower "
+            "max_completion_length."
+        )
+    if text := sum(is_bare_text({"prompt": prompt}, tokenizer) for prompt in prompts):
+        said.warning(
+            f"{text} of {len(prompts)} prompts are text, and the tokenizer has a chat template: they are asked as they "
+            "stand, without the template, while `pear rl --task` and `pear eval` put their questions through it. Give "
+            "prompts as lists of chat messages for a model that was trained on chats."
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     """`pear rl --model M --task countdown --flag value ...`; `argv` without the program's name."""
     rl_args, args, model_args = parse((RLArguments, PEARGRPOConfig, ModelConfig), "pear rl", argv)
@@ -476,7 +508,9 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     except ValueError as error:  # of an unknown task, or one with too few problems
         raise DataError(str(error)) from error
     args.model_init_kwargs = model_init_kwargs(args, model_args)
-    check_architecture(find_config(name, **args.model_init_kwargs), name)
+    config = find_config(name, **args.model_init_kwargs)
+    check_architecture(config, name)
+    check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length)
     trainer = PEARGRPOTrainer(
         resolve_model(name),
         reward,

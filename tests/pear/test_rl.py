@@ -27,8 +27,9 @@ import pear.rl
 from pear.checkpoints import resume_from
 from pear.cli import app
 from pear.fused_head import add_fused_head
+from pear.generate import encode_prompt
 from pear.io import DataError, WriteError, read_jsonl
-from pear.rl import PEARGRPOTrainer, data_dataset
+from pear.rl import PEARGRPOTrainer, check_prompts, data_dataset
 from pear.runs import read_run
 from pear.save import save_final
 
@@ -763,6 +764,24 @@ def test_prompts_of_two_kinds(jsonl):
     with pytest.raises(DataError, match=r"data\.jsonl:2: `prompt` must be text in all rows, or a list of messages"):
         data_dataset(str(data), "solution")
     assert data_dataset(str(jsonl([{"prompt": chat, "solution": 2}])), "solution")["prompt"][0] == chat
+
+
+def test_prompts_are_never_cut(tokenizer, caplog):
+    """256 positions, of prompts and completions; and text is told from chats."""
+    config = make_model(tokenizer).config
+    chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+    tokens = len(encode_prompt(tokenizer, chat))
+    check_prompts([chat], tokenizer, config, 256 - tokens)
+    assert not caplog.text
+    check_prompts([chat, chat], tokenizer, config, 257 - tokens)
+    assert (
+        f"2 of 2 prompts with max_completion_length = {257 - tokens} are longer than the 256 positions" in caplog.text
+    )
+    with pytest.raises(DataError, match=r"prompt 2 of 2 has \d+ tokens, but the model has positions for 256"):
+        check_prompts(["a", "word " * 400], tokenizer, config, 1)
+    caplog.clear()
+    check_prompts(["What is 3 plus 4?", "And 5?"], tokenizer, config, 1)
+    assert "2 of 2 prompts are text, and the tokenizer has a chat template" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="package math-verify is not installed")
