@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.decode import decode
+from pear.models import check_ids
 from pear_kernels.positions import position_limit
 
 
@@ -63,7 +64,8 @@ def generate(
         one list of `samples` completions for each prompt, in the order of `prompts`
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, or a prompt with no room for max_new_tokens
+        ValueError: an argument out of range, an empty prompt, a prompt with no room for max_new_tokens or of
+            ids that the model has no embedding for
     """
     for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -76,6 +78,7 @@ def generate(
     for i, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{i}] has no tokens: {prompts[i]!r}")
+        check_ids(ids, model.get_input_embeddings().weight.shape[0], f"prompts[{i}]", model.name_or_path, tokenizer)
         if room and len(ids) + max_new_tokens > room:
             raise ValueError(
                 f"prompts[{i}] has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is more than the "

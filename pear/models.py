@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import constants
@@ -169,6 +170,34 @@ def head_size(name: str, **kwargs: Any) -> int | None:
     """Rows of the head of model `name`, by its config alone; None if there is none to read. `kwargs` as above."""
     config = find_config(name, **kwargs)
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def embedding_rows(name: str, config: PretrainedConfig | None) -> int | None:
+    """How many token ids model `name` has embeddings for, by its `config` alone.
+
+    None where that does not tell: an adapter folder may hold a larger embedding than its base.
+    """
+    if config is None or _base_of(name) is not None:
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def check_ids(
+    ids: Sequence[int], vocabulary: int | None, where: str, model: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise where a token id has no row in the embedding of `model`, which has `vocabulary` rows; None: not known.
+
+    An embedding may have more rows than the tokenizer has tokens (padding), and the ids of these rows pass.
+    """
+    if vocabulary is None or not len(ids) or (largest := int(np.max(ids))) < vocabulary:
+        return
+    token = tokenizer.convert_ids_to_tokens(largest) if largest < len(tokenizer) else None
+    raise DataError(
+        f"{where}: token id {largest}{'' if token is None else f' ({token!r:.60})'} is beyond model {model!r:.200}, "
+        f"whose embedding has {vocabulary} rows; the tokenizer has {len(tokenizer)} tokens. If tokens were added to "
+        "the tokenizer alone, resize the model (resize_token_embeddings) and save both; else give the model that the "
+        "row's tokens are of."
+    )
 
 
 def resolve_model(name: str) -> str:

@@ -141,6 +141,8 @@ def score(
             if model is None:
                 console.print(f"{len(share.rows)} rows of {share.policy.name}", markup=False, highlight=False)
             with share.policy.loaded() as scorer:
+                for row in share.rows:
+                    share.policy.check_ids(row.input_ids, f"{data}:{row.line}")
                 if wanted is not None:
                     beside_top_k = _about_top_k(wanted, share.policy, scorer.get_output_embeddings().weight.shape[0])
                 header = _header(plan, share, wanted) | identity(scorer)

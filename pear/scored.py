@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_writable, read_jsonl
-from pear.models import vocabulary_fingerprint
+from pear.models import check_ids, vocabulary_fingerprint
 from pear.rows import TokenizedRow
 from pear.scored_rows import (
     NO_RATIO,
@@ -73,6 +73,8 @@ def load_scored(
     unaligned: str = "error",
     roles: Roles = ROLES,
     found: Found | None = None,
+    model: str = "",
+    vocabulary_size: int | None = None,
 ) -> Dataset:
     """Rows of `pear score` and `pear import`, checked, as a dataset with the COLUMNS, in tokens of the student.
 
@@ -96,12 +98,13 @@ def load_scored(
     Rows longer than `max_length` are counted, logged with their line numbers and left out; none is ever cut. More than
     1 % of such rows are an error without `drop_long_rows`; with `strict` a single one is. Rows that cannot be aligned
     are an error, or with `unaligned="skip"` left out likewise. `found` receives the counts.
+    `vocabulary_size` is how many ids the student (`model`, for messages) has embeddings for, if known.
 
     Raises:
         DataError: with file and line: a row that is damaged, edited or of an older version, a column that is not
             there, a row that is neither scored nor said to have no behaviour policy, rows that cannot be aligned, and
-            columns that are of single tokens, which aligned rows cannot have; wrong answers that nobody asked for; no
-            row left.
+            columns that are of single tokens, which aligned rows cannot have; ids beyond
+            `vocabulary_size`; wrong answers that nobody asked for; no row left.
     """
     if unaligned not in UNALIGNED:
         raise DataError(f"unaligned must be one of {', '.join(UNALIGNED)}, got {unaligned!r}")
@@ -125,6 +128,7 @@ def load_scored(
             if name in columns and name not in row and not is_byte_row(row):
                 raise DataError(f"{where}: no `{name}`: {how.format(file=path, temperature=temperature)}")
         tokens, own = reader.tokens(row, where, needs)
+        check_ids(tokens.input_ids, vocabulary_size, where, model, tokenizer)
         if not own and (names := [name for name in needs if name != "behavior_logprobs"]):
             raise DataError(f"{where}: {_single_tokens_message(names[0])}")
         if "top_k_ids" in columns:

@@ -25,7 +25,7 @@ from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
-from pear.models import check_architecture, find_config, head_size, load_tokenizer, resolve_model
+from pear.models import check_architecture, embedding_rows, find_config, head_size, load_tokenizer, resolve_model
 from pear.options import model_init_kwargs, model_name, parse
 from pear.outcome import outcome
 from pear.run_log import SaysHowItRuns
@@ -34,7 +34,7 @@ from pear.save import save_final
 from pear.scored import load_scored
 from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
-from pear.sft_data import IN_BATCHES, PEARCollator, largest_top_k_id, prepare, top_k_vocabularies
+from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies
 from pear.shown import say
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear_kernels import LossOutput, Teacher
@@ -105,6 +105,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         self._largest_id = -1  # of the data's top-k
         self._has_blocks = False
         self._longest: dict[str, int] = {}  # row, by dataset
+        self._largest_token: dict[str, int] = {}  # id, by dataset
+        self._embedding: int | None = None  # its rows
         self._configs: dict[str, PretrainedConfig] = {}  # by what the model is called
         self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
@@ -139,7 +141,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         self._check_context()
         add_fused_head(base, offloaded=args.activation_offloading)
         self._vocabulary = base.get_output_embeddings().weight.shape[0]
-        self._check_top_k_ids()
+        self._embedding = base.get_input_embeddings().weight.shape[0]
+        self._check_ids()
         self._teacher = None
         if teacher is not None:
             self._configs["teacher"] = teacher.config
@@ -162,22 +165,30 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
         prepared = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
-        self._largest_id = max(self._largest_id, largest_top_k_id(prepared))
+        self._largest_id = max(self._largest_id, largest_id(prepared, "top_k_ids"))
         self._longest[dataset_name] = longest_row(prepared)
+        self._largest_token[dataset_name] = largest_id(prepared, "input_ids")
         self._check_context()
         self._has_blocks |= "block_ids" in prepared.column_names
         if "top_k_vocabulary" in self._columns:
             self._top_k_vocabularies |= top_k_vocabularies(dataset)
-        self._check_top_k_ids()
+        self._check_ids()
         return prepared
 
     def _check_context(self) -> None:
         for what, config in self._configs.items():  # none before there is a model
             check_context(self._longest, config, what)
 
-    def _check_top_k_ids(self) -> None:
+    def _check_ids(self) -> None:
         if self._vocabulary is None:  # before there is a model
             return
+        for name, largest in self._largest_token.items():
+            if largest >= min(self._embedding, self._vocabulary):
+                raise DataError(
+                    f"{name} dataset: token id {largest} is beyond the model, whose embedding has {self._embedding} "
+                    f"rows and whose head {self._vocabulary}: resize it for tokens that were added to its tokenizer "
+                    "(resize_token_embeddings)"
+                )
         if others := sorted(self._top_k_vocabularies - {self._vocabulary}):
             raise DataError(
                 f"teacher and student must have one vocabulary: the data's top_k_vocabulary is {others[0]}, the "
@@ -331,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     teacher_config = find_config(data_args.teacher) if in_memory else None
     limit = row_limit(args.max_length, config, teacher_config)
     how = {
+        "model": name,
+        "vocabulary_size": embedding_rows(name, config),
         "max_length": limit,
         "strict": args.strict_length,
         "drop_long_rows": args.drop_long_rows,

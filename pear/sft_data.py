@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 from accelerate.logging import get_logger
@@ -116,14 +117,16 @@ def prepare(
     return dataset
 
 
-def largest_top_k_id(dataset: Dataset) -> int:
-    """The largest id among the top-k ids of a prepared dataset; -1 without such a column."""
-    if "top_k_ids" not in dataset.column_names:
+def largest_id(dataset: Dataset, column: str) -> int:
+    """The largest id in a column of a prepared dataset, input_ids or top_k_ids; -1 without such a column."""
+    if column not in dataset.column_names:
         return -1
     largest = -1
-    for table in dataset.select_columns("top_k_ids").with_format("arrow").iter(batch_size=1000):
-        ids = table.column(0).combine_chunks().flatten().flatten()
-        largest = max(largest, pyarrow.compute.max(ids).as_py())
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=1000):
+        ids = table.column(0).combine_chunks()
+        while not pyarrow.types.is_integer(ids.type):
+            ids = ids.flatten()
+        largest = max(largest, pyarrow.compute.max(ids).as_py() or -1)
     return largest
 
 

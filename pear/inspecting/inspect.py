@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
 from pear.inspecting import terminal
-from pear.inspecting.data import read
+from pear.inspecting.data import Data, read
 from pear.inspecting.page import page
 from pear.inspecting.report import make_report
 from pear.inspecting.student import logprobs
@@ -93,7 +93,9 @@ def inspect(
         seed=seed,
         roles=roles,
     )
+    _check_ids(student, found, data)  # by the config
     with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:
+        _check_ids(student, found, data)  # by the weights
         scored = logprobs(loaded, found.rows, data, batch_tokens, advance)
         half = loaded.dtype in (torch.bfloat16, torch.float16)
     names = {"file": Path(data).name, "student": student.name}
@@ -102,6 +104,11 @@ def inspect(
     if console is not None:
         terminal.show(report, console)
     return report
+
+
+def _check_ids(student: Policy, found: Data, data: str | os.PathLike) -> None:
+    for row in found.rows:
+        student.check_ids(row.input_ids, f"{data}:{row.line}")
 
 
 def write_outputs(

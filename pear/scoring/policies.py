@@ -5,7 +5,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.fused_head import add_fused_head
 from pear.io import DataError
-from pear.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint
+from pear.models import check_ids, embedding_rows, load_config, load_model, load_tokenizer, tokenizer_fingerprint
 from pear.scored_rows import Reader
 from pear_kernels.positions import position_limit
 
@@ -45,6 +45,7 @@ class Policy:
             if tokenizer is None:
                 raise DataError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=load_tokenizer(name)")
             self._given, self.tokenizer, config = model, tokenizer, model.config
+        self.vocabulary = embedding_rows(model, config) if isinstance(model, str) else _vocabulary(model)
         self.fingerprint = tokenizer_fingerprint(self.tokenizer)
         context = position_limit(config)
         if max_length is not None and context is not None and max_length > context:
@@ -59,6 +60,10 @@ class Policy:
     def reader(self) -> Reader:
         return Reader(self.tokenizer)
 
+    def check_ids(self, ids: Sequence[int], where: str) -> None:
+        """Raise where the model has no embedding for one of a row's tokens."""
+        check_ids(ids, self.vocabulary, where, self.name, self.tokenizer)
+
     @contextlib.contextmanager
     def loaded(self) -> Iterator[PreTrainedModel]:
         """The model, ready to score; of one that came by name, memory is free again afterwards."""
@@ -67,6 +72,7 @@ class Policy:
         else:
             dtype = self._dtype if self._dtype == "auto" else getattr(torch, self._dtype)
             model = load_model(self.name, dtype=dtype).to(self._device)
+        self.vocabulary = _vocabulary(model)
         add_fused_head(model)
         was_training = model.training
         model.eval()
@@ -78,6 +84,12 @@ class Policy:
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.memory.empty_cache()
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Rows of a loaded model's embedding, or of its head where that has fewer."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(end.weight.shape[0] for end in ends if end is not None)
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:

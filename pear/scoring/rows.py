@@ -147,6 +147,7 @@ def _add(
 ) -> None:
     tokenizer = share.policy.tokenizer
     tokenized = _sealed_tokens(row, share.policy, where, replaced) or _own_tokens(row, share.policy, where)
+    share.policy.check_ids(tokenized.input_ids, where)
     _check_what_stays(row, tokenized, tokenizer, where, replaced)
     limit = share.policy.max_length
     if limit is not None and len(tokenized.input_ids) > limit:
