@@ -80,3 +80,15 @@ def make_buckets(
         teacher.options, hit, ids_logits, of_target, log_z, log_rest(others_soft, temperature), log_p, log_q, log_m,
         of_target - log_z, found, kl_of_p,
     )  # fmt: skip
+
+
+def is_first_of_both(ids: Tensor, ids_logits: Tensor, top: Tensor, place: Tensor, target: Tensor) -> Tensor:
+    """(R,) bool: whether the target is the first largest of all logits: those of the ids (R, K), and the rest's.
+
+    `top` and `place` (R,) are the rest's largest logit and whose it is.
+    """
+    largest = torch.maximum(ids_logits.amax(1), top.to(ids_logits.dtype))
+    no_token = torch.iinfo(torch.int64).max
+    first = torch.where(ids_logits == largest[:, None], ids, no_token).amin(1)
+    first = torch.minimum(first, torch.where(top == largest, place.long(), no_token))
+    return first == target

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pear_kernels.divergence import MIN_LOG
 from pear_kernels.head import Softmax, torch_row_bytes
+from pear_kernels.packing import capturing
 
 # exp stays finite and 1 / (1 + S) normal, with room for coefficients, while z_v - anchor is below this
 MAX_EXPONENT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -94,7 +95,7 @@ class Head:
         self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
     ) -> Softmax:
         """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`."""
-        logits, anchor, below = self._logits(x, self.target_logits(x, target) if logit is None else logit)
+        logits, anchor, below, top1 = self._logits(x, target, logit)
         S = torch.empty_like(below)
         mean_log = torch.empty_like(below) if entropy else None  # sum_v E_v log E_v
         for rows in self._row_blocks(len(x)):
@@ -115,22 +116,28 @@ class Head:
         normaliser = below.exp() + S
         row_scale = (normaliser * self.temperature).reciprocal()
         if not entropy:
-            return Softmax(logits, row_scale, logprobs, None)
+            return Softmax(logits, row_scale, logprobs, None, top1=top1)
         # H = log Z - sum_v p_v log(p_v Z), with Z = e_y + S and p_v Z = E_v; log Z = below - log p where Z is near 1
         log_z = torch.where(below < -1, normaliser.log(), below - logprobs)
         mean_log = (mean_log + torch.xlogy(below.exp(), below.exp())) / normaliser
-        return Softmax(logits, row_scale, logprobs, log_z - mean_log)
+        return Softmax(logits, row_scale, logprobs, log_z - mean_log, top1=top1)
 
-    def _logits(self, x: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, x: Tensor, target: Tensor, target_logit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Raw logits (R, V) in the workspace; of the activated ones the anchor (R,), and the target's less the anchor.
 
         The latter is float64: next to 0 where the target is the anchor, else how far it lies under the row's maximum.
+        Last `Softmax.top1`.
         """
+        shard = target_logit is not None
+        target_logit = target_logit if shard else self.target_logits(x, target)
         logits = self._product(x)
         largest = logits.amax(1)
+        top1 = is_first_maximum(logits, largest, target)
         self._activate_(largest)  # increasing, so the largest stays the largest
+        if shard:  # a target elsewhere has no logit among these
+            top1 = torch.where(target < 0, target_logit > largest, top1)
         anchor = torch.where(largest - target_logit > MAX_EXPONENT[self.dtype], largest, target_logit).to(self.dtype)
-        return logits, anchor, target_logit - anchor
+        return logits, anchor, target_logit - anchor, top1
 
     def _product(self, x: Tensor) -> Tensor:
         """Product 1: raw logits (R, V) in the workspace."""
@@ -222,6 +229,25 @@ class Head:
             add_rows_(grad_weight, target[rows], x.mul_(by).neg_())
         if grad_bias is not None:
             add_rows_(grad_bias, target, -scale)
+
+
+def is_first_maximum(logits: Tensor, largest: Tensor, target: Tensor) -> Tensor:
+    """(R,) bool: whether `target` (R,) is the argmax of each row, whose maxima (R,) are known; False where it is -1.
+
+    On a CPU an argmax takes ten times as long as a maximum, so it is taken of rows with a tie alone.
+    """
+    if logits.device.type != "cpu" or capturing():
+        return logits.argmax(1) == target
+    place = target.clamp(min=0)[:, None]
+    own = logits.gather(1, place)
+    first = (own[:, 0] >= largest) & (target >= 0)
+    if first.any():
+        others = logits.scatter_(1, place, -torch.inf).amax(1)
+        logits.scatter_(1, place, own)
+        tied = first & (others >= largest)
+        if tied.any():
+            first[tied] = logits[tied].argmax(1) == target[tied]
+    return first
 
 
 def put_(matrix: Tensor, column: Tensor, value: Tensor | float) -> Tensor:

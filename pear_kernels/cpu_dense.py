@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import cpu
-from pear_kernels.buckets import Buckets, make_buckets
+from pear_kernels.buckets import Buckets, is_first_of_both, make_buckets
 from pear_kernels.divergence import MIN_LOG, compared_with, divergence, slope
 from pear_kernels.head import Scores, TeacherRows
 
@@ -91,13 +91,17 @@ class DenseHead(cpu.Head):
         if known:
             buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
             state = _Rows(target, top, place, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
-            return Scores(buckets.logprobs, None, buckets.divergence, state)
+            top1 = is_first_of_both(teacher.ids, ids_logits, top, place, target)
+            return Scores(buckets.logprobs, None, buckets.divergence, state, top1)
         if not entropy:
             H = None
         if teacher is None:
             kl_of_p = None
         state = _Rows(target, top, place, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
-        return Scores(logprobs, H, None if teacher is None else found, state)
+        top1 = place == target
+        if logit is not None:  # of a shard: a target elsewhere has no logit among these
+            top1 = torch.where(target < 0, target_logit > top, top1)
+        return Scores(logprobs, H, None if teacher is None else found, state, top1)
 
     def _others(
         self,
@@ -119,10 +123,11 @@ class DenseHead(cpu.Head):
         others = exp.sum(1).double() + (largest != target)  # the largest's E is 1, and its logarithm 0
         return others, log.mul_(exp).sum(1).double() if entropy else None
 
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
         rows: _Rows = scores.rows
         log_z = logit - rows.top.double() - logprobs
-        return Scores(logprobs, entropy, None, rows._replace(log_z=log_z, logprobs=logprobs, entropy=entropy))
+        joint = rows._replace(log_z=log_z, logprobs=logprobs, entropy=entropy)
+        return Scores(logprobs, entropy, None, joint, top1)
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None

@@ -126,6 +126,7 @@ class Walk:
         self.workspace_bytes = workspace_bytes or default_workspace(head.planned, head.dtype.itemsize)
         self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
         self.entropy = torch.zeros_like(self.logprobs) if entropy else None  # (n,)
+        self.top1 = torch.zeros_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
         self.target_scale: Tensor | None = None  # (n,): dW[target] less this times x, if the head keeps that apart
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
@@ -265,6 +266,7 @@ class Walk:
         x = self.rows(begin, end)
         softmax = self.head.softmax(x, self.target[begin:end], gradient=gradient, entropy=entropy)
         self.logprobs[begin:end] = softmax.logprobs
+        self.top1[begin:end] = softmax.top1
         return x, softmax
 
     def accumulate(
@@ -358,6 +360,7 @@ class DenseWalk(Walk):
         teacher = None if self.teacher is None else self.teacher.rows(begin, end)
         scores = self.head.scores(x, self.target[begin:end], entropy=self.entropy is not None, teacher=teacher)
         self.logprobs[begin:end] = scores.logprobs
+        self.top1[begin:end] = scores.top1
         if teacher is not None:
             self.divergence[begin:end] = scores.divergence
         return x, scores

@@ -25,6 +25,9 @@ class Softmax(NamedTuple):
     # (R,) float64: None where E_y = -S is in `exp` already. Else E_y = 0 there, and dL/d(raw logit of the target) is
     # -c * row_scale * target_mass, which write_grad_hidden_ puts into dX and subtract_targets_ into dW and db
     target_mass: Tensor | None = None
+    # (R,) bool, or 0 and 1: no other token is likelier than the target. Of equal logits the first one wins, as in
+    # argmax, where the backend keeps their places; else a target that shares the maximum does not count
+    top1: Tensor | None = None
 
 
 class TeacherRows(NamedTuple):
@@ -47,6 +50,7 @@ class Scores(NamedTuple):
     entropy: Tensor | None  # (R,) float64
     divergence: Tensor | None  # (R,) float64, of the head's distribution from the teacher's
     rows: Any  # what `DenseHead.gradient` needs again
+    top1: Tensor  # (R,) bool, as in `Softmax`
 
 
 class Head(Protocol):
@@ -126,8 +130,8 @@ class DenseHead(Head, Protocol):
         `logit` is that of `softmax`; a shard has no teacher.
         """
 
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
-        """Of a shard: the same columns, as part of a distribution with these log-probs and entropies (R,)."""
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
+        """Of a shard: the same columns, as part of a distribution with these log-probs, entropies and `top1` (R,)."""
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None

@@ -20,6 +20,10 @@ STATS = (
     "effective_sample_size",  # (sum G)^2 / (n sum G^2), the share of tokens that carry the gradient
     "tokens",  # n, the tokens that count
 )
+OF_ALL = (  # what every loss adds to its statistics, means over the tokens that count (with labels, the right ones)
+    "token_accuracy",  # share of tokens that no other token is likelier than
+    "entropy",  # of the distribution over the vocabulary, in nats; where it was asked for
+)
 
 
 class PEARObjective(Objective):

@@ -264,14 +264,15 @@ class ShardedHead:
         logit = self.target_logits(x, target)
         own = self.own.softmax(x, target, gradient=gradient, entropy=entropy, logit=logit)
         own_nll = -own.logprobs
-        shares = self.shard.gather(torch.stack([own_nll, own.entropy] if entropy else [own_nll]))
-        nll = joint_nll(shares[:, 0])
+        known = [own_nll, own.top1.to(own_nll), *([own.entropy] if entropy else [])]
+        own_nlls, top1, *entropies = self.shard.gather(torch.stack(known)).unbind(1)
+        nll = joint_nll(own_nlls)
         scale = own.row_scale * self.temperature * (own_nll - nll).exp()
         slope = 1.0 if self.softcap is None else 1 - (logit * (self.temperature / self.softcap)).square()
         target_mass = (-torch.expm1(-nll) * slope).where(here, 0.0)
         row_scale = torch.full_like(nll, 1 / self.temperature)
-        whole_entropy = joint_entropy(nll, *shares.unbind(1)) if entropy else None
-        return Softmax(ShardRows(own.exp, scale), row_scale, -nll, whole_entropy, target_mass)
+        whole_entropy = joint_entropy(nll, own_nlls, *entropies) if entropy else None
+        return Softmax(ShardRows(own.exp, scale), row_scale, -nll, whole_entropy, target_mass, top1.bool().all(0))
 
     def write_grad_hidden_(
         self, into: Tensor, index: Tensor, rows: ShardRows, row_scale: Tensor, target: Tensor, target_mass: Tensor
@@ -329,9 +330,10 @@ class ShardedDenseHead(ShardedHead):
         own_nll = -own.logprobs
         # a target 700 above this rank's largest logit has no entropy beside it, and exp(700) no number
         own_entropy = own.entropy.where(own_nll > 1e-300, 0.0)
-        shares = self.shard.gather(torch.stack([own_nll, own_entropy]))
-        nll = joint_nll(shares[:, 0])
-        return self.own.joined(own, logit, -nll, joint_entropy(nll, *shares.unbind(1)))
+        known = torch.stack([own_nll, own_entropy, own.top1.to(own_nll)])
+        own_nlls, entropies, top1 = self.shard.gather(known).unbind(1)
+        nll = joint_nll(own_nlls)
+        return self.own.joined(own, logit, -nll, joint_entropy(nll, own_nlls, entropies), top1.bool().all(0))
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: None = None

@@ -50,6 +50,7 @@ def linear_distill_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
@@ -72,7 +73,8 @@ def linear_distill_loss(
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
-            ignore_index, workspace_bytes, backend, group: see `linear_pear_loss`. (No sharded weight yet: an error.)
+            ignore_index, return_entropy, workspace_bytes, backend, group: see `linear_pear_loss`. (No sharded weight
+            yet: an error. No return_entropy with a `TopKTeacher` either.)
         teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
             do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
             its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
@@ -113,6 +115,11 @@ def linear_distill_loss(
     offline = (None, None)
     if isinstance(teacher, TopKTeacher):
         checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
+        if return_entropy:
+            raise ValueError(
+                "return_entropy does not work with a TopKTeacher, whose pass makes no entropy of the student: pass "
+                "False, or take it from linear_logprobs(..., return_entropy=True)"
+            )
         offline, teacher = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher), None
     elif isinstance(teacher, Teacher):
         checks.check_teacher(hidden, weight, target, teacher)
@@ -143,6 +150,7 @@ def linear_distill_loss(
         ignore_index,
         workspace_bytes,
         backend,
+        return_entropy,
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )

@@ -38,6 +38,7 @@ def linear_pear_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
@@ -79,6 +80,7 @@ def linear_pear_loss(
         temperature: divides the logits.
         softcap: bound of the logits, for heads that have one.
         ignore_index: the target of tokens that do not count.
+        return_entropy: put the mean entropy of the tokens' distributions into `stats`, as "entropy", without gradient.
         workspace_bytes: size of the chunk of logits. None: the size of a float32 gradient of the head, within 128 MiB
             and 1 GiB. It changes speed and memory, not the result.
         group: of ranks that share the vocabulary: `weight` and `bias` are then this rank's rows of it (V_r, D), in the
@@ -92,7 +94,9 @@ def linear_pear_loss(
     Returns:
         LossOutput. With every token ignored: loss 0 and zero gradients. With labels, the statistics of right sequences
         are `objectives.STATS`, and those of wrong ones `negatives.WRONG_STATS`; for tokens of the latter, `weights`
-        hold -negative_lambda G, or 0.
+        hold -negative_lambda G, or 0. Every loss adds "token_accuracy" to `stats`, the share of tokens (with labels, of
+        right ones) that no other token is likelier than: where logits are equal the first one counts, and on kernels or
+        across shards a tie counts as a miss. It costs nothing: product 1 has the maximum of each row.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do. Values (of target, behavior_logprobs,
@@ -140,6 +144,7 @@ def linear_pear_loss(
         workspace_bytes,
         backend,
         shared,
+        return_entropy,
         compute_dtype,
         wanted_gradients(hidden, weight, bias),
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from pear_kernels import checks
 from pear_kernels.backend import check_backend
 from pear_kernels.distill import Teacher
+from pear_kernels.objectives import OF_ALL
 
 
 class LossOutput(NamedTuple):
@@ -18,13 +19,15 @@ class LossOutput(NamedTuple):
     weights: (
         Tensor  # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored ones
     )
-    stats: dict[str, Tensor]  # 0-d tensors; the tables named *_STATS beside each loss's formulas say what each is
+    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.OF_ALL`, say what each is
+    stats: dict[str, Tensor]
 
 
 def loss_output(found: tuple[Tensor, ...], target: Tensor, names: tuple[str, ...]) -> LossOutput:
-    """What an op returned, in target's shape, and its statistics by their names."""
+    """What an op returned, in target's shape, and its statistics by their names, `OF_ALL` last."""
     loss, logprobs, weights, stats, *_ = found
-    stats = dict(zip(names, stats.unbind(), strict=True))
+    names += OF_ALL
+    stats = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
     return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
 
 

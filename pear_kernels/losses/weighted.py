@@ -44,6 +44,7 @@ def linear_weighted_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
@@ -73,7 +74,7 @@ def linear_weighted_loss(
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, reduction, denominator, temperature, softcap,
-            ignore_index, workspace_bytes, backend, group: see `linear_pear_loss`.
+            ignore_index, return_entropy, workspace_bytes, backend, group: see `linear_pear_loss`.
         weights: like target, float32 or float64, of any sign; what stands at ignored tokens does not matter. Or a
             function `f(logprobs)`, or `f(logprobs, index)`, from the log-probs (n,) of some tokens to their weights
             (n,) of any real dtype, in float64 and without gradients; `index` (n,) int64 says where they stand in
@@ -138,6 +139,7 @@ def linear_weighted_loss(
         workspace_bytes=workspace_bytes,
         backend=backend,
         group=shared,
+        return_entropy=return_entropy,
         compute_dtype=compute_dtype,
         wanted=wanted_gradients(hidden, weight, bias),
     )

@@ -72,12 +72,13 @@ def linear_distill_loss(
     ignore_index: int,
     workspace_bytes: int | None,
     backend: str | None,
+    return_entropy: bool,  # in the statistics
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted.
 
-    The statistics are the mean divergence and those of the weights: 10, or 8 without behaviour log-probs.
+    The statistics are the mean divergence, those of the weights (9, or 7 without behaviour log-probs) and `OF_ALL`.
     """
     columns = {"behavior_logprobs": behavior_logprobs}
     pack = checked_pack(
@@ -105,15 +106,17 @@ def linear_distill_loss(
         of_weights = of_backend(behavior, pack, pear, reduction, denominator, sequence_scale, block_ids=ids)
     objective = DistillObjective(of_weights, nll_coef)
     with explain_out_of_memory("linear_distill_loss", hidden, head, Wanted(*wanted), workspace_bytes):
-        walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)
+        walk = DenseWalk(
+            hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher, entropy=return_entropy
+        )
         walk.run(objective)
-    return loss_results(walk, *objective.finish(walk.logprobs, walk.divergence), target.numel())
+    return loss_results(walk, *objective.finish(walk.logprobs, walk.divergence), target.numel(), return_entropy)
 
 
 @linear_distill_loss.register_fake
 def _(hidden, weight, bias, target, behavior_logprobs, *options):
     stats = 1 + len(WEIGHTED_STATS if behavior_logprobs is None else STATS)
-    return loss_outputs(hidden, weight, target, stats, *options[-2:])
+    return loss_outputs(hidden, weight, target, stats, *options[-3:])
 
 
 linear_distill_loss.register_autograd(loss_backward("linear_distill_loss"), setup_context=save_loss_gradients)

@@ -45,12 +45,13 @@ def linear_pear_loss(
     workspace_bytes: int | None,
     backend: str | None,
     group: str | None,  # the name of the one that shares the vocabulary
+    return_entropy: bool,  # in the statistics
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted.
 
-    9 statistics, or 13 with labels.
+    9 statistics, or 13 with labels, and `OF_ALL`.
     """
     shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
     columns = {"behavior_logprobs": behavior_logprobs}
@@ -74,15 +75,16 @@ def linear_pear_loss(
             negative_lambda, logprob_floor, weights_class(backend, hidden.device, compute_dtype), ids,
         )  # fmt: skip
     with explain_out_of_memory("linear_pear_loss", hidden, head, Wanted(*wanted), workspace_bytes):
-        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes)
+        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=return_entropy)
         walk.run(objective)
-    return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
+    right = None if sequence_label is None else objective.right
+    return loss_results(walk, *objective.finish(walk.logprobs), target.numel(), return_entropy, right)
 
 
 @linear_pear_loss.register_fake
 def _(hidden, weight, bias, target, sequence_label, *options):
     stats = len(STATS) + (0 if sequence_label is None else len(WRONG_STATS))
-    return loss_outputs(hidden, weight, target, stats, *options[-2:])
+    return loss_outputs(hidden, weight, target, stats, *options[-3:])
 
 
 linear_pear_loss.register_autograd(loss_backward("linear_pear_loss"), setup_context=save_loss_gradients)

@@ -48,7 +48,7 @@ def linear_policy_loss(
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprobs (N,), weights (N,), stats (11,), dX, dW, db); the last three are empty where not wanted."""
+    """(loss, logprobs (N,), weights (N,), stats (12,), dX, dW, db); the last three are empty where not wanted."""
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
     shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
     vocabulary = whole_vocabulary(weight, shard)
@@ -79,7 +79,7 @@ def linear_policy_loss(
 
 @linear_policy_loss.register_fake
 def _(hidden, weight, bias, target, *options):
-    return loss_outputs(hidden, weight, target, len(POLICY_STATS), *options[-2:])
+    return loss_outputs(hidden, weight, target, len(POLICY_STATS), False, *options[-2:])
 
 
 linear_policy_loss.register_autograd(loss_backward("linear_policy_loss"), setup_context=save_loss_gradients)

@@ -6,6 +6,7 @@ from torch import Tensor
 from pear_kernels import backend, checks
 from pear_kernels.blocks import carrying
 from pear_kernels.engine import Walk
+from pear_kernels.objectives import OF_ALL
 from pear_kernels.packing import Pack, pack_tokens, unpack
 
 
@@ -66,18 +67,39 @@ def checked_pack(
     return pack_tokens(valid, cu_seqlens)
 
 
-def loss_results(walk: Walk, loss: Tensor, weights: Tensor, stats: Tensor, size: int) -> tuple[Tensor, ...]:
+def loss_results(
+    walk: Walk,
+    loss: Tensor,
+    weights: Tensor,
+    stats: Tensor,
+    size: int,
+    return_entropy: bool = False,
+    among: Tensor | None = None,  # (n,) bool, of which tokens `OF_ALL` are; None: all
+) -> tuple[Tensor, ...]:
     """What a loss's op returns, after `walk`: the numbers in the result's dtype, tokens in the caller's order."""
     pack, grads = walk.pack, walk.grads
+    of_all = torch.stack([walk.top1, *([walk.entropy] if return_entropy else [])])  # (1 or 2, n)
+    counted = pack.zero_ghosts(torch.ones_like(walk.logprobs))
+    counted = counted if among is None else counted * among
+    # a ghost's entropy may be anything
+    means = torch.where(counted > 0, of_all, 0.0).sum(1) / counted.sum().clamp(min=1)
+    stats = torch.cat([stats, means])
     loss = loss.clone()  # never a view, to which a caller could add nothing in place
     results = loss, unpack(walk.logprobs, pack, size), unpack(weights, pack, size), stats
     return *(result.to(walk.head.dtype) for result in results), grads.hidden, grads.weight, grads.bias
 
 
 def loss_outputs(
-    hidden: Tensor, weight: Tensor, target: Tensor, stats: int, compute_dtype: torch.dtype, wanted: list[bool]
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    stats: int,
+    return_entropy: bool,
+    compute_dtype: torch.dtype,
+    wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """The shapes of a loss: (), (N,) log-probs, (N,) weights, (stats,), dX, dW, db."""
+    """The shapes of a loss: (), (N,) log-probs, (N,) weights, (stats and `OF_ALL`,), dX, dW, db."""
+    stats += len(OF_ALL) - (not return_entropy)
     dtype = result_dtype(compute_dtype)
     hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     grad_hidden, grad_weight, grad_bias = wanted

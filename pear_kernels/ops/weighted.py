@@ -54,10 +54,11 @@ def linear_weighted_loss(
     workspace_bytes: int | None,
     backend: str | None,
     group: str | None,  # the name of the one that shares the vocabulary
+    return_entropy: bool,  # in the statistics
     compute_dtype: torch.dtype,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprobs (N,), weights (N,), stats (7,), dX, dW, db); the last three are empty where not wanted."""
+    """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted."""
     columns = {"ref_logprobs": ref_logprobs}
     shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
     vocabulary = whole_vocabulary(weight, shard)
@@ -87,17 +88,22 @@ def linear_weighted_loss(
             of_ref = ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap
             teacher = loaded_teacher(head, pack, DivergenceOptions("forward"), *of_ref)
             anchor = AnchoredObjective(objective, asft_kl)
-            walk = DenseWalk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher)
+            walk = DenseWalk(
+                hidden, head, target, pack, Wanted(*wanted), workspace_bytes, teacher=teacher, entropy=return_entropy
+            )
             walk.run(anchor)
-            return loss_results(walk, *anchor.finish(walk.logprobs, walk.divergence), target.numel())
-        walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=chosen.needs_entropy)
-        walk.run(objective)
-    return loss_results(walk, *objective.finish(walk.logprobs), target.numel())
+            found = anchor.finish(walk.logprobs, walk.divergence)
+        else:
+            entropy = return_entropy or chosen.needs_entropy
+            walk = Walk(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=entropy)
+            walk.run(objective)
+            found = objective.finish(walk.logprobs)
+    return loss_results(walk, *found, target.numel(), return_entropy)
 
 
 @linear_weighted_loss.register_fake
 def _(hidden, weight, bias, target, *options):
-    return loss_outputs(hidden, weight, target, len(WEIGHTED_STATS), *options[-2:])
+    return loss_outputs(hidden, weight, target, len(WEIGHTED_STATS), *options[-3:])
 
 
 linear_weighted_loss.register_autograd(loss_backward("linear_weighted_loss"), setup_context=save_loss_gradients)

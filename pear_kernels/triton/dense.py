@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels.buckets import Buckets, make_buckets
+from pear_kernels.buckets import Buckets, is_first_of_both, make_buckets
 from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
 from pear_kernels.head import Scores, TeacherRows, triton_row_bytes
 from pear_kernels.triton import head
@@ -74,14 +74,18 @@ class DenseHead(head.Head):
         )  # fmt: skip
         if not known:
             divergence = None if teacher is None else sums[7]
-            return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None))
+            top1 = sums[9] == target
+            if logit is not None:  # of a shard: a target elsewhere has no logit among these
+                top1 = torch.where(target < 0, target_logit > sums[1], top1)
+            return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None), top1)
         buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
-        return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets))
+        top1 = is_first_of_both(teacher.ids, ids_logits, sums[1], sums[9], target)
+        return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets), top1)
 
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor) -> Scores:
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
         sums = scores.rows.sums
         sums[0], sums[4] = logprobs, logit - sums[1] - logprobs  # log p of the target, and log_z
-        return Scores(logprobs, entropy, None, scores.rows._replace(entropy=entropy))
+        return Scores(logprobs, entropy, None, scores.rows._replace(entropy=entropy), top1)
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None

@@ -84,14 +84,14 @@ class Head:
             logit, slope, anchor = self._target_logits(x, target)
         else:  # of a shard, whose target_mass nobody looks at; -1, a target elsewhere, is no column
             slope, anchor = torch.ones_like(logit), logit.float()
-        logprobs, row_scale, target_mass = (torch.empty_like(logit) for _ in range(3))
+        logprobs, row_scale, target_mass, top1 = (torch.empty_like(logit) for _ in range(4))
         entropies = torch.empty_like(logit) if entropy else None
-        out = logprobs, row_scale, target_mass, entropies
+        out = logprobs, row_scale, target_mass, top1, entropies
         if self.choice.plain(gradient, self.compute_dtype):
             exp = self._plain(x, target, logit, slope, out, gradient)
         else:
             exp = self._fused(x, target, logit, slope, anchor, out, gradient)
-        return Softmax(exp, row_scale, logprobs, entropies, target_mass)
+        return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1)
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         return self._target_logits(x, target)[0]
@@ -114,7 +114,7 @@ class Head:
         R, V, device = len(x), self.vocabulary, x.device
         tile = self.choice.softmax if gradient else self.choice.logprobs
         row_tiles, tile_count = -(-R // tile.rows), -(-V // tile.vocabulary)
-        logprobs, row_scale, target_mass, entropies = out
+        *_, entropies = out
         sums, maxima = (torch.empty(tile_count, R, dtype=torch.float32, device=device) for _ in range(2))
         exp_logs = None if entropies is None else torch.empty_like(sums)
         redo = torch.zeros(row_tiles + 1, dtype=torch.int32, device=device)
@@ -141,7 +141,7 @@ class Head:
             block = 8
             launch(
                 rows.finish, (-(-R // block),),
-                sums, maxima, exp_logs, logit, slope, anchor, redo, logprobs, row_scale, target_mass, entropies,
+                sums, maxima, exp_logs, logit, slope, anchor, redo, *out,
                 R, tile_count, self.inverse_temperature, MAX_EXPONENT,
                 AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=block, BLOCK_T=64,
             )  # fmt: skip
@@ -151,13 +151,11 @@ class Head:
         """The product by cuBLAS, then one kernel over its rows; E takes the place of the logits."""
         logits, exp = self._logits(x)
         exp = exp if gradient else None
-        logprobs, row_scale, target_mass, entropies = out
         max_exponent = float("-inf") if self.compute_dtype == torch.float16 else MAX_EXPONENT
         launch(
             rows.softmax_rows, (len(x),),
             logits, exp, logits.stride(0), 0 if exp is None else exp.stride(0), self.bias, target, logit, slope,
-            logprobs, row_scale, target_mass, entropies,
-            self.vocabulary, self.softcap, self.inverse_temperature, max_exponent,
+            *out, self.vocabulary, self.softcap, self.inverse_temperature, max_exponent,
             **self.activation, BLOCK_V=ROW_BLOCK, num_warps=8,
         )  # fmt: skip
         return exp

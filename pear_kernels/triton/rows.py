@@ -87,6 +87,7 @@ def finish(
     logprob,  # (R,) float64 out
     row_scale,  # (R,) float64 out
     target_mass,  # (R,) float64 out
+    top1,  # (R,) float64 out, 1 where the target's logit is above all others, else 0
     entropy,  # (R,) float64 out, or None
     R,
     tiles,
@@ -127,6 +128,7 @@ def finish(
                 tl.store(flag, 1)
                 tl.store(redo + tl.cdiv(R, TILE_ROWS), 1)
         below = tl.load(logit + row, mask=live, other=0.0) - at.to(tl.float64)
+        tl.store(top1 + row, (below > largest).to(tl.float64), mask=live)  # the maxima leave the target out
         log_p, scale, H = outcome(S, exp_log, below, inverse_temperature)
         tl.store(logprob + row, log_p, mask=live)
         tl.store(row_scale + row, scale, mask=live)
@@ -176,6 +178,7 @@ def softmax_rows(
     logprob,  # (R,) float64 out
     row_scale,  # (R,) float64 out
     target_mass,  # (R,) float64 out
+    top1,  # (R,) float64 out, 1 where the target's logit is above all others, else 0
     entropy,  # (R,) float64 out, or None
     V,
     softcap,
@@ -194,6 +197,7 @@ def softmax_rows(
     highest = tl.maximum(top, (of_target - 300).to(tl.float32))
     anchor = tl.where(top - of_target > max_exponent, highest, of_target.to(tl.float32))
     below = of_target - anchor.to(tl.float64)
+    hit = of_target > top
     S, exp_log = below * 0, below * 0  # float64
     for v in range(0, V, BLOCK_V):
         column = v + tl.arange(0, BLOCK_V)
@@ -207,6 +211,7 @@ def softmax_rows(
         S += tl.sum(exp, 0).to(tl.float64)
         if entropy is not None:
             exp_log += tl.sum(tl.where(exp > 0, exp * (z - anchor), 0.0), 0).to(tl.float64)
+    tl.store(top1 + row, hit.to(tl.float64))
     log_p, scale, H = outcome(S, exp_log, below, inverse_temperature)
     tl.store(logprob + row, log_p)
     tl.store(row_scale + row, scale)

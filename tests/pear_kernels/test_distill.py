@@ -721,7 +721,7 @@ def test_products(divergence, top_k, trained, monkeypatch):
 def test_statistics_are_what_their_names_say(weighted, top_k):
     problem = make_distill_problem((30, 1, 0, 70), weighted=weighted, top_k=top_k, drift=0.05, nll_coef=0.4)
     out, _ = problem.ours(workspace_bytes=workspace(20, 37))
-    assert set(out.stats) == {"divergence", *(STATS if weighted else WEIGHTED_STATS)}
+    assert set(out.stats) == {"divergence", *(STATS if weighted else WEIGHTED_STATS), "token_accuracy"}
     assert all(value.dim() == 0 and not value.requires_grad for value in out.stats.values())
     plain = make_distill_problem((30, 1, 0, 70), weighted=False, top_k=top_k, drift=0.05)
     (divergence, _, _), _ = plain.naive()

@@ -330,7 +330,7 @@ def test_denominator_makes_accumulation_equal_one_batch():
 def test_statistics_are_what_their_names_say():
     problem = make_problem((300, 200), drift=-0.2, ignored=0.2, log_weight_clip=(-3.0, 1.0))
     out, _ = problem.ours()
-    assert tuple(out.stats) == STATS
+    assert tuple(out.stats) == (*STATS, "token_accuracy")
     valid = problem.target >= 0
     p, q, w = out.logprobs[valid].numpy(), problem.behavior_logprobs[valid].numpy(), out.weights[valid].numpy()
     expected = {

@@ -106,7 +106,7 @@ def test_torch_library_opcheck(problem):
     torch.library.opcheck(
         ops.linear_pear_loss,
         (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, None, bounds, None, None, 0.1, -5.0,
-         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, torch.float32, [True, True, True]),
+         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, False, torch.float32, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
@@ -131,7 +131,7 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
         for divisor in (None, denominator):
             loss, *_, dx, dw, db = ops.linear_pear_loss._init_fn(
                 hidden, weight, bias, target, None, torch.zeros(N), None, bounds, scale, divisor, 0.1, -5.0, *pear,
-                reduction, *head_options, *how, [True, True, True],
+                reduction, *head_options, *how[:-1], False, how[-1], [True, True, True],
             )  # fmt: skip
             assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
         both = ops.linear_logprobs._init_fn(hidden, weight, bias, target, *head_options, True, *how)

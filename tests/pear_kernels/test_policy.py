@@ -409,7 +409,7 @@ def test_statistics_are_what_their_names_say(objective, sampler_level):
         sampler_level=sampler_level, sampler_clip=1.2, ignored=0.2, clip_low=0.02, clip_high=0.01,
     )  # fmt: skip
     out, _ = problem.ours(workspace_bytes=workspace(20, 37))
-    assert tuple(out.stats) == POLICY_STATS
+    assert tuple(out.stats) == (*POLICY_STATS, "token_accuracy")
     valid = problem.target >= 0
     p, entropy = (x.detach()[valid] for x in categorical(problem.leaves(), problem.target, temperature=0.9))
     old, ref, sampler = (

@@ -200,7 +200,7 @@ def test_a_captured_call_reads_no_value(level, monkeypatch):
             return ops.linear_pear_loss._init_fn(
                 hidden, weight, bias, target, None, torch.zeros(40), None, bounds, None, None, 0.1, -5.0,
                 *PEAROptions(level).arguments(), "mean", 0.7, 3.0, -100, workspace(9, 30, 4), "torch", "a group",
-                torch.float32, [True, True, True],
+                False, torch.float32, [True, True, True],
             )  # fmt: skip
 
         with pytest.raises(RuntimeError, match="sizes are not known yet: make the call once before it is captured"):

@@ -807,7 +807,7 @@ def test_statistics_are_what_their_names_say(weighting):
     if weighting == "tensor":
         problem.options["weights"][:20] = 0.0
     out, _ = problem.ours(workspace_bytes=workspace(20, 37))
-    assert tuple(out.stats) == WEIGHTED_STATS
+    assert tuple(out.stats) == (*WEIGHTED_STATS, "token_accuracy")
     valid = problem.target >= 0
     _, logprobs = as_leaves(problem)
     p, w = logprobs.detach()[valid].numpy(), out.weights[valid].numpy()
