@@ -36,7 +36,15 @@ from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.generate import encode_prompt
 from pear.io import DataError, read_jsonl, write_json, write_jsonl
-from pear.models import check_architecture, find_config, load_model, load_tokenizer, resolve_model
+from pear.models import (
+    check_architecture,
+    check_ids,
+    embedding_rows,
+    find_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from pear.options import model_init_kwargs, model_name, parse
 from pear.outcome import outcome
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
@@ -454,22 +462,52 @@ def data_dataset(path: str, column: str) -> Dataset:
                 raise DataError(f"{path}:{line}: no `{name}`; a row has `prompt` and `{column}`. Found: {sorted(row)}")
         if rows and type(row["prompt"]) is not type(rows[0]["prompt"]):
             raise DataError(f"{path}:{line}: `prompt` must be text in all rows, or a list of messages in all rows")
+        check_prompt(row["prompt"], f"{path}:{line}")
         rows.append({"prompt": row["prompt"], column: str(row[column])})
     if not rows:
         raise DataError(f"{path}: no row to train on")
-    return Dataset.from_list(rows)
+    try:
+        return Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError) as error:  # arrow's: `content` is text in one row, a list in another
+        raise DataError(f"{path}: `prompt` must have one form in all rows: {error}") from error
 
 
-def check_prompts(prompts: Sequence[Any], tokenizer, config: PretrainedConfig | None, new_tokens: int | None) -> None:
-    """Prompts are never cut or left out: DataError where one fills the model's positions, a warning where a completion
-    of `new_tokens` may leave them; and one for text that a chat model is asked without its template."""
+def check_prompt(prompt: Any, where: str) -> None:
+    """Raise unless a prompt is text, or a list of messages with a role each."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list):
+        raise DataError(f"{where}: `prompt` must be text or a list of chat messages, got {type(prompt).__name__}")
+    for i, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: `prompt[{i}]` must be a message with a `role`, got {message!r:.100}")
+
+
+def check_prompts(
+    prompts: Sequence[Any],
+    tokenizer,
+    config: PretrainedConfig | None,
+    new_tokens: int | None,
+    model: str | None = None,
+) -> None:
+    """Prompts are never cut or left out: DataError where one fills the model's positions or has tokens that `model`
+    has no embedding for, a warning where a completion of `new_tokens` may leave the positions; and one for text that a
+    chat model is asked without its template."""
     said = logging.getLogger(__name__)  # accelerate's logger needs a trainer's state
     limit, beyond = None if config is None else position_limit(config), 0
-    for number, prompt in enumerate(prompts if limit is not None else (), start=1):
-        ids = tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+    rows = None if model is None else embedding_rows(model, config)
+    for number, prompt in enumerate(prompts if limit or rows else (), start=1):
+        where = f"prompt {number} of {len(prompts)}"
+        try:
+            ids = tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+        except Exception as error:  # chat templates are code of the tokenizer's authors; they raise what they like
+            raise DataError(f"{where}: the chat template cannot render it: {error}") from error
+        check_ids(ids, rows, where, model, tokenizer)
+        if limit is None:
+            continue
         if len(ids) >= limit:
             raise DataError(
-                f"prompt {number} of {len(prompts)} has {len(ids)} tokens, but the model has positions for {limit}, "
+                f"{where} has {len(ids)} tokens, but the model has positions for {limit}, "
                 "prompt and completion together. Leave the prompt out, or shorten it."
             )
         beyond += len(ids) + (new_tokens or 0) > limit
@@ -510,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     config = find_config(name, **args.model_init_kwargs)
     check_architecture(config, name)
-    check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length)
+    check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length, name)
     trainer = PEARGRPOTrainer(
         resolve_model(name),
         reward,

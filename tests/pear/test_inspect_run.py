@@ -279,7 +279,7 @@ def test_help_is_quick_and_names_the_flags():
     code = "import sys; from pear.cli import app; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     found = CliRunner().invoke(app, ["inspect", "--help"], env={"COLUMNS": "200"})
-    assert found.exit_code == 0 and all(f"--{name}" in found.output for name in ("html", "json", "log-ratio-clip"))
+    assert found.exit_code == 0 and all(f"--{name}" in found.output for name in ("html", "json", "log_ratio_clip"))
 
 
 def test_the_commands_defaults_are_the_papers():

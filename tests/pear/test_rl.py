@@ -766,6 +766,12 @@ def test_prompts_of_two_kinds(jsonl):
     assert data_dataset(str(jsonl([{"prompt": chat, "solution": 2}])), "solution")["prompt"][0] == chat
 
 
+@pytest.mark.parametrize("prompt", [7, {"role": "user"}, ["a"], [{"role": 1}], [{"content": "a"}]])
+def test_prompts_of_other_types(jsonl, prompt):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: `prompt(\[0\])?` must be (text or a list of|a message with)"):
+        data_dataset(str(jsonl([{"prompt": prompt, "solution": 1}])), "solution")
+
+
 def test_prompts_are_never_cut(tokenizer, caplog):
     """256 positions, of prompts and completions; and text is told from chats."""
     config = make_model(tokenizer).config

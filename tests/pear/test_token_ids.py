@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from pear.cli import app
 from pear.generate import generate
 from pear.io import DataError, write_jsonl
-from pear.models import load_model, load_tokenizer
+from pear.models import load_config, load_model, load_tokenizer
+from pear.rl import check_prompts
 from pear.score import score
 from pear.scored import load_scored
 from pear.seal import write_scored
@@ -76,6 +77,13 @@ def test_a_loaded_model_and_a_dataset_are_checked_too(folders, scored, tmp_path)
     args = PEARSFTConfig(str(tmp_path / "o"), report_to="none", use_cpu=True)
     with pytest.raises(DataError, match=f"train dataset: token id {size + 1} is beyond the model, whose embedding"):
         PEARSFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+
+
+def test_prompts_of_rl_are_checked_too(folders):
+    short = str(folders[0] / "short")
+    config, tokenizer = load_config(short), load_tokenizer(short)
+    with pytest.raises(DataError, match=rf"prompt 2 of 2: token id {folders[1]} \('<easy>'\) is beyond model"):
+        check_prompts(["2", "<easy>"], tokenizer, config, 1, short)
 
 
 def test_padding_of_the_embedding_is_no_error(folders, scored):
