@@ -93,6 +93,16 @@ def score(
     top_k_temperature: Annotated[
         float, typer.Option(help="Temperature of the top-k log-probs: that of the distillation.")
     ] = 1.0,
+    assistant_only_loss: Annotated[
+        bool,
+        typer.Option(help="messages: score all turns of the assistant, not the last one alone."),
+    ] = False,
+    chat_template_path: Annotated[
+        str | None, typer.Option(help="Chat template instead of the model's: .jinja, .j2, or a model that has it.")
+    ] = None,
+    eos_token: Annotated[
+        str | None, typer.Option(help="EOS instead of the tokenizer's, at the end of text rows.")
+    ] = None,
 ) -> None:
     """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs.
 
@@ -118,6 +128,9 @@ def score(
             top_k=top_k,
             top_k_temperature=top_k_temperature,
             fallback=fallback,
+            assistant_only_loss=assistant_only_loss,
+            chat_template_path=chat_template_path,
+            eos_token=eos_token,
         )
     except (DataError, WriteError) as error:
         raise _fail(error) from None

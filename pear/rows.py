@@ -1,11 +1,12 @@
 """From a data row (text or chat) to token ids and the mask of its completion, as TRL's SFTTrainer does it."""
 
-import json
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from pear.chat import ASSISTANT, Renderer, assistant_mask, common_prefix, is_assistant, parsed_messages
 from pear.io import DataError
+from pear.notes import CALLS, REASONING, notes_of
 
 _FORMS = (
     'a row is {"prompt": str, "completion": str}, the same two keys as lists of chat messages, '
@@ -15,12 +16,17 @@ _FORMS = (
 
 class TokenizedRow(NamedTuple):
     input_ids: list[int]  # (L,) prompt, then completion
-    completion_mask: list[int]  # (L,) 1 where a token of the completion is predicted, so never at position 0
+    # (L,) 1 where a token of the completion is predicted, so never at position 0, nor where a tool or the user speaks
+    completion_mask: list[int]
     prompt_cut: int  # tokens at the prompt's end that change once the completion follows; 0 almost always
+    notes: tuple[str, ...] = ()  # what one may not expect of the row, see `pear.notes`
 
 
-def prompt_and_completion(row: dict[str, Any], where: str) -> dict[str, Any]:
+def prompt_and_completion(row: dict[str, Any], where: str, all_turns: bool = False) -> dict[str, Any]:
     """The row with the keys `prompt` and `completion`, taken from `messages` where it has that; other keys stay.
+
+    The completion of `messages` is the last one; with `all_turns` (`--assistant_only_loss`), all from the assistant's
+    first answer on. What others say among them has mask 0.
 
     Raises:
         DataError: neither form, mixed types, no completion, or `messages` that do not end with the assistant.
@@ -30,13 +36,15 @@ def prompt_and_completion(row: dict[str, Any], where: str) -> dict[str, Any]:
     elif "messages" in row:
         messages = row["messages"]
         _check_messages(messages, "messages", where)
-        if messages[-1]["role"] != "assistant":
+        last = len(messages) - 1
+        if not is_assistant(messages[last]) and not all_turns:
             raise DataError(
                 f"{where}: no completion: the last of `messages` must be the assistant's, got role "
-                f"{messages[-1]['role']!r}"
+                f"{messages[last]['role']!r}"
             )
+        at = next((i for i in range(1, last) if is_assistant(messages[i])), last) if all_turns else last
         row = {k: v for k, v in row.items() if k != "messages"}
-        row |= {"prompt": messages[:-1], "completion": messages[-1:]}
+        row |= {"prompt": messages[:at], "completion": messages[at:]}
     else:
         raise DataError(f"{where}: no `completion`: {_FORMS}. Keys found: {sorted(row)}")
 
@@ -50,8 +58,15 @@ def prompt_and_completion(row: dict[str, Any], where: str) -> dict[str, Any]:
     elif isinstance(prompt, list) and isinstance(completion, list):
         _check_messages(prompt, "prompt", where)
         _check_messages(completion, "completion", where)
-        if not any(message.get("content") or message.get("tool_calls") for message in completion):
-            raise DataError(f"{where}: no completion: no message of `completion` has any content")
+        row["prompt"], row["completion"] = (parsed_messages(row[key], key, where) for key in ("prompt", "completion"))
+        said = list(filter(is_assistant, row["completion"]))
+        if not said:
+            roles = ", ".join(sorted({repr(message["role"]) for message in completion}))
+            raise DataError(
+                f"{where}: no completion: no message of `completion` has role {ASSISTANT[0]!r}, got {roles}"
+            )
+        if not any(message.get(key) for message in said for key in ("content", *REASONING, *CALLS)):
+            raise DataError(f"{where}: no completion: no message of the assistant's in `completion` has any content")
     else:
         raise DataError(
             f"{where}: `prompt` and `completion` must both be strings or both lists of messages, got "
@@ -75,35 +90,35 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where:
 
     The rules are those of TRL's `SFTTrainer`, so that both see one sequence: EOS is added to a completion given as a
     string, chats go through the chat template (with the row's `tools` and `chat_template_kwargs`, if any), and the
-    completion starts where the ids of prompt and of prompt + completion part. One thing differs: the first token of a
-    row never counts as completion, since there is nothing before it to predict it from.
+    completion starts where the ids of prompt and of prompt + completion part. Two things differ. The first token of a
+    row never counts as completion, since there is nothing before it to predict it from. And within a completion, what
+    a tool or the user says has mask 0 (`pear.chat.assistant_mask`).
 
     Raises:
-        DataError: the chat template is missing or refuses the row, or no token of the completion is left.
+        DataError: the chat template is missing, refuses the row or leaves out all that the completion says, or no
+            token of the completion is left.
     """
     prompt, completion = row["prompt"], row["completion"]
+    chat = None
     if isinstance(prompt, str):
         if tokenizer.eos_token is None:
             raise DataError(f"{where}: the tokenizer has no EOS token to end a completion; set `eos_token` in it")
-        prompt_ids = tokenizer(text=prompt)["input_ids"]
-        ids = tokenizer(text=rendered(row, tokenizer))["input_ids"]
+        text = rendered(row, tokenizer)
+        prompt_ids, ids = (list(tokenizer(text=each)["input_ids"]) for each in (prompt, text))
     else:
-        if tokenizer.chat_template is None:
-            raise DataError(f"{where}: the row is a chat, but the tokenizer has no chat template")
-        kwargs = {**template_arguments(row), "tokenize": True, "return_dict": True}
-        try:
-            prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-            ids = tokenizer.apply_chat_template(prompt + completion, **kwargs)["input_ids"]
-        except Exception as error:  # templates are code of the tokenizer's authors; they raise what they like
-            raise DataError(f"{where}: the chat template cannot render this row: {error}") from error
+        chat = Renderer(row, tokenizer, where)
+        text = chat.text(prompt + completion)
+        prompt_ids, ids = chat.ids(chat.text(prompt, add_generation_prompt=True)), chat.ids(text)
 
-    start = _common_prefix_length(prompt_ids, ids)
+    start = common_prefix(prompt_ids, ids)
     mask = [0] * start + [1] * (len(ids) - start)
+    if chat is not None and not all(map(is_assistant, completion)):
+        mask = assistant_mask(prompt, completion, text, ids, start, chat)
     if mask:
         mask[0] = 0
     if 1 not in mask:
         raise DataError(f"{where}: no completion: the tokens of prompt and of prompt + completion are the same")
-    return TokenizedRow(list(ids), mask, len(prompt_ids) - start)
+    return TokenizedRow(ids, mask, len(prompt_ids) - start, notes_of(row, ids, tokenizer, where, text))
 
 
 def is_bare_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -129,31 +144,13 @@ def prompt_cut_in_words(count: int) -> str:
     )
 
 
-def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "row") -> str:
     """The text that `tokenize_row` tokenizes: prompt, completion and EOS, or what the chat template makes of a chat."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
         eos = tokenizer.eos_token or ""
         return prompt + completion + ("" if completion.endswith(eos) else eos)
-    return tokenizer.apply_chat_template(prompt + completion, **{**template_arguments(row), "tokenize": False})
-
-
-def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row itself gives to the chat template: its `tools` (a list, or one as JSON) and `chat_template_kwargs`."""
-    tools = row.get("tools")
-    return {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(row.get("chat_template_kwargs") or {}),
-    }
-
-
-def _common_prefix_length(a: list[int], b: list[int]) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    return Renderer(row, tokenizer, where).text(prompt + completion)
 
 
 def check_same_tokens(
@@ -173,11 +170,15 @@ def check_same_tokens(
                 f"has {_show_token(pair[0], tokenizer, whose)}, {whose} {_show_token(pair[1], tokenizer, whose)}. A "
                 f"log-ratio of different tokens means nothing; score data of a policy with {whose}'s tokenizer."
             )
-    if list(map(int, row["completion_mask"])) != own.completion_mask:
+    pairs = zip(map(int, row["completion_mask"]), own.completion_mask, strict=True)
+    if (t := next((t for t, (bit, own_bit) in enumerate(pairs) if bit != own_bit), None)) is not None:
+        starts = row["completion_mask"].index(1), own.completion_mask.index(1)
+        what = f"has mask {own.completion_mask[t]} at position {t}, the scored row {int(row['completion_mask'][t])}"
+        if starts[0] != starts[1]:
+            what = f"starts the completion at position {starts[1]}, the scored row at {starts[0]}"
         raise DataError(
-            f"{where}: {whose}'s tokenizer or chat template starts the completion at position "
-            f"{own.completion_mask.index(1)}, the scored row at {row['completion_mask'].index(1)}. Score the data "
-            f"again with a behaviour policy of {whose}'s tokenizer and chat template."
+            f"{where}: {whose}'s tokenizer or chat template {what}. Score the data again with a behaviour policy of "
+            f"{whose}'s tokenizer and chat template."
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pear.appending import holding, output_file
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, write_error
 from pear.long_rows import check_long_rows, rows_in_words, too_long
-from pear.models import vocabulary_fingerprint
+from pear.models import load_tokenizer, vocabulary_fingerprint
 from pear.rows import bare_text_in_words, prompt_cut_in_words
 from pear.scoring.batches import TopK, batches, score_batch
 from pear.scoring.choice import NONE
@@ -29,6 +29,7 @@ from pear.scoring.side import SideFiles
 from pear.scoring.spans import make_spans
 from pear.seal import FORMAT
 from pear.shown import one_line
+from pear.tokenizer_options import changed_tokenizer
 
 COLUMNS = (*LOGPROB_COLUMNS, "none")  # where log-probs may go
 
@@ -51,6 +52,9 @@ def score(
     top_k: int | None = None,
     top_k_temperature: float = 1.0,
     fallback: str | None = None,
+    assistant_only_loss: bool = False,
+    chat_template_path: str | None = None,
+    eos_token: str | None = None,
 ) -> dict[str, Any]:
     """Score every row of `data` (JSONL) and write the rows to `out` with their log-probs (docs/scoring.md).
 
@@ -96,6 +100,11 @@ def score(
         top_k_temperature: divides the logits that `top_k_logprobs` are taken of, and not those of `column`: that of the
             distillation they are for.
         fallback: "none" or a model's name, for rows that name no policy; only without a `model`.
+        assistant_only_loss: the completion of `messages` is all turns of the assistant's, from its first answer on, and
+            not the last one alone. What others say among them has mask 0, as in every completion.
+        chat_template_path: a template (.jinja, .j2) or a model whose template is taken instead of the model's own. Give
+            `pear sft` and `pear inspect` the same.
+        eos_token: what ends a completion given as text, instead of the tokenizer's own EOS. Likewise.
 
     Returns:
         `rows` read; `scored`, of these by a model, and `resumed`, of these by an earlier call; `none` (rows without a
@@ -103,7 +112,9 @@ def score(
         `too_long` and `too_long_lines`; `prompt_cut` (rows whose prompt changes at its end once the completion
         follows); `unaligned` (rows whose bytes and tokens cannot be matched, see docs/tokenizers.md) and
         `unaligned_reasons` (by line); `tokens` scored, `mean_logprob` (None without), `seconds`, `processes`,
-        `max_length` (None with several models), `column`, `top_k`, `top_k_temperature`, `out`. In every process.
+        `max_length` (None with several models), `column`, `top_k`, `top_k_temperature`, `out`; `notes`, sentences on
+        rows whose tokens are not what one may expect: text that the chat template leaves out, BOS or EOS twice, tokens
+        with mask 0 in completions, turns that are not scored. In every process.
 
     Raises:
         DataError: a row without completion, a line that is no JSON, a `label` that is no boolean, other tokens than
@@ -119,15 +130,22 @@ def score(
     console = Console(stderr=True, quiet=not (progress and processes.main))
     if processes.warning:
         console.print(processes.warning, style="yellow", markup=False, highlight=False)
+    options = {"chat_template_path": chat_template_path, "eos_token": eos_token}
+    options = {name: value for name, value in options.items() if value is not None}
+    if model is None and options:
+        raise DataError(f"{next(iter(options))} is about the tokenizer of a model: give the model too")
     replaced = (column,) if wanted is None else (column, *TOP_K_COLUMNS)
 
     def open_policy(name: str | PreTrainedModel) -> Policy:
         where = processes.device if device is not None or isinstance(name, str) else None
-        return Policy(name, tokenizer, max_length, dtype, where)
+        own = tokenizer
+        if options:
+            own = changed_tokenizer(load_tokenizer(name) if tokenizer is None else tokenizer, **options)
+        return Policy(name, own, max_length, dtype, where)
 
     with processes.together():
         policy = None if model is None else open_policy(model)
-        plan = read_plan(data, policy, fallback, column, replaced, open_policy)
+        plan = read_plan(data, policy, fallback, column, replaced, open_policy, assistant_only_loss)
         _check_plan(plan, data, out, wanted, column, drop_long_rows)
     _tell_plan(plan, data, console)
     if len(set(processes.gather(plan.hash))) > 1:
@@ -175,6 +193,7 @@ def score(
         "top_k": top_k,
         "top_k_temperature": top_k_temperature,
         "out": str(out),
+        "notes": plan.notes.in_words(),
         "processes": processes.count,
         "seconds": time.monotonic() - began,
     }
@@ -259,6 +278,8 @@ def _header(plan: Plan, share: Share, wanted: TopK | None) -> dict[str, Any]:
         "model": share.policy.name,
         "tokenizer": share.policy.fingerprint,
     }
+    if plan.all_turns:
+        header["assistant_only_loss"] = True
     if wanted is not None:
         header |= {"top_k": wanted.k, "top_k_temperature": wanted.temperature}
     return header
@@ -344,6 +365,8 @@ def _tell_plan(plan: Plan, data: str | os.PathLike, console: Console) -> None:
         console.print(f"{prompt_cut_in_words(cut)}.", style="yellow")
     if plan.text:
         console.print(f"{data}: {bare_text_in_words(plan.text, plan.written)}.", style="yellow", markup=False)
+    for sentence in plan.notes.in_words():
+        console.print(one_line(f"{data}: {sentence}."), style="yellow", markup=False, highlight=False)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from pear.io import (
     check_scored_row,
 )
 from pear.models import tokenizer_fingerprint
+from pear.notes import notes_of
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
 from pear_kernels.weights import PEAROptions
 
@@ -133,6 +134,9 @@ class Reader:
             check_scored_row(row, where, needs)
             stored = TokenizedRow(row["input_ids"], [int(bit) for bit in row["completion_mask"]], 0)
             if row.get("tokenizer") == self.fingerprint:
+                if "prompt" in row and "completion" in row:
+                    notes = notes_of(prompt_and_completion(row, where), stored.input_ids, self.tokenizer, where)
+                    stored = stored._replace(notes=notes)
                 return stored, True
             if "prompt" not in row or "completion" not in row:
                 raise DataError(
@@ -158,10 +162,10 @@ class Reader:
             return own
         parts = (i for i in spans.marks if spans.marks[i].startswith((NO_BYTES, JOINT)))
         last = max((*parts, *(i for i, (b, e) in enumerate(spans.extents) if e > b)), default=-1)
-        drop = len(spans.extents) - 1 - last
-        if last < 0 or not drop:
+        if last < 0:
             return own
-        return TokenizedRow(own.input_ids[:-drop], own.completion_mask[:-drop], own.prompt_cut)
+        end = [t for t, bit in enumerate(own.completion_mask) if bit][last] + 1
+        return own._replace(input_ids=own.input_ids[:end], completion_mask=own.completion_mask[:end])
 
     def behavior(self, row: dict[str, Any], where: str, tokens: TokenizedRow, own: bool) -> Behavior | str:
         """The behaviour policy's log-probs on the student's `tokens`; or, in words, why they cannot be aligned.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pear.align.errors import Unaligned
+from pear.chat import TemplateLimit
 
 Render = Callable[[list[dict[str, Any]]], str]  # the completion's messages to the text of the whole chat
 
@@ -59,10 +60,11 @@ def contents_of(messages: list[dict[str, Any]]) -> list[str]:
     Raises:
         Unaligned: a content that is neither a string nor a list of parts of text.
     """
-    return [leaf.text for leaf in _leaves(messages)]
+    return [leaf.text for leaf in leaves_of(messages)]
 
 
-def _leaves(messages: list[dict[str, Any]]) -> list[_Leaf]:
+def leaves_of(messages: list[dict[str, Any]]) -> list[_Leaf]:
+    """The strings that make the completion's text, with the message and key of each."""
     leaves: list[_Leaf] = []
     at = 0
     for i, message in enumerate(messages):
@@ -97,7 +99,7 @@ def find_contents(messages: list[dict[str, Any]], rendered: str, render: Render,
     Raises:
         Unaligned: a content was changed, or stands there twice or out of order, or nothing of them is there.
     """
-    leaves = [leaf for leaf in _leaves(messages) if leaf.text.strip()]
+    leaves = [leaf for leaf in leaves_of(messages) if leaf.text.strip()]
     cuts = [_Cut(leaf, 0, len(leaf.text)) for leaf in leaves]
     found = _reconstruct(messages, cuts, rendered, render)
     if found is None and any(tag in leaf.text for leaf in leaves for tag in tags):
@@ -153,6 +155,8 @@ def _reconstruct(
         holder[leaf.keys[-1]] = text + leaf.text[at:]
     try:
         parts = re.split(f"{guard}([0-9]+){guard}", render(stand_ins))
+    except TemplateLimit:
+        raise
     except Exception as error:  # templates are code of the tokenizer's authors; they raise what they like
         raise Unaligned(f"the chat template refuses another content in the completion's place: {error}") from error
     numbers = [int(number) for number in parts[1::2]]

@@ -39,6 +39,12 @@ class Spans:
     extents: list[tuple[int, int]]
     marks: dict[int, str] = field(default_factory=dict)
 
+    def of(self, chosen: Sequence[bool]) -> "Spans":
+        """Those of some of the tokens: what a tool or the user says in a completion has bytes, and no token of it."""
+        numbers = {i: n for n, i in enumerate(itertools.compress(range(len(chosen)), chosen))}
+        marks = {numbers[i]: mark for i, mark in self.marks.items() if i in numbers}
+        return Spans([self.extents[i] for i in numbers], marks)
+
     def to_json(self) -> dict[str, Any]:
         """The value of a scored row's `behavior_spans`."""
         return {"bytes": [list(extent) for extent in self.extents], "marks": {str(i): m for i, m in self.marks.items()}}
@@ -93,7 +99,8 @@ def spans_of(
 
     Args:
         row: has `prompt` and `completion`, and for chats what the template needs (`tools`, `chat_template_kwargs`)
-        tokenized: the row's `input_ids` and `completion_mask`; the completion is the row's end
+        tokenized: the row's `input_ids` and `completion_mask`; from its first 1 on is the completion, in which tokens
+            of others (a tool's output) have a 0
         tokenizer: the one whose ids these are
         roles: what structural tokens are called (see `pear.align.read_roles`)
 
@@ -101,8 +108,9 @@ def spans_of(
         Unaligned: the tokens do not spell the text, or the chat template rewrites it; with the reason.
     """
     mask = [bool(bit) for bit in tokenized.completion_mask]
-    if True not in mask or not all(mask[(start := mask.index(True)) :]):
-        raise Unaligned("the completion's tokens are not the last ones of the row")
+    if True not in mask:
+        raise Unaligned("the row has no token of a completion")
+    start = mask.index(True)
     names = names_of(roles, tokenizer.eos_token)
     text = rendered(row, tokenizer)
     if isinstance(row["prompt"], str):
@@ -121,7 +129,8 @@ def spans_of(
     places = _locate(ids, start, text, regions, pieces)
     surfaces = [pieces.surface(token) for token in ids[start:]]
     structural = [token in pieces.added for token in ids[start:]]
-    return _to_text(places, surfaces, structural, _in_bytes(regions, text, contents), names)
+    spans = _to_text(places, surfaces, structural, _in_bytes(regions, text, contents), names)
+    return spans.of(mask[start:])
 
 
 def _locate(ids: list[int], start: int, text: str, regions: list[Region], pieces: Pieces) -> list[Place]:

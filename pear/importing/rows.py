@@ -10,6 +10,7 @@ from pear.align import Spans, Unaligned, spans_of, spans_of_text
 from pear.align.pieces import pieces_of
 from pear.align.roles import END_OF_TURN, names_of
 from pear.align.spans import JOINT, NO_BYTES
+from pear.chat import Renderer, TemplateLimit, is_assistant
 from pear.importing import checks
 from pear.importing.generation import UNFINISHED, Generation, Reject, Token, completion_pieces, completion_text
 from pear.importing.spelling import (
@@ -22,7 +23,7 @@ from pear.importing.spelling import (
 )
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
-from pear.rows import TokenizedRow, prompt_and_completion, template_arguments, tokenize_row
+from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
 from pear.seal import SEALED
 from pear.strict_json import unwritable
 
@@ -117,6 +118,11 @@ class Converter:
             raise Reject(str(error).removeprefix("row: ")) from None
         if isinstance(row["prompt"], list) and row["prompt"][-len(row["completion"]) :] == row["completion"]:
             raise Reject("the messages of the prompt end with the completion itself: leave it out of them")
+        if isinstance(row["completion"], list) and not all(map(is_assistant, row["completion"])):
+            raise Reject(
+                "the completion has messages of others than the assistant: log-probs are of one generation, so put "
+                "what came before it into the prompt"
+            )
         pieces = completion_pieces(row["completion"])
         if not pieces or not all(isinstance(piece, str) for piece in pieces):
             raise Reject(f"the completion must have text to place the tokens in, got {row['completion']!r:.100}")
@@ -228,6 +234,8 @@ class Converter:
         """The prompt's ids, the policy's own if known; and what the tokenizer makes of the row's text beside them."""
         try:
             own = tokenize_row(text, self.tokenizer, where)
+        except TemplateLimit:
+            raise
         except DataError as error:
             if generation.prompt_ids is None:
                 raise Reject(str(error).removeprefix(f"{where}: ")) from None
@@ -302,6 +310,8 @@ class Converter:
     def _tokenized(self, text: dict[str, Any], where: str) -> TokenizedRow:
         try:
             return tokenize_row(text, self.tokenizer, where)
+        except TemplateLimit:
+            raise
         except DataError as error:
             raise Reject(str(error).removeprefix(f"{where}: ")) from None
 
@@ -369,8 +379,8 @@ def _prompt_ids(text: dict[str, Any], own: TokenizedRow, tokenizer: PreTrainedTo
         return own.input_ids[: own.completion_mask.index(1)]
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])
-    arguments = {**template_arguments(text), "tokenize": True, "return_dict": True}
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **arguments)["input_ids"])
+    chat = Renderer(text, tokenizer)
+    return chat.ids(chat.text(prompt, add_generation_prompt=True))
 
 
 def _re_encodes(own: list[int], ids: list[int], added: Any) -> bool:

@@ -23,12 +23,10 @@ def logprobs(
     Raises:
         DataError: a log-prob that is no number; the line is named.
     """
-    scored = [
-        ScoringRow(row.line, row.input_ids, start=int(row.mask.argmax()), prompt_cut=0, estimated=False) for row in rows
-    ]
+    scored = [ScoringRow(row.line, row.input_ids, row.mask, prompt_cut=0, estimated=False) for row in rows]
     found = [np.empty(0, np.float32)] * len(rows)
     for batch in batches(scored, batch_tokens):
         for i, scores in zip(batch, score_batch(model, [scored[i] for i in batch], data), strict=True):
-            found[i] = scores.logprobs[rows[i].mask[scored[i].start :]]  # tool output in between counts for nothing
+            found[i] = scores.logprobs
         advance(len(batch))
     return found

@@ -58,7 +58,7 @@ def score_batch(
         n = len(row.input_ids)
         input_ids[b, :n] = torch.from_numpy(row.input_ids)
         attention_mask[b, :n] = 1
-        labels[b, row.start : n] = input_ids[b, row.start : n]
+        labels[b, :n] = torch.where(torch.from_numpy(row.mask), input_ids[b, :n], -100)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     inputs = {k: v.to(model.device) for k, v in inputs.items()}
     if top_k is None:
@@ -70,7 +70,7 @@ def score_batch(
     scored = []
     for b, row in enumerate(rows):
         # copies, not views that hold the padding
-        scored.append(Scores(*(x[b, row.start : len(row.input_ids)].copy() for x in arrays)))
+        scored.append(Scores(*(x[b, : len(row.input_ids)][row.mask] for x in arrays)))
         _check(scored[-1], row, data)
     return scored
 
@@ -80,13 +80,14 @@ def _check(scores: Scores, row: Row, data: str | os.PathLike) -> None:
     bad = ~(np.isfinite(values) & (values <= MAX_LOGPROB))
     if bad.any():
         t = int(bad.argmax())
+        at = int(np.flatnonzero(row.mask)[t])
         raise DataError(
-            f"{data}:{row.line}: the model gives log-prob {values[t]} to token {row.start + t} (id "
-            f"{row.input_ids[row.start + t]}). Its weights may be damaged, or its dtype too narrow: try dtype float32."
+            f"{data}:{row.line}: the model gives log-prob {values[t]} to token {at} (id "
+            f"{row.input_ids[at]}). Its weights may be damaged, or its dtype too narrow: try dtype float32."
         )
     if top_logprobs is not None and not np.isfinite(top_logprobs).all():
-        t = int((~np.isfinite(top_logprobs)).any(axis=1).argmax())
+        t = int(np.flatnonzero(row.mask)[(~np.isfinite(top_logprobs)).any(axis=1).argmax()])
         raise DataError(
-            f"{data}:{row.line}: at token {row.start + t} fewer than top_k = {top_logprobs.shape[1]} tokens have any "
+            f"{data}:{row.line}: at token {t} fewer than top_k = {top_logprobs.shape[1]} tokens have any "
             "probability. Lower top_k, or raise top_k_temperature."
         )

@@ -62,7 +62,7 @@ def write_out(
             digest.update(line_for_hash(line, row))
             if line in plan.too_long:
                 continue
-            row = prompt_and_completion(without_nulls(row), f"{data}:{line}")
+            row = prompt_and_completion(without_nulls(row), f"{data}:{line}", plan.all_turns)
             if line in places:
                 share, tokens = places[line]
                 reader = readers[share.policy.name]
@@ -94,13 +94,13 @@ def write_out(
 def _scored(
     row: dict[str, Any], tokens: Row, scores: Scores, policy: Policy, column: str, beside_top_k: dict[str, Any]
 ) -> dict[str, Any]:
-    tokenized, start = tokens.tokenized, tokens.start
+    tokenized = tokens.tokenized
     scored = row | {"input_ids": tokenized.input_ids, "completion_mask": tokenized.completion_mask}
     scored["tokenizer"] = policy.fingerprint
     if column != "behavior_logprobs" and "input_ids" in row:  # the behaviour policy's words for the same tokens
         scored |= {key: row[key] for key in ("input_ids", "completion_mask", "tokenizer") if key in row}
     if column != "none":
-        scored |= {column: [0.0] * start + floats(scores.logprobs), MODEL_OF[column]: policy.name}
+        scored |= {column: _spread(floats(scores.logprobs), tokens.mask, 0.0), MODEL_OF[column]: policy.name}
     if column == "behavior_logprobs":
         scored["behavior_policy"] = policy.name
         scored.pop("behavior_estimated", None)
@@ -108,11 +108,17 @@ def _scored(
             scored["behavior_estimated"] = True
     if beside_top_k:
         scored |= {
-            "top_k_ids": [[]] * start + scores.top_k_ids.tolist(),
-            "top_k_logprobs": [[]] * start + floats(scores.top_k_logprobs),
+            "top_k_ids": _spread(scores.top_k_ids.tolist(), tokens.mask, []),
+            "top_k_logprobs": _spread(floats(scores.top_k_logprobs), tokens.mask, []),
             **beside_top_k,
         }
     return scored
+
+
+def _spread(values: list, mask: np.ndarray, elsewhere: Any) -> list:
+    """(C,) -> (L,): the values at the tokens with mask 1."""
+    found = iter(values)
+    return [next(found) if bit else elsewhere for bit in mask.tolist()]
 
 
 def floats(values: np.ndarray) -> list:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, check_label, check_scored_row, check_writable, read_jsonl
+from pear.notes import Notes
 from pear.rows import TokenizedRow, check_same_tokens, is_bare_text, prompt_and_completion, tokenize_row
 from pear.scored_rows import is_cut
 from pear.scoring.choice import NONE, Choice, behavior_choice, has_byte_logprobs
@@ -21,14 +22,13 @@ from pear.seal import SEALED, check_seal
 class Row(NamedTuple):
     line: int
     input_ids: np.ndarray  # (L,) int32
-    start: int  # first token with a log-prob; everything from here on is completion
+    mask: np.ndarray  # (L,) bool: the C tokens with a log-prob, those of the completion that the policy wrote
     prompt_cut: int
     estimated: bool  # by a policy that did not write it
 
     @property
     def tokenized(self) -> TokenizedRow:
-        mask = [0] * self.start + [1] * (len(self.input_ids) - self.start)
-        return TokenizedRow(self.input_ids.tolist(), mask, self.prompt_cut)
+        return TokenizedRow(self.input_ids.tolist(), self.mask.astype(int).tolist(), self.prompt_cut)
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Plan:
     passed: set[int]  # lines that keep the log-probs they have
     too_long: dict[int, int]  # line -> the limit of its model
     text: int = 0  # rows of text to score by a model whose tokenizer has a chat template
+    all_turns: bool = False  # the completion of `messages` has all turns of the assistant's
+    notes: Notes = field(default_factory=Notes)
 
     @property
     def written(self) -> int:
@@ -62,6 +64,7 @@ def read_plan(
     column: str,
     replaced: tuple[str, ...],
     open_policy: Callable[[str], Policy],
+    all_turns: bool = False,
 ) -> Plan:
     """Read every row, tokenise those that are to be scored, and find all errors, before the hours of scoring.
 
@@ -69,13 +72,14 @@ def read_plan(
         policy: scores every row, but for those of nobody where `column` is "behavior_logprobs". None: each row's own
             does, from `open_policy`.
         replaced: columns that will be written, so that what rows have there does not matter.
+        all_turns: see `prompt_and_completion`.
 
     Raises:
         DataError: a row that cannot be scored, was edited after it was scored before, or contradicts itself; rows that
             name no policy, without `fallback`.
     """
     shares = {} if policy is None else {policy.name: Share(policy)}
-    plan = Plan("", [], set(), set(), {})
+    plan = Plan("", [], set(), set(), {}, all_turns=all_turns)
     unnamed: list[int] = []
     digest = hashlib.sha256()
     for line, row in read_jsonl(data):
@@ -84,7 +88,10 @@ def read_plan(
         if row.get("scored") is not None:
             check_seal(row, where)
         check_writable(row, where)
-        row = prompt_and_completion(without_nulls(row), where)
+        row = without_nulls(row)
+        if not all_turns:
+            plan.notes.add_earlier(line, row)
+        row = prompt_and_completion(row, where, all_turns)
         check_label(row, where)
         choice = _choose(row, where, policy, fallback, column)
         if choice is None:
@@ -154,8 +161,9 @@ def _add(
         plan.too_long[line] = limit
         return
     plan.text += is_bare_text(row, tokenizer)
-    ids, start = np.array(tokenized.input_ids, dtype=np.int32), tokenized.completion_mask.index(1)
-    share.rows.append(Row(line, ids, start, tokenized.prompt_cut, choice.estimated))
+    plan.notes.add(line, tokenized.notes, tokenized.completion_mask)
+    ids, mask = np.array(tokenized.input_ids, dtype=np.int32), np.array(tokenized.completion_mask, dtype=bool)
+    share.rows.append(Row(line, ids, mask, tokenized.prompt_cut, choice.estimated))
 
 
 def _sealed_tokens(row: dict[str, Any], policy: Policy, where: str, replaced: tuple[str, ...]) -> TokenizedRow | None:
@@ -170,8 +178,7 @@ def _sealed_tokens(row: dict[str, Any], policy: Policy, where: str, replaced: tu
     if len(tokens) < 2:
         return None
     check_scored_row(tokens, where, needs=())
-    mask = [int(bit) for bit in row["completion_mask"]]
-    return TokenizedRow(row["input_ids"], mask, 0) if mask == sorted(mask) else None
+    return TokenizedRow(row["input_ids"], [int(bit) for bit in row["completion_mask"]], 0)
 
 
 def _own_tokens(row: dict[str, Any], policy: Policy, where: str) -> TokenizedRow:

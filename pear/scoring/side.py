@@ -37,7 +37,7 @@ class SideFiles:
         self.key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
         self._folder, self._stem = out.parent, f"{out.name}.{self.key}."
         self._processes = processes
-        self._tokens = {row.line: len(row.input_ids) - row.start for row in rows}
+        self._tokens = {row.line: int(row.mask.sum()) for row in rows}
         self.path = self._path(processes.rank)
         # line of the data -> whose file, bytes before its line there
         self._places: dict[int, tuple[int, int]] = {}

@@ -29,7 +29,7 @@ def make_spans(data: str | os.PathLike, plan: Plan, sides: dict[str, SideFiles],
     found: dict[str, dict[int, SpansOf]] = {name: {} for name in sides}
     for line, row in read_jsonl(data):
         if line in mine:
-            row = prompt_and_completion(without_nulls(row), f"{data}:{line}")
+            row = prompt_and_completion(without_nulls(row), f"{data}:{line}", plan.all_turns)
             share, tokens = places[line]
             of_policy = found[share.policy.name]
             of_policy[line] = spans_of_row(row, tokens, share.policy.tokenizer)

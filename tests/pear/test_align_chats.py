@@ -179,9 +179,9 @@ def test_several_turns_with_a_tool():
     )
     for name in ("smollm2", "qwen", "llama3", "gemma"):
         spans, _ = spans_in(name, row)
-        assert covered(row, spans) == "Let me add.7assistant"
+        assert covered(row, spans) == "Let me add..assistant"  # the tool's 7 is no token of the policy's
         ends = [spans.extents[i][0] for i, m in spans.marks.items() if m == "end_of_turn"]
-        assert ends == [11, 12, 21]
+        assert ends == [11, 21]
 
 
 def test_tool_calls_are_structural():
@@ -212,7 +212,6 @@ def test_a_list_of_parts():
         ("m.content | upper", "rewrites"),
         ("m.content | replace('7', 'seven')", "rewrites"),
         ("m.content ~ m.content", "rewrites"),
-        ("'no'", "leaves out"),
         ("m.content | reverse | join", "rewrites"),
     ],
 )
@@ -223,6 +222,16 @@ def test_a_template_that_rewrites_is_an_error(change, reason):
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ).replace("CHANGE", change)
     with pytest.raises(Unaligned, match=f"the chat template {reason} the completion's contents"):
+        spans_in("smollm2", chat("It is 7."), template)
+
+
+def test_a_template_that_leaves_out_the_whole_answer_is_an_error():
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content if m.role == 'user' else 'no') }}{% endfor %}"
+    )
+    with pytest.raises(
+        DataError, match="nothing is left of the completion: the chat template leaves out its `content`"
+    ):
         spans_in("smollm2", chat("It is 7."), template)
 
 
@@ -284,13 +293,13 @@ def test_real_templates(path):
         try:
             spans, tokens = spans_in("llama3", row, template)
         except (DataError, Unaligned) as error:  # templates of vision models take lists of parts
-            assert re.search("cannot render|leaves out", str(error))
+            assert re.search("cannot render|leaves out|does not show which tokens are the assistant's", str(error))
             continue
         data = text_of(row)
         for token, (begin, end) in zip(tokens, spans.extents, strict=True):
             if begin < end:
                 assert pieces.surface(family("llama3").convert_tokens_to_ids(token)) == data[begin:end]
-        assert covered(row, spans).endswith("assistantBye.")
+        assert covered(row, spans).endswith(".........Bye.")  # what the user says is no token of the policy's
         if "think" not in content:
             assert covered(row, spans)[: -len("assistantBye.")].strip(". \n") == content.strip(". \n")
 
@@ -314,4 +323,5 @@ def test_thousands_of_messages():
     for name in ("smollm2", "gemma"):
         spans, _ = spans_in(name, row)
         assert covered(row, spans).endswith("Bye.")
-        assert covered(row, spans).count(".") <= 2 * len(turns) + 1
+        of_user = sum(len(turn["content"].strip()) for turn in turns if turn["role"] == "user")
+        assert of_user <= covered(row, spans).count(".") <= 2 * len(turns) + 1 + of_user
