@@ -25,6 +25,7 @@ from torch import Tensor
 from pear_kernels import blocks, checks
 from pear_kernels.backend import check_backend, weights_class
 from pear_kernels.packing import Pack, pack_tokens, unpack
+from pear_kernels.scalars import call, with_numbers
 
 
 class PEAROptions(NamedTuple):
@@ -309,7 +310,8 @@ def pear_weights(
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
     bounds = checks.sequence_bounds(logprobs.shape, cu_seqlens, logprobs.device)
-    flat = _pear_weights_op(
+    flat = call(
+        _pear_weights_op,
         logprobs.detach().reshape(-1),
         behavior_logprobs.detach().reshape(-1),
         None if block_ids is None else block_ids.reshape(-1),
@@ -322,6 +324,7 @@ def pear_weights(
 
 
 @torch.library.custom_op("pear_kernels::pear_weights", mutates_args=())
+@with_numbers
 def _pear_weights_op(
     logprobs: Tensor,  # (N,)
     behavior_logprobs: Tensor,  # (N,)

@@ -8,14 +8,15 @@ from pear_kernels.distill import Teacher, TopKTeacher
 from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
 from pear_kernels.losses.shared import (
     LossOutput,
-    as_tensor,
     checked_head,
+    divisor,
     flat,
     flat_teacher,
     loss_output,
     wanted_gradients,
 )
 from pear_kernels.objectives import STATS
+from pear_kernels.scalars import call
 from pear_kernels.shards import local_head, refuse
 from pear_kernels.weightings import WEIGHTED_STATS
 from pear_kernels.weights import DEFAULTS, PEAROptions
@@ -125,7 +126,8 @@ def linear_distill_loss(
         checks.check_teacher(hidden, weight, target, teacher)
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
-    found = ops.linear_distill_loss(
+    found = call(
+        ops.linear_distill_loss,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -136,7 +138,7 @@ def linear_distill_loss(
         *offline,
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         flat(sequence_scale),
-        as_tensor(denominator, hidden.device),
+        divisor(denominator, hidden.device),
         1.0 if teacher is None else teacher.temperature,
         None if teacher is None else teacher.softcap,
         divergence,

@@ -6,6 +6,7 @@ from torch import Tensor
 from pear_kernels import checks, ops
 from pear_kernels.distill import TopKTeacher
 from pear_kernels.losses.shared import checked_head
+from pear_kernels.scalars import call
 from pear_kernels.shards import local_head
 
 
@@ -38,7 +39,8 @@ def linear_logprobs(
     """
     hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    logprobs, entropy = ops.linear_logprobs(
+    logprobs, entropy = call(
+        ops.linear_logprobs,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -87,7 +89,8 @@ def linear_topk_logprobs(
     compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
     if shared is None:  # else the op knows the vocabulary
         checks.check_k("k", k, weight.shape[0])
-    ids, logprobs = ops.linear_topk_logprobs(
+    ids, logprobs = call(
+        ops.linear_topk_logprobs,
         hidden.detach().reshape(-1, hidden.shape[-1]),
         weight.detach(),
         None if bias is None else bias.detach(),

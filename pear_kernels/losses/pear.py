@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
-from pear_kernels.losses.shared import LossOutput, as_tensor, checked_head, flat, loss_output, wanted_gradients
+from pear_kernels.losses.shared import LossOutput, checked_head, divisor, flat, loss_output, wanted_gradients
 from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA, WRONG_STATS
 from pear_kernels.objectives import STATS
+from pear_kernels.scalars import call
 from pear_kernels.shards import local_head
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -123,7 +124,8 @@ def linear_pear_loss(
             "normalize must not be 'batch' beside sequence_label, as one factor of the whole call would scale wrong "
             "sequences too: use 'sequence', which is of right ones alone"
         )
-    found = ops.linear_pear_loss(
+    found = call(
+        ops.linear_pear_loss,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -133,7 +135,7 @@ def linear_pear_loss(
         flat(block_ids),
         checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         flat(sequence_scale),
-        as_tensor(denominator, hidden.device),
+        divisor(denominator, hidden.device),
         negative_lambda,
         logprob_floor,
         *options.arguments(),

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks, ops
-from pear_kernels.losses.shared import LossOutput, as_tensor, checked_head, flat, loss_output, wanted_gradients
+from pear_kernels.losses.shared import LossOutput, checked_head, divisor, flat, loss_output, wanted_gradients
 from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, POLICY_STATS, PolicyOptions
+from pear_kernels.scalars import call
 from pear_kernels.shards import local_head
 
 
@@ -114,7 +115,8 @@ def linear_policy_loss(
     columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
     checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
     checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)
-    found = ops.linear_policy_loss(
+    found = call(
+        ops.linear_policy_loss,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -125,7 +127,7 @@ def linear_policy_loss(
         flat(ref_logprobs),
         flat(sampler_logprobs),
         flat(sequence_scale),
-        as_tensor(denominator, hidden.device),
+        divisor(denominator, hidden.device),
         tuple(advantages.shape) == checks.sequence_count(target, cu_seqlens),
         *options._replace(sapo_temperatures=[float(tau) for tau in sapo_temperatures]),
         reduction,

@@ -9,6 +9,7 @@ from pear_kernels import checks
 from pear_kernels.backend import check_backend
 from pear_kernels.distill import Teacher
 from pear_kernels.objectives import OF_ALL
+from pear_kernels.scalars import as_tensor
 
 
 class LossOutput(NamedTuple):
@@ -61,11 +62,11 @@ def flat_teacher(teacher: Teacher | None) -> tuple[Tensor | None, Tensor | None,
     return hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), flat(bias)
 
 
-def as_tensor(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """A number as the 0-d tensor that another denominator is compiled with, without compiling anew."""
+def divisor(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """A number as a 0-d tensor: the op takes any other one, and is compiled once for all of them."""
     if denominator is None or isinstance(denominator, Tensor):
         return denominator if denominator is None else denominator.detach()
-    return torch.full((), float(denominator), dtype=torch.float64, device=device)
+    return as_tensor(float(denominator), device)
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:

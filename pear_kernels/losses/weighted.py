@@ -11,13 +11,14 @@ from pear_kernels import checks, ops
 from pear_kernels.distill import Teacher
 from pear_kernels.losses.shared import (
     LossOutput,
-    as_tensor,
     checked_head,
+    divisor,
     flat,
     flat_teacher,
     loss_output,
     wanted_gradients,
 )
+from pear_kernels.scalars import call
 from pear_kernels.shards import local_head, refuse
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTING_DEFAULTS, WEIGHTINGS, Tokens, WeightingOptions
 
@@ -126,11 +127,11 @@ def linear_weighted_loss(
         target.reshape(-1),
         ref_logprobs=flat(ref_logprobs),
         **dict(zip(("ref_hidden", "ref_weight", "ref_bias"), flat_teacher(reference), strict=True)),
-        ref_temperature=1.0 if reference is None else reference.temperature,
-        ref_softcap=None if reference is None else reference.softcap,
         cu_seqlens=checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
         sequence_scale=flat(sequence_scale),
-        denominator=as_tensor(denominator, hidden.device),
+        denominator=divisor(denominator, hidden.device),
+        ref_temperature=1.0 if reference is None else reference.temperature,
+        ref_softcap=None if reference is None else reference.softcap,
         **options._replace(idft_clip=[float(bound) for bound in idft_clip])._asdict(),
         reduction=reduction,
         temperature=temperature,
@@ -153,18 +154,19 @@ def linear_weighted_loss(
 
 
 def run_weighted(hidden, weight, bias, target, *, weights=None, weighting=None, function=None, **options):
-    """The op, with its many arguments by name."""
-    return ops.linear_weighted_loss(hidden, weight, bias, target, weights, weighting, function, **options)
+    """The op, with its many arguments by name, in the order of its own."""
+    op = ops.linear_weighted_loss
+    return call(op, hidden, weight, bias, target, weights, weighting, function, *options.values())
 
 
 def by_function(run: Callable[..., tuple[Tensor, ...]], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """`run` with weights by a function of the caller's, which the op finds by its number while it runs."""
-    call = as_called(function)
+    of_logprobs = as_called(function)
 
     def weights(tokens: Tokens) -> Tensor:
         with torch.no_grad():
             # copies: the function may overwrite what it is given, and the pass needs both again
-            found = call(tokens.logprobs.clone(), tokens.index.clone())
+            found = of_logprobs(tokens.logprobs.clone(), tokens.index.clone())
         if not isinstance(found, Tensor) or found.shape != tokens.logprobs.shape:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(

@@ -14,6 +14,7 @@ from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import STATS, token_scale
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.packing import Pack
+from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, WeightedObjective
 from pear_kernels.weights import PEAROptions
@@ -36,6 +37,7 @@ def loaded_teacher(
 
 
 @torch.library.custom_op("pear_kernels::linear_distill_loss", mutates_args=())
+@with_numbers
 def linear_distill_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -114,6 +116,7 @@ def linear_distill_loss(
 
 
 @linear_distill_loss.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, behavior_logprobs, *options):
     stats = 1 + len(WEIGHTED_STATS if behavior_logprobs is None else STATS)
     return loss_outputs(hidden, weight, target, stats, *options[-3:])

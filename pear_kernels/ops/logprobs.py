@@ -10,11 +10,13 @@ from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import FixedCoefficients
 from pear_kernels.ops.shared import forbid_double_backward, one_sequence, result_dtype
 from pear_kernels.packing import pack_tokens, unpack
+from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, sharded_topk, whole_vocabulary
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
+@with_numbers
 def linear_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -46,6 +48,7 @@ def linear_logprobs(
 
 
 @linear_logprobs.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_entropy, *options):
     dtype = result_dtype(options[-1])
     return (
@@ -55,6 +58,7 @@ def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_e
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs_backward", mutates_args=())
+@with_numbers
 def linear_logprobs_backward(
     grad_logprobs: Tensor | None,  # (N,)
     grad_entropy: Tensor | None,  # (N,)
@@ -92,6 +96,7 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
+@without_numbers
 def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
     grad_hidden, grad_weight, grad_bias = options[-1]
     return (
@@ -102,11 +107,13 @@ def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
 
 
 def _save_logprobs_inputs(ctx, inputs, output):
-    ctx.return_entropy = inputs[7]
-    ctx.options = *inputs[4:7], *inputs[8:]
+    *inputs_of_op, numbers, places = inputs
+    ctx.return_entropy = inputs_of_op[7]
+    ctx.options = *inputs_of_op[4:7], *inputs_of_op[8:]
+    ctx.places = [place + 2 if i % 2 == 0 else place for i, place in enumerate(places)]  # behind two gradients
     ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*inputs_of_op[:4], numbers)
 
 
 def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
@@ -117,7 +124,10 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
     if grad_logprobs is None and grad_entropy is None:
         grads = None, None, None
     else:
-        grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, list(wanted))
+        *tensors, numbers = ctx.saved_tensors
+        grads = linear_logprobs_backward(
+            grad_logprobs, grad_entropy, *tensors, *ctx.options, list(wanted), numbers, ctx.places
+        )
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * (ctx.inputs - 3)
 
 
@@ -125,6 +135,7 @@ linear_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logpro
 
 
 @torch.library.custom_op("pear_kernels::linear_topk_logprobs", mutates_args=())
+@with_numbers
 def linear_topk_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -170,6 +181,7 @@ def linear_topk_logprobs(
 
 
 @linear_topk_logprobs.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, k, *options):
     shape = *target.shape, k
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=result_dtype(options[-1]))

@@ -10,12 +10,14 @@ from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.negatives import WRONG_STATS, LabelledObjective
 from pear_kernels.objectives import STATS, token_scale
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, whole_vocabulary
 from pear_kernels.weights import PEAROptions
 
 
 @torch.library.custom_op("pear_kernels::linear_pear_loss", mutates_args=())
+@with_numbers
 def linear_pear_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -82,6 +84,7 @@ def linear_pear_loss(
 
 
 @linear_pear_loss.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, sequence_label, *options):
     stats = len(STATS) + (0 if sequence_label is None else len(WRONG_STATS))
     return loss_outputs(hidden, weight, target, stats, *options[-3:])

@@ -9,11 +9,13 @@ from pear_kernels.engine import DenseWalk, Walk
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
 from pear_kernels.policy import POLICY_STATS, EntropyBonus, PolicyObjective, PolicyOptions, policy_scale
+from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, whole_vocabulary
 
 
 @torch.library.custom_op("pear_kernels::linear_policy_loss", mutates_args=())
+@with_numbers
 def linear_policy_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -78,6 +80,7 @@ def linear_policy_loss(
 
 
 @linear_policy_loss.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, *options):
     return loss_outputs(hidden, weight, target, len(POLICY_STATS), False, *options[-2:])
 

@@ -115,8 +115,8 @@ def loss_outputs(
 
 
 def save_loss_gradients(ctx, inputs, output):
-    hidden, weight, bias, *_ = inputs
-    ctx.wanted = inputs[-1]
+    hidden, weight, bias, *_, wanted, _, _ = inputs
+    ctx.wanted = wanted
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])

@@ -15,6 +15,7 @@ from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import token_scale
 from pear_kernels.ops.distill import loaded_teacher
 from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, whole_vocabulary
 from pear_kernels.weightings import WEIGHTED_STATS, WEIGHTINGS, Tokens, WeightedObjective, WeightingOptions, by
@@ -25,6 +26,7 @@ function_keys = itertools.count()
 
 
 @torch.library.custom_op("pear_kernels::linear_weighted_loss", mutates_args=())
+@with_numbers
 def linear_weighted_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -102,6 +104,7 @@ def linear_weighted_loss(
 
 
 @linear_weighted_loss.register_fake
+@without_numbers
 def _(hidden, weight, bias, target, *options):
     return loss_outputs(hidden, weight, target, len(WEIGHTED_STATS), *options[-3:])
 

@@ -5,7 +5,18 @@ import torch
 from problems import gradients, make_problem
 from torch.utils.checkpoint import checkpoint
 
-from pear_kernels import linear_logprobs, linear_pear_loss, ops, packing, pear_weights
+from pear_kernels import (
+    LinearPolicyLoss,
+    Teacher,
+    linear_distill_loss,
+    linear_logprobs,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_weighted_loss,
+    ops,
+    packing,
+    pear_weights,
+)
 from pear_kernels.weights import DEFAULTS, PEAROptions
 from pear_kernels.weights import _pear_weights_op as pear_weights_op
 
@@ -62,6 +73,71 @@ def test_compile_with_options_that_change_between_calls():
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+def changing(problem):
+    """Calls by name, in which every number follows from one, `x`."""
+    target, behavior, bounds = problem.target, problem.behavior_logprobs, problem.cu_seqlens
+    rng = torch.Generator().manual_seed(1)
+    advantages, label = torch.randn(len(bounds) - 1, generator=rng), torch.tensor([True, False, True, False, True])
+    teacher_hidden, teacher_weight = torch.randn(len(target), 5, generator=rng), torch.randn(37, 5, generator=rng)
+
+    def pear(hidden, weight, x):
+        return linear_pear_loss(
+            hidden, weight, target, behavior, cu_seqlens=bounds, sequence_label=label, gamma=1 - x, denominator=9 + x,
+            log_ratio_clip=(-x, 2 * x), log_weight_clip=[-x, 5.0], negative_lambda=x, logprob_floor=-2 - x,
+            temperature=1 + x, softcap=9 + x,
+        ).loss  # fmt: skip
+
+    def policy(hidden, weight, x):
+        return linear_policy_loss(
+            hidden, weight, target, behavior, advantages, cu_seqlens=bounds, ref_logprobs=behavior, beta=x, clip_low=x,
+            clip_high=2 * x, dual_clip=2 + x, sampler_logprobs=behavior - 0.1, sampler_clip=1 + x, entropy_coef=-x,
+            unbiased_kl=True,
+        ).loss + LinearPolicyLoss(objective="sapo", sapo_temperatures=(x, 1.05))(
+            hidden, weight, target, behavior, advantages, cu_seqlens=bounds
+        ).loss  # fmt: skip
+
+    def weighted(hidden, weight, x):
+        options = dict(iw_tau=x, iw_max=1 + x, psft_clip=x, asft_kl=x, idft_clip=(x, 1 + x))
+        names = ("iw-sft", "psft", "asft", "idft")
+        return sum(
+            linear_weighted_loss(hidden, weight, target, name, ref_logprobs=behavior, cu_seqlens=bounds, **options).loss
+            for name in names
+        )
+
+    def distill(hidden, weight, x):
+        teacher = Teacher(teacher_hidden, teacher_weight, None, 1 + x, 9 + x)
+        return linear_distill_loss(
+            hidden, weight, teacher, target, cu_seqlens=bounds, divergence="js", js_beta=x, distill_temperature=1 + x,
+            nll_coef=x,
+        ).loss  # fmt: skip
+
+    def logprobs(hidden, weight, x):
+        logprobs, entropy = linear_logprobs(
+            hidden, weight, target, temperature=1 + x, softcap=9 + x, return_entropy=True
+        )
+        weights = pear_weights(logprobs, behavior, target >= 0, cu_seqlens=bounds, log_ratio_clip=(-x, x))
+        return (weights * logprobs).sum() + entropy.square().sum()
+
+    return {"pear": pear, "policy": policy, "weighted": weighted, "distill": distill, "logprobs": logprobs}
+
+
+@pytest.mark.parametrize("name", ["pear", "policy", "weighted", "distill", "logprobs"])
+def test_numbers_that_change_between_calls_are_no_reason_to_compile_again(name):
+    problem = make_problem(dtype=torch.float32)
+    call, compilations = changing(problem)[name], []
+    backend = torch._dynamo.lookup_backend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        call, fullgraph=True, backend=lambda graph, inputs: compilations.append(graph) or backend(graph, inputs)
+    )
+    for step in range(4):
+        leaves, compiled_leaves, x = problem.leaves(), problem.leaves(), 0.01 * (step + 1)
+        value, found = call(*leaves, x), compiled(*compiled_leaves, x)
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradients(found, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
+    assert len(compilations) == 2  # for the first number, and for any other
+
+
 @pytest.mark.parametrize("make", [pear, own_loss])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(problem, make, use_reentrant):
@@ -106,12 +182,13 @@ def test_torch_library_opcheck(problem):
     torch.library.opcheck(
         ops.linear_pear_loss,
         (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, None, bounds, None, None, 0.1, -5.0,
-         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, False, torch.float32, [True, True, True]),
+         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, False, torch.float32, [True, True, True],
+         None, []),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     torch.library.opcheck(
         ops.linear_logprobs,
-        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, None, torch.float32),
+        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, None, torch.float32, None, []),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
