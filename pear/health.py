@@ -127,7 +127,7 @@ def clipped_in_words(low: float, high: float, log_ratio_clip: Sequence[float]) -
 def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
     """What is wrong with a run that logs `stats` (without their prefix), by a name for each kind of trouble."""
     found: dict[str, str] = {}
-    if stats.get("tokens") == 0:
+    if stats.get("tokens") == 0 and not stats.get("wrong_tokens"):
         found["no_tokens"] = (
             "No token of the last logged steps has a loss: every token is masked, so nothing trains. Look at "
             "`completion_mask` in the data, and at the weights of the rows."

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pear.importing import sampling
 from pear.importing.generation import Generation, Reject
 from pear.io import MAX_LOGPROB
 
@@ -65,6 +66,7 @@ def grid(values: Sequence[float]) -> dict[str, Any]:
     return {
         "values": int(inside.size),
         "zeros": len(values) - int(inside.size),
+        "near 0": int((inside > -0.01).sum()),
         "bfloat16": int(((bits & 0xFFFF) == 0).sum()),
         "decimals": int((np.abs(inside * 1000 - np.rint(inside * 1000)) < 1e-6).sum()),  # three
         "lowest": {"value": lowest, "count": int((inside == lowest).sum())},
@@ -87,10 +89,59 @@ def grid_in_words(found: dict[str, Any]) -> list[str]:
         said.append(
             f"the lowest log-prob, {lowest['value']:g}, stands {lowest['count']} times: it may be a floor, not a value"
         )
-    if zeros >= max(_MANY, 0.5 * (values + zeros)):
+    if sampling.renormalised_zeros(zeros, found.get("near 0", zeros), values + zeros):
+        said.append(
+            f"{zeros} of {values + zeros} log-probs are exactly 0 and only {found['near 0']} lie within 0.01 below: "
+            "they look renormalised over what top-p kept, which makes each delta too low by the log of the kept mass. "
+            "Say how they were made (--top_p, --top_k, --logprobs_of processed), or import log-probs taken before "
+            "truncation (vLLM: logprobs_mode=raw_logprobs)"
+        )
+    elif zeros >= max(_MANY, 0.5 * (values + zeros)):
         said.append(
             f"{zeros} of {values + zeros} log-probs are exactly 0: of greedy decoding by processed "
             "log-probs, perhaps, or values that are missing"
+        )
+    return said
+
+
+def listed(generation: Generation, noted: dict[str, Any]) -> dict[str, Any]:
+    """Counts of what the source lists beside the log-probs: `add` joins those of several rows. {} if it lists nothing.
+
+    `whole`: places where the listed probabilities add up to 1; `kept`: the sum of the masses that sampling kept, over
+    the places `estimated`.
+    """
+    found = {"places": 0, "whole": 0, "estimated": 0, "kept": 0.0}
+    for token in generation.tokens:
+        values = tuple(value for value in token.listed if value > FLOOR)
+        if not token.listed or any(math.isnan(value) for value in values):
+            continue
+        whole = math.fsum(math.exp(min(value, 0.0)) for value in values) >= 1 - 1e-3
+        found["places"] += 1
+        found["whole"] += whole
+        if (mass := sampling.kept(values, noted)) is not None:
+            found["estimated"] += 1
+            found["kept"] += mass
+    return found if found["places"] else {}
+
+
+def listed_in_words(found: dict[str, Any], settings: list[dict[str, Any]]) -> list[str]:
+    """Notes on what the listed log-probs say of truncation; `settings` are those that rows were sampled with."""
+    said = []
+    cut = [each for each in settings if sampling.truncated(each)]
+    if not found or found["places"] < 20:
+        return said
+    if found["whole"] == found["places"]:
+        if not cut or any(each.get("logprobs") != "processed" for each in cut):
+            said.append(
+                f"the log-probs listed at each place add up to 1 at all {found['places']} places, so they were "
+                "renormalised over the tokens that top-k or top-p kept: each delta is too low by the log of the kept "
+                "mass. Say so (--logprobs_of processed, --top_p, --top_k), or import log-probs taken before truncation"
+            )
+    elif found["estimated"]:
+        mass = found["kept"] / found["estimated"]
+        said.append(
+            f"by the log-probs listed at {found['estimated']} places, sampling kept {mass:.3f} of the probability on "
+            f"average ({math.log(mass):+.3f} nats a token): what was drawn came from that part alone"
         )
     return said
 

@@ -27,6 +27,7 @@ class Token(NamedTuple):
     logprob: Any  # whatever stood there; `checks.check_logprobs` looks at it
     data: bytes | None = None  # what it stands for in the text
     id: int | None = None
+    listed: tuple[float, ...] = ()  # log-probs that the source lists at this place, its own among them; () if none
 
 
 @dataclass
@@ -91,6 +92,11 @@ def need(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any
         names = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
         raise Reject(f"`{key}` of {what} must be {names}, got {type(record[key]).__name__}", again=True)
     return record[key]
+
+
+def numbers_of(values: Iterable[Any]) -> tuple[float, ...]:
+    """Those of the values that are numbers; what a source lists beside a log-prob is read as far as it goes."""
+    return tuple(float(value) for value in values if type(value) in (int, float))
 
 
 def ids_of(values: Any, what: str) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pear.importing import sampling, vllm
-from pear.importing.generation import Generation, Reject, Token, completion_text, each, ids_of, need
+from pear.importing.generation import Generation, Reject, Token, completion_text, each, ids_of, need, numbers_of
 
 _KNOWN = {"request", "response", "prompt", "messages", "completion", "custom_id", "behavior_policy", "error"}
 
@@ -122,6 +122,13 @@ def _tokens(choice: dict[str, Any]) -> list[Token]:
         if len(texts) != len(values):
             raise Reject(f"{len(values)} log-probs for {len(texts)} tokens", again=True)
         tokens = [_token(text, value) for text, value in zip(texts, values, strict=True)]
+        top = logprobs.get("top_logprobs")
+        if isinstance(top, list) and len(top) == len(tokens):
+            places = [place if isinstance(place, dict) else {} for place in top]
+            tokens = [
+                token._replace(listed=numbers_of(({text: token.logprob} | place).values()) if place else ())
+                for token, text, place in zip(tokens, texts, places, strict=True)
+            ]
     if not tokens:
         raise Reject("no log-probs in the answer: its list of tokens is empty", again=True)
     ids = choice.get("token_ids")
@@ -137,6 +144,10 @@ def _chat_token(entry: Any) -> Token:
     if not isinstance(entry, dict):
         raise Reject(f"an entry of `logprobs.content` must be an object, got {entry!r:.100}", again=True)
     token = _token(entry.get("token"), entry.get("logprob"))
+    top = [other for other in entry.get("top_logprobs") or () if isinstance(other, dict)]
+    if top:
+        own = [] if any(other.get("token") == entry.get("token") for other in top) else [entry.get("logprob")]
+        token = token._replace(listed=numbers_of([*own, *(other.get("logprob") for other in top)]))
     data, number = entry.get("bytes"), entry.get("id")
     if isinstance(data, list):
         try:

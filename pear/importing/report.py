@@ -53,10 +53,13 @@ def _warnings(counts: dict[str, Any], listed: list[dict[str, Any]]) -> list[str]
         if entry["settings"] is None:
             said.append(
                 f"{entry['rows']} rows: the data does not tell how they were sampled; give --temperature, --top_p and "
-                "the others if they were not 1 or off, since ratios depend on it"
+                "the others if they were not 1 or off, and --logprobs_of (raw, tempered or processed: renormalised "
+                "after top-p or top-k), since ratios depend on it"
             )
         elif words := sampling.bias(entry["settings"]):
             said.append(f"{entry['rows']} rows sampled with {sampling.in_words(entry['settings'])}: {words}")
+    told = [entry["settings"] for entry in _settings(counts) if entry["settings"] is not None]
+    said += checks.listed_in_words(counts.get("listed", {}), told)
     said += checks.grid_in_words(counts.get("grid", {}))
     if floored := counts.get("without a value"):
         said.append(

@@ -95,10 +95,15 @@ class Converter:
         if "input_ids" in row:
             row["model"] = policy
         if noted := self._sampling(generation):
-            row["behavior_sampling"] = noted
             counts["sampling"] = {json.dumps(noted, sort_keys=True): 1}
         elif generation.written:
             counts["sampling"] = {"unknown": 1}
+        if generation.written and (found := checks.listed(generation, noted)):
+            counts["listed"] = found
+            if found["estimated"] >= 0.5 * len(generation.tokens):
+                noted = noted | {"kept_mass": round(found["kept"] / found["estimated"], 4)}
+        if noted:
+            row["behavior_sampling"] = noted
         counts["policies"] = {policy: 1}
         counts["rows"] = 1
         if generation.finish == "length":

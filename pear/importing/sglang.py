@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pear.importing import sampling
-from pear.importing.generation import Generation, Reject, Token, each, ids_of, need
+from pear.importing.generation import Generation, Reject, Token, each, ids_of, need, numbers_of
 
 _KNOWN = {"text", "output_ids", "meta_info", "prompt", "messages", "input_ids", "sampling_params", "behavior_policy"}
 
@@ -30,6 +30,9 @@ def _read(record: dict[str, Any]) -> Generation:
     if not isinstance(entries, list):
         raise Reject("no `output_token_logprobs` in `meta_info`: generate with return_logprob=True")
     tokens = [_token(entry) for entry in entries]
+    top = meta.get("output_top_logprobs")
+    if isinstance(top, list) and len(top) == len(tokens):
+        tokens = [token._replace(listed=_listed(token, place)) for token, place in zip(tokens, top, strict=True)]
     output_ids = record.get("output_ids")
     if output_ids is not None and ids_of(output_ids, "`output_ids`") != [token.id for token in tokens]:
         raise Reject(f"`output_ids` ({len(output_ids)}) are not the ids of `output_token_logprobs` ({len(tokens)})")
@@ -62,6 +65,13 @@ def _token(entry: Any) -> Token:
         raise Reject(f"an entry of `output_token_logprobs` must be [logprob, id, text], got {entry!r:.100}")
     text = entry[2] if len(entry) > 2 else None
     return Token(entry[0], text.encode() if isinstance(text, str) else None, entry[1])
+
+
+def _listed(token: Token, place: Any) -> tuple[float, ...]:
+    """The log-probs of the most likely tokens at a place, and of the one that was written."""
+    entries = [entry for entry in place or () if isinstance(entry, (list, tuple)) and len(entry) >= 2]
+    own = [] if any(entry[1] == token.id for entry in entries) else [token.logprob]
+    return numbers_of([*own, *(entry[0] for entry in entries)])
 
 
 def _prompt_ids(record: dict[str, Any], meta: dict[str, Any]) -> list[int] | None:

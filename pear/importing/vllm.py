@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pear.importing import sampling
-from pear.importing.generation import Generation, Reject, Token, each, ids_of, need
+from pear.importing.generation import Generation, Reject, Token, each, ids_of, need, numbers_of
 
 _KNOWN = {
     "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics", "lora_request",
@@ -36,7 +36,7 @@ def from_vllm(
 
         write_jsonl("outputs.jsonl", from_vllm(llm.generate(prompts, params), params, policy="Qwen/Qwen3-32B"))
 
-    Of each position the token that was written is kept, not its `logprobs=k` neighbours.
+    Of each position the token that was written is kept, and of its `logprobs=k` neighbours the log-probs (`others`).
 
     Args:
         outputs: vLLM's RequestOutput objects; `SamplingParams(logprobs=1)` is enough.
@@ -82,7 +82,10 @@ def _written(positions: Any, ids: Any) -> list[dict[str, Any] | None] | None:
         if entry is None:
             kept.append(None)
         else:
-            kept.append({str(token): {"logprob": float(entry.logprob), "decoded_token": entry.decoded_token}})
+            own = {"logprob": float(entry.logprob), "decoded_token": entry.decoded_token}
+            if len(entries) > 1:  # what they add up to tells of truncation
+                own["others"] = [float(other.logprob) for number, other in entries.items() if number != token]
+            kept.append({str(token): own})
     return kept
 
 
@@ -147,7 +150,11 @@ def token_of(entry: Any, token: int) -> Token:
     if not isinstance(found, dict):
         return Token(found, id=token)
     decoded = found.get("decoded_token")
-    return Token(found.get("logprob"), decoded.encode() if isinstance(decoded, str) else None, token)
+    others = found.get("others")
+    if not isinstance(others, list):
+        others = [other.get("logprob") for other in entry.values() if isinstance(other, dict) and other is not found]
+    listed = numbers_of([found.get("logprob"), *others])
+    return Token(found.get("logprob"), decoded.encode() if isinstance(decoded, str) else None, token, listed)
 
 
 def _scored(record: dict[str, Any]) -> Generation:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pear.health import FEW, MOST
+from pear.health import FEW, MOST, clipped_in_words
 from pear.inspecting.data import Data
 from pear.inspecting.finding import Finding, count, listed, share, worst_first
 from pear.inspecting.statistics import TRAINS, summarize
 from pear.inspecting.suspicions import suspicions, unaligned
 from pear.inspecting.tokens import weights
-from pear.inspecting.ways_out import LARGE, Case, drift, ways_out
+from pear.inspecting.ways_out import LARGE, Case, drift, ways_out, wider
 from pear.sft_data import WRONG_TO_RIGHT
 from pear_kernels.negatives import NEGATIVE_LAMBDA
 from pear_kernels.weights import PEAROptions
@@ -54,6 +54,27 @@ def _weighted(case: Case) -> Case | None:
 
 
 def _weights(case: Case, first_repair: bool) -> Iterator[Finding]:
+    """What the weights do; where every ratio is clipped, whatever else there is to say."""
+    found = list(_shapes(case, first_repair))
+    clipped = clipped_in_words(
+        case.summary.clipped_low or 0.0, case.summary.clipped_high or 0.0, case.options.log_ratio_clip
+    )
+    if clipped is None:
+        yield from found
+    elif found:
+        yield found[0]._replace(text=f"{found[0].text} {clipped}")
+        yield from found[1:]
+    else:
+        text = (
+            f"{clipped} Check that the log-probs are of this text, take data from a closer policy, or widen the clip."
+        )
+        if first_repair:
+            yield _finding(case, "clipped", "warning", text, first_repair)
+        else:
+            yield Finding("clipped", "warning", f"{text} Options, before the first step:", tuple(wider(case)))
+
+
+def _shapes(case: Case, first_repair: bool) -> Iterator[Finding]:
     summary = case.summary
     few = summary.trains < MOST
     last = float((case.tokens.following < 0.1 * np.repeat(case.tokens.lengths, case.tokens.lengths)).mean())

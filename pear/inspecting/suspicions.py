@@ -22,6 +22,7 @@ FLOORS = {f"log(softmax + 1e-{k})": -k * math.log(10) for k in (5, 6, 7, 8, 9, 1
 HUGE = 5.0  # nats: a log-ratio that no two models have at a token that both know
 TOO_LIKELY = 0.01  # nats a token above 0, beyond what chance explains
 LAGS = (-3, -2, -1, 1, 2, 3)
+MISSING, MOST_MISSING = 0.01, 0.4  # probability that top-p or top-k cuts off
 COPY_MEAN = 0.02  # nats a token: half precision moves log-probs by less, on average
 FEW_DISTINCT = 32  # values, too few to say how numbers were rounded
 
@@ -61,7 +62,8 @@ def suspicions(seen: View) -> Iterator[Finding]:
     for check in (_zeros, _copy, _too_likely, _outliers, _sampled, _estimated):
         if (found := check(seen)) is not None:
             yield found
-    for check in (_floored, _quantised, _shifted, _template):  # each policy may have been scored in another way
+    # each policy may have been scored in another way
+    for check in (_floored, _quantised, _renormalised, _shifted, _template):
         for name, part in parts.items():
             if (found := check(part)) is not None:
                 yield found if len(parts) == 1 else found._replace(text=f"{name}: {found.text}")
@@ -159,6 +161,68 @@ def _quantised(seen: View) -> Finding | None:
                 "the data.",
             )
     return None
+
+
+def _renormalised(seen: View) -> Finding | None:
+    """Log-probs of the tokens that top-p or top-k kept, made to add up to 1 again, of which nothing tells."""
+    untold = np.array(
+        [
+            row.policy is not None
+            and not row.estimated
+            and not (row.sampling.get("logprobs") == "processed" and sampling.truncated(row.sampling))
+            for row in seen.rows
+        ]
+    )
+    zero = np.array([not row.behavior_logprobs.any() for row in seen.rows])
+    if not (untold & ~zero).any():
+        return None
+    part = seen.of_rows(untold & ~zero)
+    values = part.tokens.behavior_logprobs[part.single]
+    zeros, near = int((values > -1e-6).sum()), int(((values > -0.01) & (values <= -1e-6)).sum())
+    told = []
+    coarse = _quantised(part) is not None  # rounding makes zeros too
+    if not coarse and sampling.renormalised_zeros(zeros, near, len(values)):
+        told.append(
+            f"{zeros} of {len(values)} behaviour log-probs are exactly 0 (a token that was kept alone) and only {near} "
+            "lie within 0.01 below, where a model's own distribution has many"
+        )
+    plain = np.array([not sampling.changed(row.sampling) for row in part.rows])
+    mass = _mean_ratio(part.of_rows(plain)) if plain.any() else None
+    if mass is not None:
+        told.append(
+            f"pi / pi_b is {mass:.3f} on average, where it is 1 for text drawn from pi_b, and lies below 1 far more "
+            f"than above: log-probs are too high by about {-math.log(mass):.3f} nats a token"
+        )
+    if not told:
+        return None
+    return Finding(
+        "renormalised",
+        "warning",
+        f"The behaviour log-probs look renormalised after top-p or top-k: {'; '.join(told)}. Each delta is then too "
+        "low by the log of the kept mass, and that adds up along a response. Import log-probs taken before truncation "
+        "(vLLM: logprobs_mode=raw_logprobs), score the rows with `pear score --model`, or draw without top-p and "
+        "top-k; --center true takes a constant shift away.",
+    )
+
+
+def _mean_ratio(seen: View) -> float | None:
+    """The mean of pi / pi_b where it is below 1 by more than chance and more than two policies explain, else None.
+
+    Of y ~ q, E[pi(y) / q(y)] is the mass that pi has where q draws: 1 without truncation, and about the kept mass for
+    renormalised log-probs. With log-probs of the whole distribution, ratios lie on both sides of 1.
+    """
+    ratio, counted = np.exp(np.minimum(np.where(seen.single, seen.ratio, 0.0), 50.0)) - 1, seen.single
+    counts = _per_row(counted, seen.tokens)
+    total = int(counts.sum())
+    if (counts > 0).sum() < 5 or total < 200:
+        return None
+    sums = np.add.reduceat(np.where(counted, ratio, 0.0), seen.tokens.starts[:-1])
+    mean = sums.sum() / total
+    # rows are independent, tokens of one row are not
+    error = math.sqrt(np.square(sums - mean * counts).sum()) / total
+    surely = -mean - 4 * error
+    sizes = float(np.abs(ratio[counted]).mean())
+    return 1 + mean if surely > MISSING and surely > 0.5 * sizes and -mean < MOST_MISSING else None
 
 
 def _shifted(seen: View) -> Finding | None:
@@ -327,6 +391,10 @@ def _sampled(seen: View) -> Finding | None:
     if not found:
         return None
     told = "; ".join(f"{settings} ({count(rows, 'row')}): {why}" for (settings, why), rows in found.most_common(3))
+    masses = [mass for row in seen.rows if type(mass := row.sampling.get("kept_mass")) is float and 0 < mass <= 1]
+    if masses:
+        mean = float(np.mean(masses))
+        told += f"; by what was listed beside the log-probs, sampling kept {mean:.3f} ({math.log(mean):+.3f} nats)"
     return Finding(
         "sampling",
         "warning",

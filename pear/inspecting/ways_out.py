@@ -10,7 +10,7 @@ from pear.inspecting.data import Data
 from pear.inspecting.finding import Option, share
 from pear.inspecting.statistics import Summary, at_level
 from pear.inspecting.suspicions import View
-from pear.inspecting.tokens import Tokens
+from pear.inspecting.tokens import Tokens, log_ratios
 from pear_kernels.weights import PEAROptions
 
 LARGE = 10.0  # a mean weight that most learning rates cannot bear
@@ -55,6 +55,22 @@ def ways_out(case: Case) -> tuple[list[Option], list[str]]:
         else:
             vain.append(f"{flags} ({share(summary.trains)} would train)")
     return [option for _, option in sorted(helpful, key=lambda one: -one[0])], vain
+
+
+def wider(case: Case) -> Iterator[Option]:
+    """A clip that holds nine tenths of the ratios, alone and with `center`: wide clips drift further."""
+    ratios = log_ratios(case.tokens, case.options)
+    low, high = np.quantile(ratios[case.tokens.has_ratio], (0.05, 0.95))
+    clip = _two_digits(min(low, case.options.log_ratio_clip[0])), _two_digits(max(high, case.options.log_ratio_clip[1]))
+    options = case.options._replace(log_ratio_clip=clip)
+    tried = {f"--log_ratio_clip {_plain(clip[0])} {_plain(clip[1])}": options}
+    if not options.center and options.level != "sequence":
+        tried |= {f"{flags} --center true": options._replace(center=True) for flags in list(tried)}
+    for flags, options in tried.items():
+        summary = case.predict(options)
+        inside = 1 - (summary.clipped_low or 0.0) - (summary.clipped_high or 0.0)
+        effect = f"{share(inside)} of the ratios inside the clip, {_effect(summary, case.summary)}"
+        yield Option(flags, effect, summary.trains, summary.ess)
 
 
 def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]]]:
