@@ -62,9 +62,9 @@ def check_context(longest: dict[str, int], config: PretrainedConfig | None, of: 
         if limit is not None and tokens > limit:
             raise DataError(
                 f"{name} dataset: a row of {tokens} tokens, but the {of} has positions for {limit} "
-                f"(max_position_embeddings of {config.model_type!r}). Set max_length to {limit} or less, which leaves "
-                "longer rows out; or give RoPE scaling in the model's config.json (rope_parameters: rope_type, factor, "
-                "original_max_position_embeddings), if it can be trusted that far."
+                f"(max_position_embeddings of {config.model_type!r}). Set max_length to {limit} or less, and "
+                "drop_long_rows if more than 1 % of the rows are longer; or give RoPE scaling in its config.json "
+                "(rope_parameters: rope_type, factor, original_max_position_embeddings), if it can be trusted that far."
             )
 
 

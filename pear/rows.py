@@ -129,11 +129,17 @@ def is_bare_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> boo
     return not any(token in text for token in tokenizer.all_special_tokens)
 
 
-def bare_text_in_words(count: int, rows: int) -> str:
+def bare_text_in_words(count: int, rows: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        question = [{"role": "user", "content": "..."}]
+        sample = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    except Exception:  # a template is code of the tokenizer's authors
+        sample = ""
     return (
         f"{count} of {rows} rows are text (`prompt` and `completion` are strings), and the tokenizer has a chat "
-        "template. Text is tokenised as it stands, without the template, while `pear rl --task` and `pear eval` put "
-        "their questions through it. For a model that is to answer these, give rows as chats (lists of messages)"
+        f"template{f' ({sample!r:.120})' if sample else ''}. Text is tokenised as it stands, without the template, "
+        "while `pear rl --task` and `pear eval` put their questions through it. For a model that is to answer these, "
+        "give rows as chats (lists of messages)"
     )
 
 

@@ -364,7 +364,8 @@ def _tell_plan(plan: Plan, data: str | os.PathLike, console: Console) -> None:
     if cut := sum(row.prompt_cut > 0 for row in all_rows(plan)):
         console.print(f"{prompt_cut_in_words(cut)}.", style="yellow")
     if plan.text:
-        console.print(f"{data}: {bare_text_in_words(plan.text, plan.written)}.", style="yellow", markup=False)
+        told = bare_text_in_words(plan.text, plan.written, plan.shares[0].policy.tokenizer)
+        console.print(one_line(f"{data}: {told}."), style="yellow", markup=False, highlight=False)
     for sentence in plan.notes.in_words():
         console.print(one_line(f"{data}: {sentence}."), style="yellow", markup=False, highlight=False)
 

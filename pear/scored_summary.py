@@ -13,7 +13,7 @@ from pear.importing.sampling import bias, changed
 from pear.io import DataError, line_list
 from pear.long_rows import check_long_rows, rows_in_words, too_long
 from pear.rows import TokenizedRow, bare_text_in_words, is_bare_text, prompt_cut_in_words
-from pear.scored_rows import NO_RATIO, Behavior, has_policy, is_raw
+from pear.scored_rows import NO_RATIO, Behavior, has_logprobs, is_raw
 
 logger = logging.getLogger("pear.scored")  # not accelerate's, which needs a trainer's state
 
@@ -40,7 +40,8 @@ class Found:
 
     rows: int = 0
     weighted: bool = True  # by log-ratios to a behaviour policy
-    text: list[int] = field(default_factory=list)  # neither a chat nor rendered by a template
+    text: int = 0  # rows that are neither chats nor rendered by the chat template that there is
+    tokenizer: PreTrainedTokenizerBase | None = None
     prompt_cut: list[int] = field(default_factory=list)
     wrong: list[int] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
@@ -66,7 +67,7 @@ class Found:
     ) -> None:
         self.rows += 1
         if is_bare_text(row, tokenizer):
-            self.text.append(line)
+            self.text, self.tokenizer = self.text + 1, tokenizer
         if is_raw(row) and tokens.prompt_cut:
             self.prompt_cut.append(line)
         if not row.get("label", True):
@@ -77,9 +78,9 @@ class Found:
             self.biased.append(line)
             self.bias.update(why.split("; "))
             self.sampled.update(sampling_in_words(row["behavior_sampling"]))
-        if not has_policy(row):
+        if not has_logprobs(row):
             self.no_policy.append(line)
-        elif behavior.block_ids is not None:
+        elif behavior.block_ids is not None and self.weighted:
             self.aligned.append(line)
             with_ratio = int((behavior.block_ids != NO_RATIO).sum())
             self.tokens += len(behavior.block_ids)
@@ -143,7 +144,7 @@ class Found:
                 f"tokens ({line_list(list(self.unaligned))}): " + "; ".join(f"{reason} ({n})" for reason, n in reasons)
             )
         if self.text:
-            said.append(bare_text_in_words(len(self.text), self.rows))
+            said.append(bare_text_in_words(self.text, self.rows, self.tokenizer))
         if self.prompt_cut:
             said.append(prompt_cut_in_words(len(self.prompt_cut)))
         if self.aligned:

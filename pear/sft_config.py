@@ -263,6 +263,8 @@ class PEARSFTConfig(SFTConfig):
         for name, (is_refused, why) in refused.items():
             if is_refused:
                 raise DataError(f"{name} = {getattr(self, name)!r} does not go with `pear sft`: {why}")
+        if self.max_length is not None and self.max_length < 2:
+            raise DataError(f"max_length must be at least 2 (one token to predict another from), got {self.max_length}")
         if self.strict_length and self.drop_long_rows:
             raise DataError("strict_length and drop_long_rows are opposites: give one of them")
 

@@ -569,9 +569,10 @@ def test_text_for_a_chat_model_is_told_unless_it_was_rendered(scored, tokenizer,
     rows = [*text_rows[:3], *chat_rows, {"prompt": chat, "completion": "Yes."}]
     load_scored(jsonl(rows), tokenizer, needs_behavior=False)
     assert f"3 of {len(rows)} rows are text (`prompt` and `completion` are strings)" in caplog.text
+    assert "a chat template ('<|im_start|>user\\n...<|im_end|>" in caplog.text
     caplog.clear()
     load_scored(jsonl(rows[3:]), tokenizer, needs_behavior=False)
-    assert "rows are text" not in caplog.text
+    assert "rows are text" not in caplog.text and "aligned" not in caplog.text
 
 
 def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
@@ -596,6 +597,7 @@ def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
         ({"loss_type": "dft"}, "loss_type = 'dft' does not go with `pear sft`"),
         ({"trust_remote_code": True}, "trust_remote_code = True does not go"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy = 'wrapped' does not go.*whole response"),
+        ({"max_length": 1}, "max_length must be at least 2"),
         ({"strict_length": True, "drop_long_rows": True}, "strict_length and drop_long_rows are opposites"),
         ({"eval_packing": True}, "eval_packing = True does not go"),
         ({"completion_only_loss": False}, "completion_only_loss = False does not go"),
