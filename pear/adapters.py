@@ -52,8 +52,8 @@ def merge(model: "PeftModel", autocast: AbstractContextManager | None = None) ->
         MergeError: the adapter has no merged form, or the merged model computes something else
     """
     base = model.get_base_model()
-    before = logits(model, autocast)
     try:
+        before = logits(model, autocast)
         tied = _untie(base)
         merged = model.merge_and_unload()
         if tied:

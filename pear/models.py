@@ -52,7 +52,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         return model
     with _named(name):
         model, found = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+            resolve_model(name), output_loading_info=True, **kwargs | SAFE
         )
     head = model.get_output_embeddings()
     of_head = {key for key, module in model.named_modules() if module is head}
@@ -61,6 +61,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+SAFE = {"use_safetensors": True, "trust_remote_code": False}
 _HEAD = "Give a causal language model, such as the one it was made from."
 
 
@@ -108,9 +109,24 @@ def _named_base(name: str, base: str) -> Iterator[None]:
         ) from error
 
 
-def start_model(name: str, **kwargs: Any) -> str | PreTrainedModel:
-    """What a trainer starts from: a name that it loads by itself, or, of an adapter folder, the merged model."""
-    return resolve_model(name) if _base_of(name) is None else load_model(name, **kwargs)
+def start_model(name: str, options: dict[str, Any], **kwargs: Any) -> str | PreTrainedModel:
+    """What a trainer starts from: a name that it loads by itself, or, of an adapter folder, the merged model.
+
+    Args:
+        options: by which a trainer would load the model by its name, and which are therefore not for adapter folders
+
+    Raises:
+        DataError: an adapter folder, and one of the options is set
+    """
+    if _base_of(name) is None:
+        return resolve_model(name)
+    if given := [f"{option} = {value}" for option, value in options.items() if value]:
+        raise DataError(
+            f"{given[0]} does not go with {name!r}, an adapter folder, which is merged into its base in memory. Write "
+            f'the merged model to a folder first: python -c "from pear.models import *; '
+            f"load_model({name!r}).save_pretrained('merged'); load_tokenizer({name!r}).save_pretrained('merged')\""
+        )
+    return load_model(name, **kwargs)
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

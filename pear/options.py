@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, TrlParser
 
 from pear.command_line import unknown_option, with_underscores
@@ -78,3 +79,22 @@ def model_init_kwargs(args: TrainingArguments, model_args: ModelConfig) -> dict[
         "use_safetensors": True,
         **(args.model_init_kwargs or {}),
     }
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """DataError, before any model is loaded, where a tracker of `report_to` is unknown or not installed."""
+    for name in args.report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise DataError(
+                f"report_to: no tracker {name!r}; known are none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except Exception as error:  # each tracker has errors of its own for it
+            raise DataError(f"report_to: {name} cannot be used: {' '.join(str(error).split()):.200}") from None
+
+
+def adapter_options(model_args: ModelConfig) -> dict[str, Any]:
+    """Of the model's options, those that decide what is trained: the adapter's, and the revision."""
+    names = ("use_peft", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit", "model_revision")
+    return {name: value for name, value in vars(model_args).items() if name in names or name.startswith("lora_")}

@@ -30,7 +30,8 @@ from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
 from pear import rl_metrics
-from pear.checkpoints import WholeCheckpoints, resume_from
+from pear.appending import is_main, output_folder
+from pear.checkpoints import WholeCheckpoints, begin, readable
 from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
@@ -43,18 +44,19 @@ from pear.models import (
     find_config,
     load_model,
     load_tokenizer,
-    resolve_model,
+    start_model,
 )
-from pear.options import model_init_kwargs, model_name, parse
+from pear.options import adapter_options, check_trackers, model_init_kwargs, model_name, parse
 from pear.outcome import outcome
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
 from pear.rl_health import RolloutHealth, log_in_words, rollouts_in_words
 from pear.rl_metrics import CLIPPED
 from pear.rows import is_bare_text
+from pear.run_identity import identity
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, read_run, write_run
-from pear.save import save_final
+from pear.save import Extras, check_push, finish, save_final, train
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
 from pear_kernels.policy import POLICY_STATS
@@ -389,8 +391,9 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
             raise DataError(
                 f"{checkpoint} has no {path.name}: it was not written by `pear rl` with as many processes as now"
             )
-        state = json.loads(path.read_text())
-        tensors = load_file(str(path.with_suffix(".safetensors")))
+        with readable(checkpoint, "state of the rollouts"):
+            state = json.loads(path.read_text())
+            tensors = load_file(str(path.with_suffix(".safetensors")))
         tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
         self._step = state["step"]
         batches: list[dict[str, Any]] = [{} for _ in range(state["batches"])]
@@ -529,7 +532,17 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     """`pear rl --model M --task countdown --flag value ...`; `argv` without the program's name."""
     rl_args, args, model_args = parse((RLArguments, PEARGRPOConfig, ModelConfig), "pear rl", argv)
     name = model_name(rl_args.model, model_args)
-    checkpoint = resume_from(args.resume_from_checkpoint, args.output_dir)
+    with output_folder(args.output_dir, "output_dir", held=is_main()):
+        check_trackers(args)
+        check_push(args)
+        return _run(name, rl_args, args, model_args)
+
+
+def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: ModelConfig) -> PEARGRPOTrainer:
+    """The command, once its output folder is its own."""
+    data = {key: getattr(rl_args, key) for key in ("data", "task", "problems", "problem_seed")}
+    record = identity("rl", name, data, args, {"reward": rl_args.reward, **adapter_options(model_args)})
+    checkpoint = begin(args, record, rl_args.overwrite_output_dir)
 
     tokenizer = load_tokenizer(name)
     held_out: list[Problem] = []
@@ -549,8 +562,14 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
     config = find_config(name, **args.model_init_kwargs)
     check_architecture(config, name)
     check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length, name)
+    by_name = {key: getattr(model_args, key) for key in ("load_in_4bit", "load_in_8bit")}
+    if not model_args.use_peft:  # else the reference is the model without its new adapter
+        by_name["beta"] = args.beta
+    start = start_model(name, by_name, **args.model_init_kwargs)
+    if not isinstance(start, str):
+        args.model_init_kwargs = None
     trainer = PEARGRPOTrainer(
-        resolve_model(name),
+        start,
         reward,
         args,
         train_dataset=dataset,
@@ -559,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
         peft_config=get_peft_config(model_args),
     )
     out = Path(args.output_dir)
-    is_main = trainer.accelerator.is_main_process
+    main_process = trainer.accelerator.is_main_process
 
     def pass_at_k(model, when: str) -> None:
         found = evaluate(
@@ -568,17 +587,20 @@ def main(argv: Sequence[str] | None = None) -> PEARGRPOTrainer:
         )  # fmt: skip
         write_json(out / "eval" / f"{when}.json", found | {"model": name, "split": "test"})
 
-    if held_out and is_main and not (checkpoint and (out / "eval" / "before.json").is_file()):
+    if held_out and main_process and not (checkpoint and (out / "eval" / "before.json").is_file()):
         pass_at_k(load_model(name).to(trainer.accelerator.device), "before")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_final(trainer, merge_adapter=rl_args.merge_adapter)
-    if is_main:
+    trainer.run_identity = record
+    train(trainer, checkpoint, rl_args.overwrite_output_dir)
+    saved = save_final(trainer, merge_adapter=rl_args.merge_adapter)
+    extras = Extras(args.output_dir, alone=trainer.accelerator.num_processes == 1)
+    if main_process:
         if held_out:
-            pass_at_k(load_model(str(out)).to(trainer.accelerator.device), "after")
-        finish_run(out, trainer, name)
-        print("\n".join(outcome(out, "rl")))
-    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
-        trainer.end()
+            with extras("the evaluation"):
+                pass_at_k(load_model(str(out)).to(trainer.accelerator.device), "after")
+        with extras("writing run.json"):
+            finish_run(out, trainer, name)
+            print("\n".join(outcome(out, "rl")))
+    finish(trainer, saved, extras)
     return trainer
 
 

@@ -64,6 +64,12 @@ class RLArguments:
         default=True,
         metadata={"help": "LoRA: write a plain merged model to output_dir (the adapter alone goes to adapter/)."},
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace the model and the checkpoints that another run left in output_dir; else they are an error."
+        },
+    )
 
     def __post_init__(self):
         if (self.task is None) == (self.data is None):

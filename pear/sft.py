@@ -19,18 +19,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from pear.align import read_roles
+from pear.appending import is_main, output_folder
 from pear.attention import attention_for, check_packs
-from pear.checkpoints import WholeCheckpoints, resume_from
+from pear.checkpoints import WholeCheckpoints, begin
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
-from pear.models import check_architecture, embedding_rows, find_config, head_size, load_tokenizer, resolve_model
-from pear.options import model_init_kwargs, model_name, parse
+from pear.models import check_architecture, embedding_rows, find_config, head_size, load_tokenizer, start_model
+from pear.options import adapter_options, check_trackers, model_init_kwargs, model_name, parse
 from pear.outcome import outcome
+from pear.run_identity import identity
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, write_run
-from pear.save import save_final
+from pear.save import Extras, check_push, evaluate_saved, finish, save_final, train
 from pear.scored import load_scored
 from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
@@ -332,6 +334,18 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
 
     if data_args.teacher is not None:
         args.check_teacher(f"teacher is {data_args.teacher!r}")
+    with output_folder(args.output_dir, "output_dir", held=is_main()):
+        check_trackers(args)
+        check_push(args)
+        return _run(name, data_args, args, model_args)
+
+
+def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: ModelArguments) -> PEARSFTTrainer:
+    """The command, once its output folder is its own."""
+    data = {"data": data_args.data}
+    others = {key: getattr(data_args, key) for key in ("teacher", "unaligned", "roles")} | adapter_options(model_args)
+    record = identity("sft", name, data, args, others)
+    checkpoint = begin(args, record, data_args.overwrite_output_dir)
 
     tokenizer = load_tokenizer(name)
     in_memory = data_args.teacher is not None
@@ -369,8 +383,12 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     if in_memory:
         attention = attention_for(model_args.attn_implementation, args, teacher_config, teacher_dtype(), "teacher")
         teacher = load_teacher(data_args.teacher, tokenizer, attn_implementation=attention)
+    quantised = {key: getattr(model_args, key) for key in ("load_in_4bit", "load_in_8bit")}
+    start = start_model(name, quantised, **init)
+    if not isinstance(start, str):
+        args.model_init_kwargs = None
     trainer = PEARSFTTrainer(
-        resolve_model(name),
+        start,
         args,
         teacher=teacher,
         train_dataset=train_dataset,
@@ -379,21 +397,24 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=resume_from(args.resume_from_checkpoint, args.output_dir))
+    trainer.run_identity = record
+    train(trainer, checkpoint, data_args.overwrite_output_dir)
+    saved = save_final(trainer, merge_adapter=data_args.merge_adapter)
+    extras = Extras(args.output_dir, alone=trainer.accelerator.num_processes == 1)
     if eval_dataset is not None:
-        trainer.evaluate()
-    save_final(trainer, merge_adapter=data_args.merge_adapter)
+        with extras("the evaluation"):
+            evaluate_saved(trainer, saved)
     if trainer.accelerator.is_main_process:  # for `pear compare`
         settings = {"start": name, "data": data_args.data, **given(args)}
         settings |= {"teacher": data_args.teacher} if in_memory else {}
         settings["rows"] = {which: found.counts() for which, found in rows.items()}
         settings |= {"unaligned": data_args.unaligned} if data_args.unaligned != "error" else {}
         settings |= {"roles": data_args.roles} if data_args.roles is not None else {}
-        write_run(args.output_dir, "sft", trainer.state.log_history, settings)
-        print("\n".join(outcome(Path(args.output_dir), "sft")))
-    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
-        trainer.end()
+        with extras("writing run.json"):
+            write_run(args.output_dir, "sft", trainer.state.log_history, settings)
+            print("\n".join(outcome(Path(args.output_dir), "sft")))
     if args.should_log:
         done = {"train": "Trained on", "eval": "Evaluated on"}
         say(". ".join(found.rows_in_words(done[which], limit) for which, found in rows.items()))
+    finish(trainer, saved, extras)
     return trainer
