@@ -117,8 +117,8 @@ def save_final(trainer: Trainer, merge_adapter: bool = True) -> Saved:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.print(f"Model saved to {output_dir}")
-    if interrupted:
-        raise KeyboardInterrupt
+    for number in interrupted:
+        signal.raise_signal(number)  # the model is saved, and its own handler may have it
     return Saved(files, in_memory)
 
 
@@ -194,7 +194,7 @@ class _Insisted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _held_back_interrupt(output_dir: Path) -> Iterator[list[int]]:
-    """The first Ctrl-C in the block only fills the list, a second one interrupts."""
+    """The first Ctrl-C or SIGTERM in the block only fills the list, a second one interrupts."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -206,11 +206,15 @@ def _held_back_interrupt(output_dir: Path) -> Iterator[list[int]]:
         asked.append(number)
         print(f"The model is being saved to {output_dir}; interrupt again to stop without it.", flush=True)
 
-    before = signal.signal(signal.SIGINT, hold_back)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}  # else the system ends us
+    for number in before:
+        signal.signal(number, hold_back)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

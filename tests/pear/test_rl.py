@@ -559,7 +559,7 @@ def test_a_checkpoint_of_another_program_is_named(make_trainer, tmp_path):
     options = RESUMED | dict(max_steps=2)
     make_trainer(ours=False, output_dir=tmp_path / "trl", **options).train()
     with pytest.raises(DataError, match="checkpoint-2 has no rollouts-0.json"):
-        make_trainer(output_dir=tmp_path / "run", **options).train(
+        make_trainer(output_dir=tmp_path / "run", **options | dict(max_steps=3)).train(
             resume_from_checkpoint=str(tmp_path / "trl/checkpoint-2")
         )
 
