@@ -32,6 +32,10 @@ MAX_LENGTH = Annotated[
     int | None,
     typer.Option(help="Tokens of the longest row; default: the model's positions. More than 1 % longer: an error."),
 ]
+CHAT_TEMPLATE_PATH = Annotated[
+    str | None, typer.Option(help="Chat template instead of the model's: .jinja, .j2, or a model that has it.")
+]
+EOS_TOKEN = Annotated[str | None, typer.Option(help="EOS instead of the tokenizer's, at the end of text rows.")]
 DROP_LONG_ROWS = Annotated[bool, typer.Option(help="Leave out any number of longer rows.")]
 
 
@@ -97,12 +101,8 @@ def score(
         bool,
         typer.Option(help="messages: score all turns of the assistant, not the last one alone."),
     ] = False,
-    chat_template_path: Annotated[
-        str | None, typer.Option(help="Chat template instead of the model's: .jinja, .j2, or a model that has it.")
-    ] = None,
-    eos_token: Annotated[
-        str | None, typer.Option(help="EOS instead of the tokenizer's, at the end of text rows.")
-    ] = None,
+    chat_template_path: CHAT_TEMPLATE_PATH = None,
+    eos_token: EOS_TOKEN = None,
 ) -> None:
     """Score each response under the policy that wrote it: the behaviour log-probs that `pear sft` needs.
 
@@ -335,6 +335,8 @@ def inspect(
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch, at most.")] = 8192,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else as stored.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run; default: the accelerator, if any.")] = None,
+    chat_template_path: CHAT_TEMPLATE_PATH = None,
+    eos_token: EOS_TOKEN = None,
 ) -> None:
     """Before any training: what PEAR's weights will do to scored data, in numbers, pictures and advice."""
     from pear.align import read_roles
@@ -367,6 +369,8 @@ def inspect(
             batch_tokens=batch_tokens,
             dtype=dtype,
             device=device,
+            chat_template_path=chat_template_path,
+            eos_token=eos_token,
             console=Console(),
             **({} if roles is None else {"roles": read_roles(roles)}),
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pear.chat import Renderer
 from pear.decode import decode
 from pear.models import check_ids
 from pear_kernels.positions import position_limit
@@ -20,7 +21,9 @@ class Completion(NamedTuple):
     finished: bool  # False: cut at max_new_tokens
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], where: str = "prompt"
+) -> list[int]:
     """Token ids of a prompt, ready to be continued.
 
     A list of chat messages goes through the chat template; so does a string, as the user's message, when the tokenizer
@@ -29,8 +32,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    chat = Renderer({}, tokenizer, where)
+    return chat.ids(chat.text(messages, add_generation_prompt=True))
 
 
 def generate(

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pear.chat import Messages, Renderer, TemplateLimit, is_assistant
+from pear.chat import ASSISTANT, Messages, Renderer, TemplateLimit, is_assistant
 from pear.io import DataError, line_list
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives any of them to the template
 CALLS = ("tool_calls", "function_call")
 LEFT_OUT = "left out: "
-BOS, EOS, ENCODED, REWRITTEN, PROMPT = "BOS", "EOS", "encoded", "rewritten", "prompt"
+BOS, EOS, CLOSED, ENCODED, REWRITTEN, PROMPT = "BOS", "EOS", "closed", "encoded", "rewritten", "prompt"
 _AGAIN = (
     "Give a template that shows it (--chat_template_path, or `chat_template.jinja` in the model's folder), move it "
     "into `content`, or give rows whose `prompt` and `completion` are the whole text"
@@ -41,12 +41,19 @@ def notes_of(
     return tuple(found)
 
 
-def doubled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """BOS where the row starts with two of them, EOS where it ends with two of them, white space between or not."""
+def doubled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, whole: bool = True) -> list[str]:
+    """BOS where the row starts with two of them, EOS where it ends with two of them, white space between or not.
+
+    Not `whole`: the ids are of a prompt, which is to be continued; then CLOSED where it ends with an EOS that the
+    tokenizer adds to every text.
+    """
     found = []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         found.append(BOS)
+    if not whole:
+        added = eos is not None and eos != bos and list(tokenizer(text="a")["input_ids"])[-1:] == [eos]
+        return [*found, CLOSED] if added and list(ids[-1:]) == [eos] else found
     if eos is not None and len(ids) > 1 and ids[-1] == eos:
         at = len(ids) - 2
         while at and ids[at] != eos and not tokenizer.decode([ids[at]]).strip():
@@ -223,7 +230,8 @@ class Notes:
         self.others: list[int] = []  # rows with messages of others in the completion
         self.masked = 0  # tokens of theirs
         self.earlier: list[int] = []  # conversations of which the last turn alone is the completion
-        self.turns = 0  # of the assistant's before it
+        self.in_prompt: list[int] = []  # rows whose prompt has turns of the assistant's, where all are asked for
+        self.turns = 0  # how many those are
 
     def add(self, line: int, notes: Iterable[str], mask: Sequence[int] = ()) -> None:
         """What was found of the row on this line, and its `completion_mask`."""
@@ -235,12 +243,17 @@ class Notes:
                 self.others.append(line)
                 self.masked += count
 
-    def add_earlier(self, line: int, row: dict[str, Any]) -> None:
-        """A row as it came: of `messages` without a split, the earlier turns of the assistant's are counted."""
-        if "prompt" not in row and "completion" not in row and isinstance(row.get("messages"), list):
-            earlier = [message for message in row["messages"][:-1] if isinstance(message, dict) and "role" in message]
-            if count := sum(map(is_assistant, earlier)):
-                self.earlier.append(line)
+    def add_earlier(self, line: int, row: dict[str, Any], all_turns: bool = False) -> None:
+        """A row as it came, for turns of the assistant's that are not trained on.
+
+        Of `messages`, those before the last. With `all_turns` (--assistant_only_loss), those that somebody put into the
+        prompt, as `pear score` does without that option.
+        """
+        split = "prompt" in row or "completion" in row
+        if split == all_turns and isinstance(earlier := row.get("prompt" if split else "messages"), list):
+            earlier = earlier if split else earlier[:-1]
+            if count := sum(isinstance(each, dict) and each.get("role") in ASSISTANT for each in earlier):
+                (self.in_prompt if split else self.earlier).append(line)
                 self.turns += count
 
     def in_words(self) -> list[str]:
@@ -284,6 +297,12 @@ class Notes:
                 "perhaps, and it is added again, since a completion is text without EOS. Take EOS and what is behind "
                 "it out of the text; or give chat messages"
             )
+        if lines := self.lines.get(CLOSED):
+            said.append(
+                f"{_rows(lines)} end with an EOS that the tokenizer adds ({line_list(lines)}): the model is asked to "
+                "go on where a text has ended. Turn off add_eos_token in tokenizer_config.json, or the "
+                "post-processor's EOS"
+            )
         if self.others:
             said.append(
                 f"{_rows(self.others)} have messages of others (a tool, the user) in the completion "
@@ -295,6 +314,12 @@ class Notes:
                 f"{_rows(self.earlier)} of `messages` have {self.turns} earlier turns of the assistant's "
                 f"({line_list(self.earlier)}), which are not scored or trained on: the completion is the last message. "
                 "Pass --assistant_only_loss to have all turns"
+            )
+        if self.in_prompt:
+            said.append(
+                f"{_rows(self.in_prompt)} have {self.turns} turns of the assistant's in the prompt "
+                f"({line_list(self.in_prompt)}), which are not trained on: assistant_only_loss has all turns where the "
+                "data is `messages`, scored by `pear score --assistant_only_loss`"
             )
         return said
 

@@ -46,6 +46,7 @@ from pear.models import (
     load_tokenizer,
     start_model,
 )
+from pear.notes import Notes, doubled
 from pear.options import adapter_options, check_trackers, model_init_kwargs, model_name, parse
 from pear.outcome import outcome
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
@@ -497,15 +498,22 @@ def check_prompts(
     has no embedding for, a warning where a completion of `new_tokens` may leave the positions; and one for text that a
     chat model is asked without its template."""
     said = logging.getLogger(__name__)  # accelerate's logger needs a trainer's state
-    limit, beyond = None if config is None else position_limit(config), 0
+    limit, beyond, notes = None if config is None else position_limit(config), 0, Notes()
     rows = None if model is None else embedding_rows(model, config)
-    for number, prompt in enumerate(prompts if limit or rows else (), start=1):
+    for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number} of {len(prompts)}"
         try:
-            ids = tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+            ids = (
+                tokenizer(text=prompt)["input_ids"]
+                if isinstance(prompt, str)
+                else encode_prompt(tokenizer, prompt, where)
+            )
+        except DataError:
+            raise
         except Exception as error:  # chat templates are code of the tokenizer's authors; they raise what they like
             raise DataError(f"{where}: the chat template cannot render it: {error}") from error
         check_ids(ids, rows, where, model, tokenizer)
+        notes.add(number, doubled(ids, tokenizer, whole=False))
         if limit is None:
             continue
         if len(ids) >= limit:
@@ -520,6 +528,8 @@ def check_prompts(
             "positions of the model: completions that go beyond them are likely to be nonsense. Lower "
             "max_completion_length."
         )
+    for sentence in notes.in_words():
+        said.warning(f"Prompts: {sentence}.")
     if text := sum(is_bare_text({"prompt": prompt}, tokenizer) for prompt in prompts):
         said.warning(
             f"{text} of {len(prompts)} prompts are text, and the tokenizer has a chat template: they are asked as they "

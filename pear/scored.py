@@ -75,6 +75,8 @@ def load_scored(
     found: Found | None = None,
     model: str = "",
     vocabulary_size: int | None = None,
+    all_turns: bool = False,
+    unchanged: PreTrainedTokenizerBase | None = None,
 ) -> Dataset:
     """Rows of `pear score` and `pear import`, checked, as a dataset with the COLUMNS, in tokens of the student.
 
@@ -98,7 +100,10 @@ def load_scored(
     Rows longer than `max_length` are counted, logged with their line numbers and left out; none is ever cut. More than
     1 % of such rows are an error without `drop_long_rows`; with `strict` a single one is. Rows that cannot be aligned
     are an error, or with `unaligned="skip"` left out likewise. `found` receives the counts.
-    `vocabulary_size` is how many ids the student (`model`, for messages) has embeddings for, if known.
+    `vocabulary_size` is how many ids the student (`model`, for messages) has embeddings for, if known. `all_turns`
+    (`--assistant_only_loss`): of raw rows with `messages`, all turns of the assistant's are the completion's.
+    `unchanged` is the student's tokenizer before `tokenizer`'s template or EOS was changed: rows scored with it are
+    refused.
 
     Raises:
         DataError: with file and line: a row that is damaged, edited or of an older version, a column that is not
@@ -108,11 +113,12 @@ def load_scored(
     """
     if unaligned not in UNALIGNED:
         raise DataError(f"unaligned must be one of {', '.join(UNALIGNED)}, got {unaligned!r}")
-    reader, vocabulary = Reader(tokenizer, roles), vocabulary_fingerprint(tokenizer)
+    reader = Reader(tokenizer, roles, all_turns=all_turns, unchanged=unchanged if needs_behavior else None)
+    vocabulary = vocabulary_fingerprint(tokenizer)
     table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *columns)}
     needs = tuple(name for name in table if name in (*LOGPROB_COLUMNS, *TOP_K_COLUMNS))
     found, behaviors = Found() if found is None else found, []
-    found.weighted = needs_behavior
+    found.weighted, found.all_turns = needs_behavior, all_turns
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         row = without_nulls(row)

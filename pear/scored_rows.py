@@ -117,8 +117,20 @@ def own_blocks(mask: np.ndarray, options: PEAROptions) -> np.ndarray:
 class Reader:
     """Rows as the student with this tokenizer sees them; `roles` say which structural tokens mean the same."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, roles: Roles = ROLES):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        roles: Roles = ROLES,
+        *,
+        all_turns: bool = False,
+        unchanged: PreTrainedTokenizerBase | None = None,
+    ):
+        """`all_turns`: see `prompt_and_completion`, of rows that were never scored. `unchanged`: the tokenizer before
+        options changed it (`pear.tokenizer_options`); rows of whose tokens are refused, unless the change leaves them.
+        """
         self.tokenizer = tokenizer
+        self.all_turns = all_turns
+        self._unchanged = None if unchanged is None else tokenizer_fingerprint(unchanged)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.roles = roles
         self._names = names_of(roles)
@@ -145,12 +157,19 @@ class Reader:
                     "Score the data again, from rows that have them."
                 )
             own = self._own(row, where)
-            return own, stored.input_ids == own.input_ids and stored.completion_mask == own.completion_mask
+            same = stored.input_ids == own.input_ids and stored.completion_mask == own.completion_mask
+            if not same and row.get("tokenizer") == self._unchanged:
+                raise DataError(
+                    f"{where}: scored with the model's own chat template and EOS, and --chat_template_path or "
+                    "--eos_token makes other tokens of the row. Score the data again with the same option (`pear "
+                    "score` has it), or leave it out."
+                )
+            return own, same
         check_label(row, where)
         return self._own(row, where), False
 
     def _own(self, row: dict[str, Any], where: str) -> TokenizedRow:
-        row = prompt_and_completion(row, where)
+        row = prompt_and_completion(row, where, self.all_turns)
         own = tokenize_row(row, self.tokenizer, where)
         return self._without_end(row, own) if is_cut(row) else own
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pear.importing.sampling import bias, changed
 from pear.io import DataError, line_list
 from pear.long_rows import check_long_rows, rows_in_words, too_long
+from pear.notes import Notes
 from pear.rows import TokenizedRow, bare_text_in_words, is_bare_text, prompt_cut_in_words
 from pear.scored_rows import NO_RATIO, Behavior, has_logprobs, is_raw
 
@@ -39,6 +40,8 @@ class Found:
     """Line numbers of a file's rows, by what was found of them; only rows that are trained on are told of by `add`."""
 
     rows: int = 0
+    all_turns: bool = False  # --assistant_only_loss
+    notes: Notes = field(default_factory=Notes)
     weighted: bool = True  # by log-ratios to a behaviour policy
     text: int = 0  # rows that are neither chats nor rendered by the chat template that there is
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -66,6 +69,8 @@ class Found:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.rows += 1
+        self.notes.add(line, tokens.notes, tokens.completion_mask)
+        self.notes.add_earlier(line, row, self.all_turns)
         if is_bare_text(row, tokenizer):
             self.text, self.tokenizer = self.text + 1, tokenizer
         if is_raw(row) and tokens.prompt_cut:
@@ -143,6 +148,7 @@ class Found:
                 f"left out {len(self.unaligned)} of {self._all()} rows, which cannot be aligned with the student's "
                 f"tokens ({line_list(list(self.unaligned))}): " + "; ".join(f"{reason} ({n})" for reason, n in reasons)
             )
+        said += self.notes.in_words()
         if self.text:
             said.append(bare_text_in_words(self.text, self.rows, self.tokenizer))
         if self.prompt_cut:

@@ -39,6 +39,7 @@ from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies
 from pear.shown import say
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
+from pear.tokenizer_options import OPTIONS, changed_tokenizer, check_applied
 from pear_kernels import LossOutput, Teacher
 
 logger = get_logger(__name__)
@@ -113,12 +114,18 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
+        tokenizer = kwargs.get("processing_class")
+        check_applied(args, getattr(tokenizer, "tokenizer", tokenizer))
+        # What TRL must not see: the data is in tokens, whose masks say what trains and whose template is applied.
+        kept = {name: getattr(args, name) for name in ("max_length", "chat_template_path", "assistant_only_loss")}
+        args.chat_template_path, args.assistant_only_loss = None, False
         if args.padding_free and not args.packing:
             args.max_length = None
         try:
             super().__init__(model, args, **kwargs)
         finally:
-            args.max_length = self._max_length
+            for name, value in kept.items():
+                setattr(args, name, value)
         self.data_collator = PEARCollator(
             pad_token_id=self.data_collator.pad_token_id,
             padding_free=self.padding_free,
@@ -347,7 +354,9 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
     record = identity("sft", name, data, args, others)
     checkpoint = begin(args, record, data_args.overwrite_output_dir)
 
-    tokenizer = load_tokenizer(name)
+    unchanged = load_tokenizer(name)
+    options = {option: getattr(args, option) for option in OPTIONS}
+    tokenizer = changed_tokenizer(unchanged, **options)
     in_memory = data_args.teacher is not None
     init = model_init_kwargs(args, model_args)
     config = find_config(name, **init)
@@ -366,6 +375,8 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
         "temperature": args.distill_temperature,
         "options": args.pear_options(),
         "unaligned": data_args.unaligned,
+        "all_turns": args.assistant_only_loss,
+        "unchanged": unchanged if tokenizer is not unchanged else None,
     }
     if data_args.roles is not None:
         how["roles"] = read_roles(data_args.roles)

@@ -246,7 +246,6 @@ class PEARSFTConfig(SFTConfig):
             "trust_remote_code": (self.trust_remote_code, "code that comes with a model is never run"),
             "loss_type": (self.loss_type != "nll", "the loss is chosen by `weighting`, `negatives` and `distill`"),
             "label_smoothing_factor": (self.label_smoothing_factor > 0, "it needs the logits, which are never made"),
-            "assistant_only_loss": (self.assistant_only_loss, "what counts is the scored file's `completion_mask`"),
             "completion_only_loss": (
                 self.completion_only_loss is False,
                 "there are log-probs for the completion alone",

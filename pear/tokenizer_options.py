@@ -2,11 +2,12 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pear.io import DataError
-from pear.models import load_tokenizer
+from pear.models import load_tokenizer, tokenizer_fingerprint
 
 OPTIONS = ("chat_template_path", "eos_token", "pad_token")
 TEMPLATE_FILES = (".jinja", ".j2")  # as TRL's
@@ -44,6 +45,23 @@ def changed_tokenizer(
             )
         setattr(tokenizer, name, token)
     return tokenizer
+
+
+def check_applied(args: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """DataError where `args` (SFTConfig) would change a trainer's tokenizer after the data was made with it."""
+    changes = {name: getattr(args, name) for name in OPTIONS[:2] if getattr(args, name) is not None}
+    if not changes:
+        return
+    if tokenizer is not None:
+        changed = changed_tokenizer(tokenizer, **changes)
+        if tokenizer_fingerprint(changed) == tokenizer_fingerprint(tokenizer):
+            return
+    name = next(iter(changes))
+    raise DataError(
+        f"{name} = {changes[name]!r} changes the tokenizer, and the data is in tokens already: make it with "
+        "pear.tokenizer_options.changed_tokenizer(tokenizer, ...), and give it to load_scored and, as "
+        "processing_class, to the trainer"
+    )
 
 
 def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """The rows of a scored file as the student sees them, and what is left out of it and why."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from pear.align import ROLES, Roles
 from pear.inspecting.tokens import Tokens
 from pear.io import DataError, check_label, line_list, read_jsonl
 from pear.long_rows import check_long_rows, rows_in_words, too_long
+from pear.notes import Notes
 from pear.scored_rows import Reader, check_kind, has_policy, without_nulls
 from pear.seal import check_seal
 
@@ -37,6 +39,7 @@ class Data(NamedTuple):
     too_long: list[int]  # lines left out
     unaligned: dict[int, str]  # lines left out, and why
     in_words: str = ""  # how many rows, and what was left out
+    notes: Sequence[str] = ()  # what one may not expect of the rows' tokens, see `pear.notes`
 
     def tokens(self, logprobs: list[np.ndarray]) -> Tokens:
         """All rows' tokens, with the student's log-probs (C,) of each row."""
@@ -59,6 +62,7 @@ def read(
     sample: int | None = None,
     seed: int = 0,
     roles: Roles = ROLES,
+    unchanged: PreTrainedTokenizerBase | None = None,
 ) -> Data:
     """Rows that `pear score` or `pear import` wrote, checked as `pear sft` checks them.
 
@@ -71,12 +75,12 @@ def read(
     """
     total = _checked(path)
     chosen = _choose(total, sample, seed)
-    reader = Reader(tokenizer, roles)
+    reader, notes = Reader(tokenizer, roles, unchanged=unchanged), Notes()
     rows, long, unaligned = [], [], {}
     for number, (line, row) in enumerate(read_jsonl(path)):
         if chosen is not None and number not in chosen:
             continue
-        found = _read(reader, without_nulls(row), line, f"{path}:{line}", max_length)
+        found = _read(reader, without_nulls(row), line, f"{path}:{line}", max_length, notes)
         if found is None:
             long.append(line)
         elif isinstance(found, str):
@@ -96,10 +100,12 @@ def read(
     if unaligned:
         left_out[f"not aligned with the student's tokens ({line_list(list(unaligned))})"] = len(unaligned)
     done = "Inspected" if chosen is None else f"Drew {len(chosen)} of {total} rows; inspected"
-    return Data(rows, total, long, unaligned, rows_in_words(done, len(rows), left_out))
+    return Data(rows, total, long, unaligned, rows_in_words(done, len(rows), left_out), notes.in_words())
 
 
-def _read(reader: Reader, row: dict[str, Any], line: int, where: str, max_length: int | None) -> Row | str | None:
+def _read(
+    reader: Reader, row: dict[str, Any], line: int, where: str, max_length: int | None, notes: Notes
+) -> Row | str | None:
     """The row; or, in words, why it cannot be aligned; None if it is too long."""
     check_kind(row, where)
     check_label(row, where)
@@ -109,6 +115,7 @@ def _read(reader: Reader, row: dict[str, Any], line: int, where: str, max_length
     behavior = reader.behavior(row, where, tokens, own)
     if isinstance(behavior, str):
         return behavior
+    notes.add(line, tokens.notes, tokens.completion_mask)
     mask = np.array(tokens.completion_mask, dtype=bool)
     return Row(
         line=line,

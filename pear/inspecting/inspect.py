@@ -18,9 +18,11 @@ from pear.inspecting.page import page
 from pear.inspecting.report import make_report
 from pear.inspecting.student import logprobs
 from pear.io import DataError, check_output
+from pear.models import load_tokenizer
 from pear.pictures import write_whole
 from pear.scoring.policies import Policy
 from pear.scoring.processes import device_named
+from pear.tokenizer_options import changed_tokenizer
 from pear_kernels.checks import check_options
 from pear_kernels.weights import DEFAULTS, PEAROptions
 
@@ -42,6 +44,8 @@ def inspect(
     batch_tokens: int = 8192,
     dtype: str = "auto",
     device: str | None = None,
+    chat_template_path: str | None = None,
+    eos_token: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Score `data` (JSONL of `pear score` or `pear import`) with the student and say what the weights will do.
@@ -62,6 +66,7 @@ def inspect(
         batch_tokens: rows are padded in batches of at most this many tokens.
         dtype: of the student: "float32", "bfloat16", or "auto": float32 on a CPU, as stored elsewhere. For names only.
         device: where to run; None takes the accelerator if there is one.
+        chat_template_path, eos_token: of the student's tokenizer, as in `pear score` and `pear sft`.
         console: where tables go; None prints nothing.
 
     Returns:
@@ -83,6 +88,11 @@ def inspect(
         raise DataError(str(error)) from None
     _check_outputs({"data": data, "html": html, "json": json_report})
     place = device_named(device or None)
+    options_of_tokenizer = {"chat_template_path": chat_template_path, "eos_token": eos_token}
+    unchanged = None
+    if any(value is not None for value in options_of_tokenizer.values()):
+        unchanged = load_tokenizer(model) if tokenizer is None and isinstance(model, str) else tokenizer
+        tokenizer = unchanged and changed_tokenizer(unchanged, **options_of_tokenizer)
     student = Policy(model, tokenizer, max_length, dtype, place if isinstance(model, str) or device else None)
     found = read(
         data,
@@ -92,6 +102,7 @@ def inspect(
         sample=sample,
         seed=seed,
         roles=roles,
+        unchanged=unchanged,
     )
     _check_ids(student, found, data)  # by the config
     with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:

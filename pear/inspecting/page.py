@@ -124,7 +124,10 @@ def _policies(report: dict[str, Any]) -> str:
     head = ["behaviour policy", "rows", "tokens", "with a ratio", "mean log-ratio", "mean weight"]
     data = report["data"]
     left_out = f"{len(data['too_long'])} rows left out as too long, {len(data['unaligned'])} that cannot be aligned"
-    return f"<h2>Who wrote it</h2>{_table(head, rows, left_out if data['too_long'] or data['unaligned'] else '')}"
+    notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in data.get("notes", ()))
+    return (
+        f"<h2>Who wrote it</h2>{_table(head, rows, left_out if data['too_long'] or data['unaligned'] else '')}{notes}"
+    )
 
 
 def _ratios(report: dict[str, Any]) -> str:

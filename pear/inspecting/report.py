@@ -107,6 +107,7 @@ def _data(data: Data, tokens: Tokens, g: np.ndarray) -> dict[str, Any]:
         "median_length": float(np.median(lengths)),
         "wrong_rows": sum(not row.right for row in data.rows),
         "in_words": data.in_words,
+        "notes": list(data.notes),
         "too_long": data.too_long,
         "unaligned": [{"line": line, "reason": reason} for line, reason in data.unaligned.items()],
         "policies": policies,

@@ -28,6 +28,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     for part in (_what, _policies, _ratios, _levels, _grid, _rows):
         console.print(part(report))
         console.print()
+    for note in report["data"].get("notes", ()):
+        console.print(Text(one_line(f"{note[:1].upper()}{note[1:]}."), style="yellow"))
+        console.print()
     console.print(_advice(report))
 
 

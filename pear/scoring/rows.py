@@ -89,8 +89,7 @@ def read_plan(
             check_seal(row, where)
         check_writable(row, where)
         row = without_nulls(row)
-        if not all_turns:
-            plan.notes.add_earlier(line, row)
+        plan.notes.add_earlier(line, row, all_turns)
         row = prompt_and_completion(row, where, all_turns)
         check_label(row, where)
         choice = _choose(row, where, policy, fallback, column)
