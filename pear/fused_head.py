@@ -1,9 +1,9 @@
-"""Runs the decoder's trunk and then our pass over its hidden states, inside the model's own forward.
+"""Runs our pass inside the model's own forward, over the hidden states that its head is given.
 
 `add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs or one
 of the losses of `pear_kernels` and never makes logits; without it nothing changes, so `generate` works as before. It
 happens inside the forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and
-PEFT are active.
+PEFT are active. The model's forward itself runs, as it does for `patch_causal_lm`: see `pear_kernels/causal_lm.py`.
 """
 
 import contextlib
@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import LossOutput, linear_logprobs, linear_policy_loss, linear_topk_logprobs, lm_head
+from pear_kernels import LossOutput, agreement, linear_logprobs, linear_policy_loss, linear_topk_logprobs
+from pear_kernels.causal_lm import Call
+from pear_kernels.lm_head import accepted, forward_replaced, innermost
 from pear_kernels.shifted import (
     IGNORE,
     TOP_K,
@@ -26,11 +28,7 @@ from pear_kernels.shifted import (
     shift_right,
     supervised_loss,
 )
-
-# How models name a constant that their logits are multiplied by, or (logits_scaling) divided by.
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
+from pear_kernels.treatment import Treatment
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
 COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted
@@ -70,10 +68,16 @@ def add_fused_head(
             `ref_logprobs` (B, T) where there are any
         model(input_ids=..., labels=labels, fused_lm_head=True)
             -> what TRL's `add_fused_lm_head` returns, from our pass: `log_probs` (B, T - 1), and `entropy` if asked
-            for. (Where router logits are asked for too, TRL's own: it makes the auxiliary loss of mixtures of experts.)
+            for.
 
     Row t is about token t, as in `labels`; position 0 has nothing before it and is 0. With `cu_seq_lens_q` (S+1,), the
     batch is one row (1, T) of packed sequences, and the first token of each is such a position.
+
+    PEFT's prompt tuning puts tokens before a row, and as many -100 before its labels: say their number by
+    "virtual_tokens" in `pear`. The columns are filled up likewise, and results are about the labels that were given.
+
+    Where a mixture of experts has an auxiliary loss (`output_router_logits`), it is `aux_loss` in a LossOutput's
+    `stats` and in TRL's output, with its gradient, and no part of `loss`.
 
     Args:
         temperature: divides the logits, besides what the model's own forward does to them.
@@ -83,65 +87,104 @@ def add_fused_head(
             has made already: they are needed first, and that of the weight is as large as the head.
 
     Raises:
-        DataError: the model's head does something that our pass cannot repeat exactly; the message names it.
+        DataError: the model's forward does something that our pass cannot repeat exactly; the message names it.
     """
-    options = logit_options(model.config.get_text_config())
-    if temperature != 1.0:
-        options["temperature"] = temperature * options.get("temperature", 1.0)
+    treatment = check_model(model)
+    model._pear_fused_head = FusedHead(treatment, temperature, entropy, float32, offloaded)  # the latest call's hold
     if getattr(model.forward, "is_pear_forward", False):  # ours, and nobody else's around it
-        model._pear_fused_head = FusedHead(options, entropy, float32, offloaded)  # the latest call's hold
         return
-    check_head(model)
-    model._pear_fused_head = FusedHead(options, entropy, float32, offloaded)
     # The function, not the bound method, so that a deep copy of the model runs its own forward.
     original_forward = model.forward.__func__
+    fixed = accepted(original_forward, use_cache=False, return_dict=True)
 
     @functools.wraps(type(model).forward)  # the signature stays: `generate` and the Trainer read it
     def forward(self, *args, pear=None, labels=None, fused_lm_head=False, **kwargs):
-        for_trl = fused_lm_head and not kwargs.get("output_router_logits")
-        if pear is None and not for_trl:
+        if pear is None and not fused_lm_head:
             if labels is not None:
                 kwargs["labels"] = labels
-            if fused_lm_head:
-                kwargs["fused_lm_head"] = True
             return original_forward(self, *args, **kwargs)
-        head: FusedHead = self._pear_fused_head
         columns = {name: kwargs.pop(name) for name in COLUMNS if kwargs.get(name) is not None}
-        # Trunk and head are looked up on each call: FSDP and PEFT replace them after patching.
-        kwargs["use_cache"] = False
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        hidden = self.base_model(*args, **kwargs).last_hidden_state  # (B, T, D)
-        autocast = contextlib.nullcontext()
-        if head.float32:
-            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        kept = saved_tensors_hooks(_itself, _itself) if head.offloaded else contextlib.nullcontext()
-
-        def run(hidden, weight, bias):
-            if hasattr(weight, "full_tensor"):  # tensor parallelism shows a share of it, which not every loss takes
-                weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-            hidden = hidden.to(weight.device)
-            if for_trl:
-                return _run_head_for_trl(hidden, weight, bias, labels, head)
-            return _run_head(hidden, weight, bias, labels, columns, cu_seqlens, pear | head.options)
-
-        with autocast, kept:
-            return lm_head.run_with_parameters(self.get_output_embeddings(), hidden, run)
+        call = FusedCall(self, pear, columns, kwargs.get("cu_seq_lens_q"))
+        output = call.run(original_forward, *args, labels=labels, **(kwargs | fixed))
+        aux_loss = getattr(output, "aux_loss", None)
+        if aux_loss is not None and isinstance(call.found, LossOutput):
+            return call.found._replace(stats=call.found.stats | {"aux_loss": aux_loss})
+        if pear is None:
+            call.found.aux_loss = aux_loss
+        return call.found
 
     forward.is_pear_forward = True
     model.forward = types.MethodType(forward, model)
+
+
+class FusedHead(NamedTuple):
+    """How `model.forward` runs our pass."""
+
+    treatment: Treatment  # what the model's own forward does to its logits
+    temperature: float
+    entropy: bool
+    float32: bool
+    offloaded: bool
+
+    def options(self) -> dict[str, float]:
+        """Of our losses, what repeats the treatment and divides by the temperature."""
+        return self.treatment._replace(temperature=self.treatment.temperature * self.temperature).options()
+
+
+class FusedCall(Call):
+    """A call with `pear`, or of TRL's where that is None; `found` is what it returns."""
+
+    def __init__(self, model: PreTrainedModel, pear: dict[str, Any] | None, columns, cu_seqlens):
+        self.fused: FusedHead = model._pear_fused_head
+        super().__init__(model, self.fused.treatment)
+        self.pear, self.columns, self.cu_seqlens = pear, columns, cu_seqlens
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if self.found is None:  # a forward may have further losses, of tokens that come later
+            self.found = self.multiply(functools.partial(self._run, labels))
+        return logits.new_zeros(())
+
+    def _run(self, labels, hidden, weight, bias):
+        autocast = contextlib.nullcontext()
+        if self.fused.float32:
+            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        kept = saved_tensors_hooks(_itself, _itself) if self.fused.offloaded else contextlib.nullcontext()
+        with autocast, kept:
+            if hasattr(weight, "full_tensor"):  # tensor parallelism shows a share of it, which not every loss takes
+                weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+            hidden = hidden.to(weight.device)
+            if self.pear is None:
+                return _run_head_for_trl(hidden, weight, bias, labels, self.fused)
+            options = self.pear | self.fused.options()
+            virtual = options.pop("virtual_tokens", 0)
+            columns = {name: _filled_up(column, virtual) for name, column in self.columns.items()}
+            for name in ("teacher", "reference"):
+                if virtual and options.get(name) is not None:
+                    options[name] = options[name]._replace(hidden=_filled_up(options[name].hidden, virtual))
+            return _cut(_run_head(hidden, weight, bias, labels, columns, self.cu_seqlens, options), virtual)
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class FusedHead(NamedTuple):
-    """How `model.forward` runs our pass."""
+def _filled_up(column: torch.Tensor, virtual: int) -> torch.Tensor:
+    """(B, T, ...) -> (B, virtual + T, ...), with the first token's, which counts for nothing under labels of -100."""
+    if not virtual or column.dim() < 2:
+        return column
+    return torch.cat([*[column[:, :1]] * virtual, column], dim=1)
 
-    options: dict[str, float]  # what repeats the model's own treatment of its logits
-    entropy: bool
-    float32: bool
-    offloaded: bool
+
+def _cut(found: Any, virtual: int) -> Any:
+    """What was found, (B, virtual + T, ...), about the T tokens."""
+    if not virtual:
+        return found
+    if isinstance(found, torch.Tensor):
+        return found[:, virtual:]
+    if isinstance(found, LossOutput):
+        return found._replace(logprobs=found.logprobs[:, virtual:], weights=found.weights[:, virtual:])
+    logprobs, top = found
+    return logprobs[:, virtual:], type(top)(*(x[:, virtual:] for x in top))
 
 
 def _run_head(
@@ -181,46 +224,23 @@ def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
     from trl.trainer.utils import FusedCausalLMOutput
 
     target = labels.to(weight.device)[:, 1:].contiguous()
-    found = linear_logprobs(hidden[:, :-1], weight, target, bias=bias, return_entropy=head.entropy, **head.options)
+    options = head.options()
+    found = linear_logprobs(hidden[:, :-1], weight, target, bias=bias, return_entropy=head.entropy, **options)
     logprobs, entropy = found if head.entropy else (found, None)
     return FusedCausalLMOutput(log_probs=logprobs, entropy=entropy, label_mask=target != IGNORE)
 
 
-def check_head(model: PreTrainedModel) -> None:
-    """Raise DataError where the head is more than a matrix and a bias, or does not get the trunk's hidden states."""
+def check_model(model: PreTrainedModel) -> Treatment:
+    """What a model does to its logits; DataError, by its name, where our pass cannot repeat what its forward does."""
     try:
-        lm_head.check_head(model)
+        return agreement.checked_treatment(model)
     except ValueError as error:
         raise DataError(str(error)) from None
-    if not isinstance(getattr(model.base_model, "forward", None), types.MethodType) or model.base_model is model:
-        raise DataError(f"{type(model).__name__} has no decoder trunk of its own (`base_model`); it cannot be used")
-    if not any(child is model.get_output_embeddings() for child in model.children()):
-        raise DataError(
-            f"{type(model).__name__}: its output embeddings sit inside another module, which may do more than multiply "
-            "(as the heads of BERT's kind do); give a causal language model with a linear head of its own"
-        )
 
 
-def logit_options(config: PretrainedConfig) -> dict[str, float]:
-    """`softcap` and `temperature` of our pass that repeat what the model's own forward does to its logits.
-
-    Raises:
-        DataError: a logit scale that is no positive number, or a scale together with a softcap.
-    """
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
-    scales = {name: getattr(config, name, None) for name in _MULTIPLIERS}
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        # The same name means a factor in HyperCLOVA X, and a divisor elsewhere (Granite, MiniCPM3).
-        scales["logits_scaling"] = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    scales = {name: scale for name, scale in scales.items() if scale is not None and scale != 1}
-    if not scales:
-        return {} if softcap is None else {"softcap": float(softcap)}
-    (name, scale), *more = scales.items()
-    if more or isinstance(scale, str) or scale <= 0:
-        raise DataError(f"model type {config.model_type!r}: logit scales {scales} in its config are not supported")
-    if softcap is not None:
-        raise DataError(
-            f"model type {config.model_type!r} has both `{name}` = {scale} and `final_logit_softcapping` = {softcap}; "
-            "their combination is not supported"
-        )
-    return {"temperature": 1 / float(scale)}
+def head_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """(B, T, D): what a model's head is given, by the model's own forward without labels. No logits are made."""
+    call = Call(model, Treatment())
+    with forward_replaced(innermost(call.head), call.take):
+        model(**inputs, **accepted(model.forward, use_cache=False))
+    return call.hidden

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pear.fused_head import check_head, logit_options
+from pear.fused_head import check_model
 from pear.io import DataError
 from pear.models import check_architecture, load_config
 from pear.shapes import GPUS, shape_of
@@ -256,8 +256,7 @@ def step_of(config: PretrainedConfig, setup: Setup) -> Step:
         )
     dtype, autocast = DTYPES[setup.dtype], torch.bfloat16 if setup.bf16 else None
     model = model_without_data(config, dtype, setup.gradient_checkpointing)
-    check_head(model)
-    logit_options(config.get_text_config())  # refuses what our head cannot repeat
+    check_model(model)
     if setup.use_peft:
         _add_adapter(model, setup)
     with liger_layers(model) if setup.use_liger_kernel else contextlib.nullcontext():
@@ -292,7 +291,7 @@ def _add_adapter(model: PreTrainedModel, setup: Setup) -> None:
         get_peft_model(model, LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise DataError(f"lora_target_modules: {error}") from error
-    check_head(model)  # no adapter on it
+    check_model(model)  # no adapter on its head
 
 
 # ---- the command

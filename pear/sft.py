@@ -36,7 +36,7 @@ from pear.save import Extras, check_push, evaluate_saved, finish, save_final, tr
 from pear.scored import load_scored
 from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
-from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies
+from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies, virtual_tokens
 from pear.shown import say
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear.tokenizer_options import OPTIONS, changed_tokenizer, check_applied
@@ -97,6 +97,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
         if teacher is not None:
             args.check_teacher("a teacher is given")
+        virtual_tokens(kwargs.get("peft_config"), args.padding_free or args.packing)  # before a model is loaded
         prepare_device_options(args)
         # What TRL writes into the model card.
         self._name = objective_in_words(args)
@@ -131,21 +132,14 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        if self.aux_loss_enabled:
-            raise DataError(
-                f"router_aux_loss_coef = {self.router_aux_loss_coef}: the auxiliary loss of mixtures of experts is not "
-                "supported; set router_aux_loss_coef to 0.0 to train without it"
-            )
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
             raise DataError("context and sequence parallelism are not supported: a weight needs the whole response")
         base = self.model
-        if isinstance(base, PeftModel):
-            if base.active_peft_config.is_prompt_learning:
-                raise DataError(
-                    f"{base.active_peft_config.peft_type}: prompt-learning adapters are not supported; use LoRA"
-                )
-            base = base.get_base_model()
+        adapter = base.active_peft_config if isinstance(base, PeftModel) else None
+        self._virtual_tokens = virtual_tokens(adapter, self.padding_free)
+        self._prompt = getattr(adapter, "num_virtual_tokens", None) or 0
+        base = base if adapter is None else base.get_base_model()
         self._configs["model"] = base.config
         self._check_context()
         add_fused_head(base, offloaded=args.activation_offloading)
@@ -186,7 +180,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
 
     def _check_context(self) -> None:
         for what, config in self._configs.items():  # none before there is a model
-            check_context(self._longest, config, what)
+            more = self._prompt if what == "model" else 0  # PEFT's virtual tokens have positions too
+            check_context({name: tokens + more for name, tokens in self._longest.items()}, config, what)
 
     def _check_ids(self) -> None:
         if self._vocabulary is None:  # before there is a model
@@ -229,14 +224,26 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         denominator = None
         if num_items_in_batch is not None:
             denominator = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
         output: LossOutput = model(
             **inputs,
-            pear={**options, "denominator": denominator, "workspace_bytes": args.workspace_bytes},
+            pear={
+                **options,
+                "denominator": denominator,
+                "workspace_bytes": args.workspace_bytes,
+                "virtual_tokens": self._virtual_tokens,
+            },
         )
         loss = output.loss
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and their gradients are averaged (as in TRL).
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:  # a mean of this micro-batch, which TRL averages over the steps that accumulate
+            aux_loss = output.stats["aux_loss"]
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss.detach()).mean())
         self._note(mode, inputs, behavior, blocks, output, options.get("reference"))
         return (loss, output) if return_outputs else loss
 
@@ -305,6 +312,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         stats = self._read_stats(mode)
+        if "aux_loss" in (metrics := self._metrics[mode]):
+            metrics["aux_loss"] = torch.stack(metrics["aux_loss"]).tolist()
         if stats:
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: value for name, value in stats.items()})

@@ -10,6 +10,7 @@ import pyarrow.compute
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftConfig
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
@@ -33,6 +34,8 @@ PER_TOKEN = {
     "sequence_label": (torch.bool, True),
 }
 PACK = 1024  # tokens of a pack, at least, where no length is given
+# PEFT's prompt learning, and whether its prompt stands before a row as tokens (else as keys and values).
+PROMPTS = {"PROMPT_TUNING": True, "P_TUNING": True, "PREFIX_TUNING": False}
 WRONG_TO_RIGHT = 4  # tokens of wrong answers for one of a right answer, at most without a warning
 IN_BATCHES = (*PER_TOKEN, *TOP_K_COLUMNS)
 
@@ -135,6 +138,25 @@ def top_k_vocabularies(dataset: Dataset) -> set[int]:
     if "top_k_vocabulary" not in dataset.column_names:
         return set()
     return set(dataset.unique("top_k_vocabulary")) - {None}
+
+
+def virtual_tokens(adapter: PeftConfig | None, packed: bool) -> int:
+    """How many tokens PEFT puts before each row, and how many -100 before its labels.
+
+    Raises:
+        DataError: prompt learning of another kind than prompt tuning, p-tuning and prefix tuning, or of packs.
+    """
+    if adapter is None or not adapter.is_prompt_learning:
+        return 0
+    kind = adapter.peft_type.value
+    if kind not in PROMPTS:
+        raise DataError(f"peft_type {kind} is not supported by `pear sft`: use {', '.join(PROMPTS)}, or LORA")
+    if packed:
+        raise DataError(
+            f"peft_type {kind} does not go with packing and padding_free: PEFT puts its prompt before a pack, and not "
+            "before each of its rows. Turn both off, or use LORA."
+        )
+    return adapter.num_virtual_tokens if PROMPTS[kind] else 0
 
 
 def _check_labels(dataset: Dataset, name: str, negatives: bool) -> None:

@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from pear.fused_head import COLUMNS, IGNORE, check_head, logit_options, shift_left, shift_right
+from pear.fused_head import COLUMNS, IGNORE, check_model, head_states, shift_left, shift_right
 from pear.io import DataError
 from pear.models import load_model, load_tokenizer, tokenizer_fingerprint
 from pear_kernels import Teacher, linear_logprobs
@@ -45,20 +45,19 @@ class HeldTeacher:
             )
         if model is student:
             raise DataError("teacher: this is the student itself; load the model a second time to distil from it")
-        check_head(model)
-        own, others = (each.get_output_embeddings().weight.shape[0] for each in (model, student))
-        self.rows = _common_rows(own, others, tokenizer)
-        self.options = logit_options(model.config.get_text_config())
         self.model = model.requires_grad_(False).eval().to(device)
+        treatment = check_model(model)
+        own, others = (each.get_output_embeddings().weight.shape[0] for each in (model, student))
+        self.treatment = treatment._replace(rows=_common_rows(treatment.rows or own, others, tokenizer))
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> Teacher:
         """Hidden states (B, T, D') of a batch as the student gets it, laid out alike, with the head they belong to."""
         given = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
         head = self.model.get_output_embeddings()
-        hidden = self.model.base_model(**given, use_cache=False).last_hidden_state.to(head.weight.dtype)
-        bias = getattr(head, "bias", None)
-        return Teacher(hidden, head.weight[: self.rows], None if bias is None else bias[: self.rows], **self.options)
+        hidden = head_states(self.model, **given).to(head.weight.dtype)
+        weight, bias = self.treatment.rows_of(head.weight, getattr(head, "bias", None))
+        return Teacher(hidden, weight, bias, **self.treatment.options())
 
 
 def _common_rows(teacher: int, student: int, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,15 +13,16 @@ import dataclasses
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pear_kernels.agreement import checked_treatment
 from pear_kernels.backend import check_backend
 from pear_kernels.lm_head import (
     check_adapter,
-    check_head,
     check_linear,
     forget_forward,
     forward_replaced,
@@ -31,7 +32,7 @@ from pear_kernels.lm_head import (
 from pear_kernels.losses import LossOutput, linear_pear_loss, linear_weighted_loss
 from pear_kernels.positions import check_positions
 from pear_kernels.shifted import IGNORE, bounds, first_tokens_ignored, shift_left, shift_right, supervised_loss
-from pear_kernels.treatment import Treatment, check_loss, loss_replaced, measure_treatment
+from pear_kernels.treatment import Treatment, check_loss, loss_replaced
 
 COLUMNS = ("behavior_logprobs", "block_ids", "ref_logprobs")  # (B, T), unshifted
 _PLAIN = ("workspace_bytes", "backend", "reduction")  # the options of a cross-entropy
@@ -90,13 +91,12 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     inner = _causal_lm(model)
     patch = inner.__dict__.get("_pear_patch")
     if patch is None or not _in_place(inner):
-        check_head(inner)
-        before = inner.__dict__.get("forward"), inner.__dict__.get("_loss_function")  # which the measurement sets
-        treatment = measure_treatment(inner)
+        treatment = checked_treatment(inner, options.get("backend"))
+        before = inner.__dict__.get("forward")
         if patch is None:
             hook = model.register_forward_hook(_check_output, with_kwargs=True)  # PEFT calls no hooks of its base
-            patch = Patch({}, *before, treatment, hook)
-        patch = patch._replace(forward=before[0], treatment=treatment)
+            patch = Patch({}, before, inner.__dict__.get("_loss_function"), treatment, hook)
+        patch = patch._replace(forward=before, treatment=treatment)
         inner.forward = types.MethodType(_forward(inner), inner)
     inner._pear_patch = patch._replace(options=options)
     return model
@@ -119,7 +119,7 @@ def unpatch_causal_lm(model: nn.Module) -> nn.Module:
         inner.forward = patch.forward
     forget_forward(innermost(inner.get_output_embeddings()))
     if patch.loss is None:
-        del inner._loss_function
+        inner.__dict__.pop("_loss_function", None)
     return model
 
 
@@ -218,13 +218,8 @@ def _forward(model: nn.Module):
         returns_dict = self.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]
         if not returns_dict:
             kwargs["return_dict"] = True
-        head = self.get_output_embeddings()
-        call = Call(head, self._pear_patch, columns, cu_seqlens, position_ids)
-        with forward_replaced(innermost(head), call.take), loss_replaced(self, call.loss):
-            output = original(self, **kwargs)
-        if call.log_probs is None:
-            raise ValueError(f"{type(self).__name__}: its forward made no loss of the labels")
-        output = with_log_probs(output, call.log_probs)
+        call = PatchedCall(self, self._pear_patch, columns, cu_seqlens, position_ids)
+        output = with_log_probs(call.run(original, **kwargs), call.found)
         return output if returns_dict else output.to_tuple()
 
     parameters = list(signature.parameters.values())
@@ -237,18 +232,49 @@ def _forward(model: nn.Module):
 
 
 class Call:
-    """One call of a patched model: `take` stands for its head, `loss` for its loss function."""
+    """One call of a model's own forward, with `take` in place of its head and `loss` in place of its loss function.
 
-    def __init__(self, head: nn.Module, patch: Patch, columns: dict[str, Tensor], cu_seqlens, position_ids):
-        self.head, self.patch, self.columns = head, patch, columns
-        self.cu_seqlens, self.position_ids = cu_seqlens, position_ids
+    A subclass has the `loss`, which runs our pass by `multiply`, keeps in `found` what the first call of it found, and
+    returns what the model takes for the loss.
+    """
+
+    def __init__(self, model: nn.Module, treatment: Treatment):
+        self.model, self.head, self.treatment = model, model.get_output_embeddings(), treatment
         self.hidden: Tensor | None = None  # (B, T, D)
-        self.log_probs: Tensor | None = None  # (B, T)
+        self.found: Any = None
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the model's own `forward`, a function of the class, returns."""
+        with forward_replaced(innermost(self.head), self.take), loss_replaced(self.model, self.loss):
+            output = forward(self.model, *args, **kwargs)
+        if self.found is None:
+            raise ValueError(f"{type(self.model).__name__}: its forward made no loss of the labels")
+        return output
 
     def take(self, hidden: Tensor) -> Tensor:
         """Keep hidden (B, T, D) and return (B, T, 1) in place of logits."""
         self.hidden = hidden
         return torch.zeros_like(hidden[..., :1])
+
+    def loss(self, logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What transformers' `ForCausalLMLoss` is given, and what it returns."""
+        raise NotImplementedError
+
+    def multiply(self, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+        """`function(hidden, weight, bias)` of what the head was given and its rows that have logits."""
+        treatment = self.treatment
+        return run_with_parameters(
+            self.head, self.hidden, lambda hidden, *head: function(hidden, *treatment.rows_of(*head))
+        )
+
+
+class PatchedCall(Call):
+    """A call of a model that `patch_causal_lm` has patched; `found` are its log-probs (B, T)."""
+
+    def __init__(self, model: nn.Module, patch: Patch, columns: dict[str, Tensor], cu_seqlens, position_ids):
+        super().__init__(model, patch.treatment)
+        self.patch, self.columns = patch, columns
+        self.cu_seqlens, self.position_ids = cu_seqlens, position_ids
 
     def loss(
         self,
@@ -260,7 +286,6 @@ class Call:
         shift_labels: Tensor | None = None,  # (B, T)
         **_: Any,
     ) -> Tensor:
-        """What transformers' `ForCausalLMLoss` is given, and what it returns."""
         if logits.shape[-1] != 1:
             raise ValueError(f"the model's forward has a loss of other logits, {tuple(logits.shape)}, than its head's")
         given = labels if shift_labels is None else shift_labels
@@ -278,9 +303,9 @@ class Call:
         if shifted and self.columns:
             raise ValueError(f"{next(iter(self.columns))} does not go with shift_labels: give labels, unshifted")
         run = functools.partial(self._run, given, shifted, ignore_index, options)
-        output: LossOutput = run_with_parameters(self.head, self.hidden, run)
-        if self.log_probs is None:  # a forward may have further losses, of tokens that come later
-            self.log_probs = (output.logprobs if shifted else shift_right(output.logprobs)).float()
+        output: LossOutput = self.multiply(run)
+        if self.found is None:  # a forward may have further losses, of tokens that come later
+            self.found = (output.logprobs if shifted else shift_right(output.logprobs)).float()
         return output.loss
 
     def _options(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
@@ -307,7 +332,7 @@ class Call:
                     "else: patch the model with reduction='mean', or leave num_items_in_batch out"
                 )
             options["denominator"] = num_items_in_batch + (num_items_in_batch == 0)  # 0 / 1 where no token counts
-        return options | self.patch.treatment.options()
+        return options | self.treatment.options()
 
     def _run(self, labels, shifted, ignore_index, options, hidden, weight, bias) -> LossOutput:
         device = weight.device

@@ -4,6 +4,7 @@ Models are looked at through themselves: nothing here imports transformers.
 """
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +129,13 @@ def forward_replaced(module: nn.Module, forward: Callable):
         yield
     finally:
         module.forward = before
+
+
+def accepted(function: Callable, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that a function has parameters for."""
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in arguments.items() if anything or name in parameters}
 
 
 def forget_forward(module: nn.Module) -> None:

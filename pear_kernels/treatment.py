@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pear_kernels.lm_head import forget_forward, forward_replaced, innermost
+from pear_kernels.lm_head import forward_replaced, innermost
 
 OWN_LOSS = "makes its loss by itself instead of handing its logits to `loss_function`"
 PROBES = tuple(2.0**power for power in range(-10, 14))  # logits, each twice the one before
@@ -23,14 +23,29 @@ class Treatment(NamedTuple):
 
     temperature: float = 1.0
     softcap: float | None = None
+    rows: int | None = None  # of the head, that have a logit: the others pad it. None: all
 
     def options(self) -> dict[str, float]:
         """Of the losses, those that are not their defaults."""
-        return {name: value for name, value in self._asdict().items() if value is not None and value != 1.0}
+        options = {"temperature": self.temperature, "softcap": self.softcap}
+        return {name: value for name, value in options.items() if value is not None and value != 1.0}
+
+    def rows_of(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The head's (V, D) and (V,) without its padding."""
+        if self.rows is None:
+            return weight, bias
+        return weight[: self.rows], None if bias is None else bias[: self.rows]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Of logits as the head makes them."""
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
 
 
 def measure_treatment(model: nn.Module) -> Treatment:
-    """That of a causal LM of transformers. Its trunk and head are not run, so it may be anywhere, and of any size.
+    """That of a causal LM of transformers. Its trunk and head are not run, so it may be anywhere, and of any size. The
+    instance's attributes `forward` and `_loss_function` are set afterwards (see `forward_replaced`).
 
     Raises:
         ValueError: by the model's class and with the reason: its forward does not take its logits from its head to
@@ -39,7 +54,9 @@ def measure_treatment(model: nn.Module) -> Treatment:
     name = type(model).__name__
     check_loss(model)
     head, trunk = innermost(model.get_output_embeddings()), _trunk(model)
-    probes = torch.tensor(PROBES, dtype=torch.float64).expand(1, 2, -1).clone()
+    rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    columns = torch.arange(max(rows, len(PROBES))) % len(PROBES)  # as wide as logits, so that a cut of them shows
+    probes = torch.tensor(PROBES, dtype=torch.float64)[columns].expand(1, 2, -1).clone()
     ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
     width = getattr(model.config.get_text_config(), "hidden_size", head.weight.shape[1])
     hidden = torch.zeros(1, 2, width, dtype=head.weight.dtype, device=head.weight.device)
@@ -61,19 +78,21 @@ def measure_treatment(model: nn.Module) -> Treatment:
         after, labels = reached.args
     except Exception as error:
         why = OWN_LOSS if calls else "does not come from its trunk's hidden states to its output embeddings"
-        raise _refusal(name, f"{why} ({type(error).__name__}: {error})") from error
+        raise refusal(name, f"{why} ({type(error).__name__}: {error})") from error
     else:
-        raise _refusal(name, OWN_LOSS)
-    finally:
-        forget_forward(trunk)
+        raise refusal(name, OWN_LOSS)
     if len(calls) != 1:
-        raise _refusal(name, f"calls its output embeddings {len(calls)} times, where a causal LM calls them once")
+        raise refusal(name, f"calls its output embeddings {len(calls)} times, where a causal LM calls them once")
     if not isinstance(labels, Tensor) or labels.shape != ids.shape:
-        raise _refusal(name, "changes the labels before its loss")
-    fit = fit_treatment(probes, after) if after.shape == probes.shape else None
+        raise refusal(name, "changes the labels before its loss")
+    cut = after.shape[-1] if len(PROBES) <= after.shape[-1] < rows else None
+    same = after.shape == probes[..., :cut].shape and torch.equal(after, after[..., columns[:cut]])
+    fit = fit_treatment(probes[..., : len(PROBES)], after[..., : len(PROBES)]) if same else None
     if fit is None:
-        raise _refusal(name, "does more to its logits than a positive scale and a soft cap, which our pass can repeat")
-    return fit
+        raise refusal(
+            name, "does more to its logits than a positive scale, a soft cap and a cut of padding, which our pass has"
+        )
+    return fit._replace(rows=cut)
 
 
 def check_loss(model: nn.Module) -> None:
@@ -81,10 +100,10 @@ def check_loss(model: nn.Module) -> None:
     loss = getattr(model.loss_function, "__name__", None)
     if loss != "ForCausalLMLoss":
         loss = loss or type(model.loss_function).__name__
-        raise _refusal(type(model).__name__, f"makes its loss by {loss}, and not by transformers' ForCausalLMLoss")
+        raise refusal(type(model).__name__, f"makes its loss by {loss}, and not by transformers' ForCausalLMLoss")
 
 
-def _refusal(name: str, why: str) -> ValueError:
+def refusal(name: str, why: str) -> ValueError:
     return ValueError(
         f"{name} cannot be patched: its forward {why}. Run its decoder yourself, and give the hidden states and the "
         "head's weight to linear_pear_loss or linear_weighted_loss."
@@ -97,7 +116,7 @@ def _trunk(model: nn.Module) -> nn.Module:
         return model.base_model
     models = [child for child in model.children() if hasattr(child, "config") and hasattr(child, "base_model")]
     if len(models) != 1:
-        raise _refusal(type(model).__name__, "has no decoder trunk of its own (`base_model`) to call")
+        raise refusal(type(model).__name__, "has no decoder trunk of its own (`base_model`) to call")
     return models[0]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from tiny import make_model
+from tiny import forbid_logits, make_model
 from training import assert_close, batch_of, gradients, make_config
 from trl.models import activation_offloading
 
@@ -270,7 +270,7 @@ def liger(monkeypatch):
 def test_liger_replaces_the_trunk_and_not_our_head(tokenizer, make_trainer, liger):
     Scaled.calls = 0
     trainer, plain = make_trainer(use_liger_kernel=True), make_trainer()
-    trainer.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head was called"))
+    forbid_logits(trainer.model)
     losses = [each.train().training_loss for each in (trainer, plain)]
     assert Scaled.calls > 0 and losses[0] == losses[1]
     assert trainer.args.liger_kernel_config == {"cross_entropy": False, "fused_linear_cross_entropy": False}

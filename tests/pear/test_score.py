@@ -17,11 +17,11 @@ from datasets import Dataset
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tiny import make_model, make_tokenizer
+from tiny import forbid_logits, make_model, make_tokenizer
 from trl import SFTTrainer
 
 import pear.score
-from pear.fused_head import add_fused_head, logit_options
+from pear.fused_head import add_fused_head
 from pear.io import TOP_K_COLUMNS, DataError, WriteError, check_scored_row, read_jsonl
 from pear.models import load_model, load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from pear.rows import prompt_and_completion, tokenize_row
@@ -165,48 +165,62 @@ def test_other_keys_of_a_row_stay(model, tokenizer, jsonl, tmp_path):
     assert row["id"] == 17 and row["meta"] == {"x": [1, None]}
 
 
-def test_logit_options_of_the_models_that_change_their_logits(tokenizer, jsonl, tmp_path, text_rows):
-    """Gemma 2's softcap, Granite's divisor and Cohere's factor, each against the model's own logits."""
-    from transformers import (
-        CohereConfig,
-        CohereForCausalLM,
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        GraniteConfig,
-        GraniteForCausalLM,
-    )
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.5,
+    pad_token_id=0, eos_token_id=2, bos_token_id=1,
+)  # fmt: skip
+INKLING = dict(
+    num_key_value_heads=2, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, d_rel=4,
+    dense_intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    logits_mup_width_multiplier=3.0, model_max_length=512, mlp_layer_types=["dense"] * 2,
+)  # fmt: skip
+BETWEEN = {
+    "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 2},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "ModernBertDecoder": {"cls_token_id": 1, "sep_token_id": 2},
+    "Electra": {"embedding_size": 16, "is_decoder": True},
+    "Bert": {"is_decoder": True},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "Inkling": INKLING,
+}
 
-    small = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=2, bos_token_id=1,
-    )  # fmt: skip
+
+@pytest.mark.parametrize("family", BETWEEN)
+def test_models_that_do_more_between_trunk_and_head_or_to_logits(tokenizer, jsonl, tmp_path, text_rows, family):
+    """Soft caps and scales, modules before the head, a padded vocabulary: each against the model's own logits."""
+    import transformers
+
+    config = getattr(transformers, "InklingTextConfig" if family == "Inkling" else f"{family}Config")
+    padding = 7 if family == "Inkling" else 0
+    size = {"vocab_size": len(tokenizer) + padding} | ({"unpadded_vocab_size": len(tokenizer)} if padding else {})
     torch.manual_seed(0)
-    for model, expected in (
-        (Gemma2ForCausalLM(Gemma2Config(**small, final_logit_softcapping=3.0)), {"softcap": 3.0}),
-        (GraniteForCausalLM(GraniteConfig(**small, logits_scaling=4.0)), {"temperature": 4.0}),
-        (CohereForCausalLM(CohereConfig(**small, logit_scale=0.25)), {"temperature": 4.0}),
-    ):
-        assert logit_options(model.config) == expected
-        score(model, jsonl(text_rows[:3]), tmp_path / "o", tokenizer=tokenizer, progress=False)
-        for _, row in read_jsonl(tmp_path / "o"):
-            reference = logprobs_from_logits(model.eval(), row["input_ids"], row["completion_mask"])
-            assert row["behavior_logprobs"] == pytest.approx(reference, abs=1e-5)
+    name = "BertLMHeadModel" if family == "Bert" else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config(**SMALL, **size, **BETWEEN[family])).eval()
+    score(model, jsonl(text_rows[:3]), tmp_path / "o", tokenizer=tokenizer, progress=False, top_k=3)
+    for _, row in read_jsonl(tmp_path / "o"):
+        reference = logprobs_from_logits(model, row["input_ids"], row["completion_mask"])
+        assert row["behavior_logprobs"] == pytest.approx(reference, abs=2e-5)
+        ids, logprobs = top_k_from_logits(model, row["input_ids"], 3, 1.0)
+        for t in range(row["completion_mask"].index(1), len(ids)):
+            assert row["top_k_logprobs"][t] == pytest.approx(logprobs[t], abs=2e-5)
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    "change, message",
     [
-        ({"logit_scale": 0.5, "final_logit_softcapping": 30.0}, "both `logit_scale` = 0.5 and `final_logit_softcap"),
-        ({"logit_scale": "inv_sqrt_d_model"}, "logit scales .*inv_sqrt_d_model.* not supported"),
-        ({"logit_scale": 0.0}, "not supported"),
-        ({"logit_scale": 2.0, "logits_scaling": 3.0}, "not supported"),
+        (lambda z: z - z.mean(-1, keepdim=True), "LlamaForCausalLM.*more to its logits than a positive scale, a soft"),
+        (lambda z: torch.cat([z[..., :-1], z[..., -1:] - 9], dim=-1), "more to its logits"),
+        (lambda z: torch.where(torch.arange(z.shape[1])[:, None] > 2, 2 * z, z), "as a short row shows"),
     ],
 )
-def test_heads_that_cannot_be_repeated_exactly_are_refused_by_name(model, config, message):
-    for name, value in config.items():
-        setattr(model.config, name, value)
+def test_a_forward_that_cannot_be_repeated_is_refused_by_name(model, monkeypatch, change, message):
+    """What the measurement cannot see (here: positions), the short row shows."""
+    linear = model.lm_head.forward
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: change(output))
     with pytest.raises(DataError, match=message):
         add_fused_head(model)
+    assert model.lm_head.forward == linear and "forward" not in model.__dict__
 
 
 def test_fused_head_leaves_the_plain_forward_and_generate_alone(tokenizer):
@@ -227,7 +241,7 @@ def test_fused_head_leaves_the_plain_forward_and_generate_alone(tokenizer):
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_no_logits_are_made(model, tokenizer, jsonl, tmp_path, text_rows, top_k):
     """The head module is never called, so nothing of shape (tokens, vocabulary) leaves our pass."""
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head was called"))
+    forbid_logits(model)
     score(model, jsonl(text_rows), tmp_path / "o", tokenizer=tokenizer, progress=False, top_k=top_k)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import types
 from pathlib import Path
 
 import peft
@@ -18,7 +19,7 @@ from datasets import Dataset
 from mixed_rows import blocks_by_hand, pieces
 from tiny import make_model, make_tokenizer
 from training import OPTIONS, assert_close, batch_of, gradients, make_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from pear.io import DataError, WriteError, read_jsonl
@@ -177,25 +178,49 @@ def test_accumulation_is_one_big_batch(tokenizer, make_trainer):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
 
 
-def test_weighting_none_is_trls_own_sft(tokenizer, scored, dataset, make_trainer, tmp_path):
-    ours = make_trainer(weighting="none", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+@pytest.mark.parametrize("kind", ["llama", "experts", "experts, lora"])
+def test_weighting_none_is_trls_own_sft(tokenizer, dataset, make_trainer, tmp_path, kind):
+    """Losses, what is logged and weights, the auxiliary loss of experts among them."""
+    model = make_experts(tokenizer) if "experts" in kind else make_model(tokenizer)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]) if "lora" in kind else None
+    torch.manual_seed(0)
+    ours = make_trainer(
+        copy.deepcopy(model), peft_config=lora, weighting="none", max_steps=3, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
     config = ours.args.to_dict()
     names = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim",
              "seed", "max_steps", "lr_scheduler_type", "max_grad_norm", "bf16", "save_strategy", "logging_steps",
              "report_to", "disable_tqdm", "gradient_checkpointing", "dataloader_pin_memory")  # fmt: skip
+    torch.manual_seed(0)
     theirs = SFTTrainer(
-        make_model(tokenizer),
+        model,
         SFTConfig(str(tmp_path / "trl"), completion_only_loss=True, **{name: config[name] for name in names}),
         train_dataset=dataset.remove_columns("behavior_logprobs"),
         processing_class=tokenizer,
+        peft_config=lora,
     )
     for trainer in (ours, theirs):
         trainer.train()
     for a, b in zip(ours.state.log_history[:3], theirs.state.log_history[:3], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) == pytest.approx(a["pear/nll"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert ("aux_loss" in a) == ("experts" in kind) == ("aux_loss" in b)
+        auxiliary = a.get("aux_loss", 0)
+        assert auxiliary == pytest.approx(b.get("aux_loss", 0), rel=1e-5)
+        assert a["loss"] == pytest.approx(a["pear/nll"] + 0.5 * auxiliary, rel=1e-5)
         assert a["num_tokens"] == b["num_tokens"]
         assert "pear/weight_mean" not in a
     assert_close(ours.model.state_dict(), theirs.model.state_dict(), 1e-5)
+
+
+def make_experts(tokenizer) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        router_aux_loss_coef=0.5, initializer_range=0.3, pad_token_id=0, experts_implementation="eager",
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 def test_weights_matter(make_trainer):
@@ -244,8 +269,43 @@ def test_lora_with_a_trained_copy_of_the_head(tokenizer, dataset, make_trainer, 
 def test_adapters_that_cannot_work_are_refused(tokenizer, make_trainer):
     with pytest.raises((DataError, ValueError), match="lm_head"):
         make_trainer(peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(DataError, match="prompt-learning adapters are not supported; use LoRA"):
-        make_trainer(peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(DataError, match="peft_type PROMPT_TUNING does not go with packing.*or use LORA"):
+        make_trainer(peft_config=prompt, packing=True)
+    prompt = peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])
+    with pytest.raises(DataError, match="peft_type CPT is not supported by `pear sft`: use PROMPT_TUNING, P_"):
+        make_trainer(peft_config=prompt)
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig])
+def test_prompts_are_trained_by_the_loss_of_full_logits(tokenizer, dataset, make_trainer, kind):
+    """PEFT puts 3 virtual tokens before each row: the columns follow, and what is logged is about the row's own."""
+    more = {"encoder_hidden_size": 16} if kind is peft.PromptEncoderConfig else {}
+    prompt = kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **more)
+    torch.manual_seed(0)
+    trainer = make_trainer(peft_config=prompt)
+    plain = peft.get_peft_model(make_model(tokenizer), prompt)
+    plain.load_state_dict(trainer.model.state_dict())
+    rows = [0, 3, 6, 7]
+
+    def own_logits(input_ids):
+        return types.SimpleNamespace(logits=plain(input_ids=input_ids).logits[:, -input_ids.shape[1] :])
+
+    inputs = batch_of(trainer, rows)
+    loss, output = trainer.compute_loss(trainer.model, inputs, return_outputs=True, num_items_in_batch=torch.tensor(50))
+    loss.backward()
+    weighted, *_ = reference(own_logits, dataset.select(rows), **OPTIONS)
+    (weighted / 50).backward()
+    assert loss.item() == pytest.approx(weighted.item() / 50, rel=1e-5)
+    assert_close(gradients(trainer.model), gradients(plain), 1e-4)
+    assert output.logprobs.shape == output.weights.shape == inputs["labels"].shape
+    assert torch.equal(output.logprobs != 0, inputs["labels"] != -100)
+    trainer.train()
+    save_final(trainer)
+    folder = trainer.args.output_dir
+    again = peft.PeftModel.from_pretrained(make_model(tokenizer), folder)
+    ids = inputs["input_ids"]
+    torch.testing.assert_close(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
 def test_gradient_checkpointing_changes_nothing(make_trainer):

@@ -12,6 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pear_kernels.agreement import ROW
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "What is 3 plus 4? It is 7. What is 12 minus 5? It is 7 again.",
@@ -67,3 +69,12 @@ def make_model(
     )
     torch.manual_seed(seed)
     return model_class(config).eval()
+
+
+def forbid_logits(model: PreTrainedModel) -> None:
+    """From now on the head may make no logits, but for the short row that is compared when a model is patched."""
+
+    def check(_module, _inputs, output):
+        assert output.shape[-1] == 1 or output.shape[:-1].numel() <= ROW, f"logits of {tuple(output.shape)}"
+
+    model.get_output_embeddings().register_forward_hook(check)

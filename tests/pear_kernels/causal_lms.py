@@ -75,10 +75,16 @@ FAMILIES: dict[str, dict] = {
     "NanoChat": {"final_logit_softcapping": 2.0},
     "ModernBertDecoder": {},
     "Bert": {"is_decoder": True},
+    "Electra": {"is_decoder": True, "embedding_size": 16},
+    "Inkling": {  # 7 rows of its head are padding
+        **HEADS, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4,
+        "dense_intermediate_size": 48, "mlp_layer_types": ["dense"] * 2, "model_max_length": 64,
+        "logits_mup_width_multiplier": 3.0, "vocab_size": VOCABULARY + 7, "unpadded_vocab_size": VOCABULARY,
+    },
     "Llama4": {**EXPERTS, **HEADS, "interleave_moe_layer_step": 2},
-}
+}  # fmt: skip
 CLASSES = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
-CONFIGS = {"Llama4": "Llama4TextConfig", "Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Llama4": "Llama4TextConfig", "Inkling": "InklingTextConfig", "Gemma3": "Gemma3TextConfig"}
 
 
 def make_lm(family: str, dtype: torch.dtype = torch.float64, **options) -> transformers.PreTrainedModel:

@@ -533,7 +533,7 @@ def test_scales_and_soft_caps_are_measured(change, scale, softcap):
     model = with_forward(change)
     expected = model(batch()["input_ids"], labels=batch()["labels"])
     patch_causal_lm(model)
-    temperature, cap = model._pear_patch.treatment
+    temperature, cap, _ = model._pear_patch.treatment
     assert temperature == pytest.approx(scale, rel=1e-6)
     assert cap is None if softcap is None else cap == pytest.approx(softcap, rel=1e-6)
     assert expected.requires_grad
