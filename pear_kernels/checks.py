@@ -234,6 +234,8 @@ def sharded_away(weight: Tensor, least_rows: int) -> bool:
         return True
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_meta:
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # whose storage nobody may ask for
+        return False
     return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 

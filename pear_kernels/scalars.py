@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def with_numbers(function: Callable) -> Callable:
@@ -49,8 +50,15 @@ def without_numbers(fake: Callable) -> Callable:
 
 
 def call(op: Callable, *arguments):
-    """An op `with_numbers`, whose arguments may be numbers that `torch.compile` traces as symbols."""
+    """An op `with_numbers`, whose arguments may be numbers that `torch.compile` traces as symbols.
+
+    Raises:
+        RuntimeError: under a transform of torch.func, for an op with a gradient, naming it and what to do.
+    """
     if not torch.compiler.is_compiling():
+        transforming = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        if transforming and op._backward_fn is not None:  # what has no gradient works
+            refuse_transforms(op._name, arguments)
         return op(*arguments, None, [])
     given, numbers, places = [], [], []
     for i, argument in enumerate(arguments):
@@ -75,6 +83,22 @@ def as_tensor(number: float, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device=device) * number
     return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def refuse_transforms(name: str, arguments: tuple) -> None:
+    """The gradients are made in the forward pass, which such a transform would have to transform too."""
+
+    def transformed(x) -> bool:
+        if not isinstance(x, Tensor):
+            return False
+        return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+
+    if any(map(transformed, arguments)):
+        raise RuntimeError(
+            f"{name} does not work under the transforms of torch.func (grad, vjp, jvp, vmap, jacrev, ...) and in "
+            "forward mode: take gradients by loss.backward() or torch.autograd.grad, and give a batch as (B, T) or "
+            "with cu_seqlens"
+        )
 
 
 def is_symbol(value) -> bool:

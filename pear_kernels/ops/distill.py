@@ -12,7 +12,7 @@ from pear_kernels.engine import DenseWalk, Objective
 from pear_kernels.head import DenseHead
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import STATS, token_scale
-from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.ops.shared import checked_pack, loss_outputs, loss_results, register_loss_gradients
 from pear_kernels.packing import Pack
 from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
@@ -122,4 +122,4 @@ def _(hidden, weight, bias, target, behavior_logprobs, *options):
     return loss_outputs(hidden, weight, target, stats, *options[-3:])
 
 
-linear_distill_loss.register_autograd(loss_backward("linear_distill_loss"), setup_context=save_loss_gradients)
+register_loss_gradients(linear_distill_loss)

@@ -9,7 +9,7 @@ from pear_kernels.engine import Walk
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.negatives import WRONG_STATS, LabelledObjective
 from pear_kernels.objectives import STATS, token_scale
-from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.ops.shared import checked_pack, loss_outputs, loss_results, register_loss_gradients
 from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, whole_vocabulary
@@ -90,4 +90,4 @@ def _(hidden, weight, bias, target, sequence_label, *options):
     return loss_outputs(hidden, weight, target, stats, *options[-3:])
 
 
-linear_pear_loss.register_autograd(loss_backward("linear_pear_loss"), setup_context=save_loss_gradients)
+register_loss_gradients(linear_pear_loss)

@@ -7,7 +7,7 @@ from pear_kernels import checks
 from pear_kernels.backend import dense_head_class, head_class, weights_class
 from pear_kernels.engine import DenseWalk, Walk
 from pear_kernels.memory import explain_out_of_memory
-from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.ops.shared import checked_pack, loss_outputs, loss_results, register_loss_gradients
 from pear_kernels.policy import POLICY_STATS, EntropyBonus, PolicyObjective, PolicyOptions, policy_scale
 from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
@@ -85,4 +85,4 @@ def _(hidden, weight, bias, target, *options):
     return loss_outputs(hidden, weight, target, len(POLICY_STATS), False, *options[-2:])
 
 
-linear_policy_loss.register_autograd(loss_backward("linear_policy_loss"), setup_context=save_loss_gradients)
+register_loss_gradients(linear_policy_loss)

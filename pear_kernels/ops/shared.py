@@ -1,5 +1,7 @@
 """What the custom ops share: checks of values, shapes (fakes), and gradients that are made in the forward pass."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -24,23 +26,35 @@ def forbid_double_backward(name: str) -> None:
         )
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in the dtype of the tensor it belongs to.
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, chosen: str | None = None, shared=False) -> Tensor:
+    """gradient * upstream in the dtype of the tensor it belongs to, by kernels if the call's backend is not "torch".
 
     In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy
-    of dW would be the largest tensor of the whole pass.
+    of dW would be the largest tensor of the whole pass. Not in place if the gradient is `shared` with a saved-tensor
+    hook, which may hold on to it, nor for a batch of upstream gradients (`is_grads_batched`).
     """
-    if gradient.is_cuda and gradient.dtype != dtype and type(gradient) is Tensor and not torch.compiler.is_compiling():
+    plain = type(gradient) is Tensor and not torch.compiler.is_compiling() and not is_batch(upstream)
+    if plain and on_gpu(gradient) and gradient.dtype != dtype:
         # one pass over dW in place of two. A CPU would make a float32 copy for it
-        if gradient.is_contiguous() and backend.resolve(None, gradient.device, gradient.dtype) == "triton":
+        if gradient.is_contiguous() and backend.resolve(chosen, gradient.device, gradient.dtype) == "triton":
             from pear_kernels.triton.head import scale_and_round
 
             return scale_and_round(gradient, upstream, dtype)
         return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if torch.compiler.is_compiling() or type(gradient) is not Tensor or keep_graph():
+    if not plain or shared or keep_graph():
         return (gradient * upstream).to(dtype)
     return gradient.mul_(upstream).to(dtype)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def is_batch(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, as upstream gradients do under `is_grads_batched` and vmap."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def checked_pack(
@@ -114,26 +128,30 @@ def loss_outputs(
     )
 
 
-def save_loss_gradients(ctx, inputs, output):
-    hidden, weight, bias, *_, wanted, _, _ = inputs
-    ctx.wanted = wanted
-    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[4:])
+def register_loss_gradients(op) -> None:
+    """A loss's gradients are made in its op, so all that the backward pass does is scale them."""
+    place = list(inspect.signature(op._init_fn).parameters).index("backend")
 
+    def save(ctx, inputs, output):
+        hidden, weight, bias, *_, wanted, _, _ = inputs
+        ctx.wanted = wanted
+        ctx.backend = inputs[place]
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        ctx.inputs = len(inputs)
+        ctx.shared = not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[4:])
 
-def loss_backward(name: str):
     def backward(ctx, upstream, *_):
-        forbid_double_backward(name)
+        forbid_double_backward(op._name)
         grads = [
-            scaled(gradient, upstream, dtype) if wanted and upstream is not None else None
+            scaled(gradient, upstream, dtype, ctx.backend, ctx.shared) if wanted and upstream is not None else None
             for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
         ]
         return *grads, *[None] * (ctx.inputs - 3)
 
-    return backward
+    op.register_autograd(backward, setup_context=save)
 
 
 def one_sequence(target: Tensor) -> Tensor:

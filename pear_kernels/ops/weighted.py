@@ -14,7 +14,7 @@ from pear_kernels.engine import DenseWalk, Walk
 from pear_kernels.memory import explain_out_of_memory
 from pear_kernels.objectives import token_scale
 from pear_kernels.ops.distill import loaded_teacher
-from pear_kernels.ops.shared import checked_pack, loss_backward, loss_outputs, loss_results, save_loss_gradients
+from pear_kernels.ops.shared import checked_pack, loss_outputs, loss_results, register_loss_gradients
 from pear_kernels.scalars import with_numbers, without_numbers
 from pear_kernels.schedule import Wanted
 from pear_kernels.shards import meet, sharded, whole_vocabulary
@@ -109,4 +109,4 @@ def _(hidden, weight, bias, target, *options):
     return loss_outputs(hidden, weight, target, len(WEIGHTED_STATS), *options[-3:])
 
 
-linear_weighted_loss.register_autograd(loss_backward("linear_weighted_loss"), setup_context=save_loss_gradients)
+register_loss_gradients(linear_weighted_loss)

@@ -1,13 +1,16 @@
 """The custom ops under torch.compile, checkpointing and autograd's rarer uses."""
 
+import functools
+
 import pytest
 import torch
-from problems import gradients, make_problem
+from problems import gradients, make_distill_problem, make_policy_problem, make_problem, make_weighted_problem
 from torch.utils.checkpoint import checkpoint
 
 from pear_kernels import (
     LinearPolicyLoss,
     Teacher,
+    backend,
     linear_distill_loss,
     linear_logprobs,
     linear_pear_loss,
@@ -125,10 +128,10 @@ def changing(problem):
 def test_numbers_that_change_between_calls_are_no_reason_to_compile_again(name):
     problem = make_problem(dtype=torch.float32)
     call, compilations = changing(problem)[name], []
-    backend = torch._dynamo.lookup_backend("aot_eager")
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(
-        call, fullgraph=True, backend=lambda graph, inputs: compilations.append(graph) or backend(graph, inputs)
+        call, fullgraph=True, backend=lambda graph, inputs: compilations.append(graph) or aot_eager(graph, inputs)
     )
     for step in range(4):
         leaves, compiled_leaves, x = problem.leaves(), problem.leaves(), 0.01 * (step + 1)
@@ -165,6 +168,81 @@ def test_a_kept_graph_may_be_walked_twice(problem, make):
     first = torch.autograd.grad(value, leaves, retain_graph=True)
     second = torch.autograd.grad(5 * value, leaves)
     torch.testing.assert_close(second, tuple(5 * grad for grad in first), rtol=1e-5, atol=1e-6)
+
+
+ONE_OF_EACH = {
+    "pear": make_problem,
+    "policy": functools.partial(make_policy_problem, entropy_coef=0.1),
+    "weighted": functools.partial(make_weighted_problem, weighting="dft"),
+    "distill": make_distill_problem,
+}
+
+
+def one_of_each(name):
+    """(the loss as a function of hidden and weight, both)."""
+    problem = (make_problem if name == "logprobs" else ONE_OF_EACH[name])(dtype=torch.float32)
+    options = {**problem.options, "cu_seqlens": problem.cu_seqlens}
+
+    def loss(hidden, weight):
+        if name == "logprobs":
+            return linear_logprobs(hidden, weight, problem.target).square().sum()
+        return problem.loss(hidden, weight, problem.target, problem.behavior_logprobs, **options).loss
+
+    return loss, problem.leaves()
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "logprobs"])
+def test_batches_of_upstream_gradients(name):
+    loss, leaves = one_of_each(name)
+    exact = gradients(loss(*leaves), leaves)
+    batch = torch.autograd.grad(loss(*leaves), leaves, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    jacobian = torch.autograd.functional.jacobian(loss, tuple(leaves), vectorize=True)
+    for grads, row, grad in zip(batch, jacobian, exact, strict=True):
+        torch.testing.assert_close(grads, torch.stack([grad, -2 * grad]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row, grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "logprobs"])
+def test_a_tensor_that_a_hook_holds_stays_as_it_is(name):
+    loss, leaves = one_of_each(name)
+    exact, held = gradients(5 * loss(*leaves), leaves), []
+
+    def pack(tensor):
+        held.append((tensor, tensor.clone()))
+        return len(held) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: held[i][0]):
+        value = 5 * loss(*leaves)
+    for keep in (True, False):
+        torch.testing.assert_close(torch.autograd.grad(value, leaves, retain_graph=keep), tuple(exact))
+    assert held and all(torch.equal(tensor, copy) for tensor, copy in held)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "logprobs"])
+def test_transforms_of_torch_func_are_refused_by_name(name):
+    loss, (hidden, weight) = one_of_each(name)
+    message = f"linear_{name}.* does not work under the transforms of torch.func.*loss.backward"
+    for call in (
+        lambda: torch.func.grad(loss)(hidden, weight),
+        lambda: torch.func.vjp(loss, hidden, weight),
+        lambda: torch.func.jvp(functools.partial(loss, hidden), (weight,), (weight,)),
+        lambda: torch.func.vmap(loss, (0, None))(torch.stack([hidden, hidden]), weight),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_the_backward_pass_keeps_to_the_calls_backend(monkeypatch):
+    """On a GPU a weight of another dtype than its gradient is scaled by a kernel, unless the call says "torch"."""
+    asked = []
+    monkeypatch.setattr(backend, "resolve", lambda chosen, device, dtype: asked.append(chosen) or "torch")
+    monkeypatch.setattr(ops.shared, "on_gpu", lambda tensor: True)
+    for which in ("torch", None):
+        problem = make_problem(dtype=torch.bfloat16, backend=which)
+        out, leaves = problem.ours()
+        asked.clear()
+        gradients(out.loss, leaves)
+        assert asked == [which]  # of dW, which is float32
 
 
 def test_gradients_accumulate_over_calls(problem):
