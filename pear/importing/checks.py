@@ -8,7 +8,7 @@ import numpy as np
 
 from pear.importing import sampling
 from pear.importing.generation import Generation, Reject
-from pear.io import MAX_LOGPROB
+from pear.io import MAX_FLOAT32, MAX_LOGPROB
 
 FLOOR = -9999.0  # what OpenAI and vLLM write for "less likely than I can say"
 _MANY = 100  # values below which nothing is said about their grid
@@ -40,15 +40,15 @@ def check_logprobs(generation: Generation, floored: bool = False) -> list[float]
         value = token.logprob
         if type(value) not in (int, float):
             raise Reject(f"no log-prob of token {number}: got {value!r:.60}", again=True)
-        if not math.isfinite(value):
-            raise Reject(f"the log-prob of token {number} is {value!r}", again=True)
+        if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
+            raise Reject(f"the log-prob of token {number} is {value!r:.60}", again=True)
         if value > MAX_LOGPROB:
             raise Reject(f"the log-prob of token {number} is {value!r}, above 0: is it a logit or a probability?")
         if value <= FLOOR and not floored:
             raise Reject(f"the log-prob of token {number} is {value!r}: a floor that the server writes, not the value")
         values.append(float(value))
     total = generation.total
-    if type(total) in (int, float) and math.isfinite(total):
+    if type(total) in (int, float) and abs(total) <= MAX_FLOAT32:
         own = math.fsum(values)
         if abs(own - total) > 0.01 + 1e-3 * len(values):
             raise Reject(

@@ -64,6 +64,6 @@ def _data(piece: Any, name: str) -> bytes:
     if isinstance(piece, str):
         return piece.encode("utf-8", "surrogatepass")
     try:
-        return bytes(piece)
+        return bytes(piece if isinstance(piece, list) else None)  # bytes(n) would be n zeros
     except (TypeError, ValueError):
         raise Reject(f"an entry of `{name}` must be a string or a list of bytes, got {piece!r:.100}") from None

@@ -1,9 +1,9 @@
 """How a response was sampled: the settings a source tells, and what they mean for a ratio of log-probs."""
 
-import math
 from typing import Any
 
 from pear.importing.generation import STAGES
+from pear.io import MAX_FLOAT32
 
 # Each setting with the values that leave the model's distribution as it is.
 KEYS: dict[str, tuple[float, ...]] = {
@@ -27,7 +27,7 @@ def settings(source: Any) -> dict[str, float]:
     found = {}
     for name in (*KEYS, *_NAMES):
         value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) <= MAX_FLOAT32:
             found[_NAMES.get(name, name)] = value
     return found
 
