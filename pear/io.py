@@ -115,9 +115,16 @@ def read_yaml(path: str | os.PathLike, expected: str) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise yaml.YAMLError(f"key {twice!r:.60} is given twice, the first time at{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
     path = Path(path)
     try:
-        value = yaml.safe_load(_text(path, expected))
+        value = yaml.load(_text(path, expected), Loader)
         size = _expanded(value, {})
     except RecursionError:
         raise DataError(f"{path}: nested too deep (expected {expected})") from None

@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, TrlParser
 
 from pear.command_line import unknown_option, with_underscores
-from pear.io import DataError
+from pear.io import DataError, read_yaml
 
 
 class Parser(TrlParser):
@@ -53,6 +53,11 @@ def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> 
     line = [part for word in line for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in line[-1:] or line.count("--config") > 1:
         raise DataError(f"options of {command}: --config takes the path of one YAML file")
+    if "--config" in line:
+        path = line[line.index("--config") + 1]
+        config = read_yaml(path, "YAML of options, `name: value`")
+        if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+            raise DataError(f"{path}: expected YAML of options, `name: value`, got {config!r:.100}")
     try:
         with warnings.catch_warnings():
             # TRL's configs set gradient_checkpointing, whose new name no user's command line can answer for

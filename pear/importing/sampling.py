@@ -1,5 +1,6 @@
 """How a response was sampled: the settings a source tells, and what they mean for a ratio of log-probs."""
 
+import math
 from typing import Any
 
 from pear.importing.generation import STAGES

@@ -35,7 +35,7 @@ def behavior_choice(row: dict[str, Any], where: str, model: str | None, fallback
     if model is not None:
         if named not in (None, model):
             raise DataError(
-                f"{where}: the row names {named!r} as its behaviour policy, and the model is {model!r}. Leave out "
+                f"{where}: the row names {named!r:.200} as its behaviour policy, and the model is {model!r}. Leave out "
                 "--model, and each row is scored by the policy that it names; or, if both are one, give the model by "
                 "the name that the row has, or take `behavior_policy` and `scored` out of the rows."
             )

@@ -1,5 +1,6 @@
 """Spelling of options: underscores and dashes, switches with and without a value, the nearest name, one line."""
 
+import re
 from importlib.metadata import version
 
 import pytest
@@ -84,3 +85,23 @@ def test_an_unknown_key_of_a_configuration_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rte: 0.1\n")
     with pytest.raises(DataError, match="configuration file: no such option: learning_rte; did you mean learning_rate"):
         parse(KINDS, "pear sft", [f"--config={tmp_path / 'c.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no such file (expected YAML of options"),
+        ("- a\n", "expected YAML of options, `name: value`, got ['a']"),
+        ("", "expected YAML of options, `name: value`, got None"),
+        ("1: 2\n", "expected YAML of options, `name: value`, got {1: 2}"),
+        ("a: [" * 3000, "nested too deep"),
+        ("model: a\nmodel: b\n", "key 'model' is given twice"),
+        ("\x1f\x8b", "a gzip archive"),
+    ],
+)
+def test_a_configuration_that_is_none_is_said_with_its_name(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
+        parse(KINDS, "pear sft", ["--config", str(path)])

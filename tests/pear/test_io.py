@@ -144,6 +144,7 @@ BOMB = "a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join(['*' + b] * 9)}]\n" for b
         ("a: [1", "not YAML: while parsing.*line 1"),
         (BOMB, "aliases stand for more than"),
         ("a: 2024-13-99", "not YAML: month must be"),
+        ("a: {b: 1, c: 2, b: 3}", "not YAML: key 'b' is given twice"),
     ],
 )
 def test_yaml_without_bound_is_refused(tmp_path, text, message):
