@@ -193,8 +193,8 @@ def begin(args: TrainingArguments, record: dict[str, Any], overwrite: bool) -> s
     if checkpoint is not None:
         if not run_identity.check(checkpoint, record):
             logger.warning(
-                f"{checkpoint} has no {run_identity.RECORD}, as pear {record['command']} writes since version 0.3: "
-                "whether it is of the same data, model and objective is not checked"
+                f"{checkpoint} has no {run_identity.RECORD}, so whether it is of the same data, model and objective is "
+                "not checked"
             )
         if Path(checkpoint).resolve().parent == Path(args.output_dir).resolve():
             return checkpoint
