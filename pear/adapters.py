@@ -60,8 +60,7 @@ def merge(model: "PeftModel", autocast: AbstractContextManager | None = None) ->
             _tie_again(merged)
     except Exception as error:
         raise MergeError(f"merging failed with {type(error).__name__}: {' '.join(str(error).split()):.300}") from error
-    dtype = merged.dtype if autocast is None else torch.bfloat16
-    if (off := difference(before, logits(merged, autocast))) > ROUNDING[dtype]:
+    if (off := difference(before, logits(merged, autocast))) > rounding(merged, autocast):
         raise MergeError(f"the merged model's logits differ from the adapter's by {off:.2g} of the largest")
     return merged
 
@@ -78,6 +77,10 @@ def logits(model: torch.nn.Module, autocast: AbstractContextManager | None = Non
             return model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         model.train(training)
+
+
+def rounding(model: PreTrainedModel, autocast: AbstractContextManager | None) -> float:
+    return ROUNDING.get(model.dtype if autocast is None else torch.bfloat16, 2**-5)
 
 
 def difference(before: torch.Tensor, after: torch.Tensor) -> float:

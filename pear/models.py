@@ -48,7 +48,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         with _named_base(name, base):
             loaded = load_model(base, **kwargs)
         model = load_adapter(resolve_model(name), loaded)
-        model.config._name_or_path = name
+        model.name_or_path = model.config._name_or_path = name  # what an adapter that is trained next is of
         return model
     with _named(name):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -82,19 +82,21 @@ def check_architecture(config: PretrainedConfig | None, name: str) -> None:
 
 def _base_of(name: str) -> str | None:
     """The model that `name` is an adapter folder of, or None: what `load_model` can load, wherever we are."""
-    if name == "smollm2":
-        return None
-    folder = Path(resolve_model(name))
-    config = read_adapter(str(folder))
-    if config is None:
-        return None
-    base = config["base_model_name_or_path"]
-    seen = {folder.resolve()}
-    if not os.path.isabs(base) and not Path(base).is_dir() and (folder.parent / base).is_dir():
-        base = str(folder.parent / base)  # written relative to where the adapter was trained
-    if Path(base).resolve() in seen:
-        raise DataError(f"model {name!r} is an adapter folder that names itself as its base_model_name_or_path")
-    return base
+    found, seen, at = None, set(), name
+    while at != "smollm2" and (config := read_adapter(folder := resolve_model(at))) is not None:
+        seen.add(os.path.realpath(folder))
+        at = config["base_model_name_or_path"]
+        if not os.path.isabs(at) and not os.path.isdir(at) and (beside := Path(folder).parent / at).is_dir():
+            at = str(beside)  # written relative to where the adapter was trained
+        if os.path.realpath(at) in seen:
+            raise DataError(
+                f"model {name!r} is an adapter folder whose base_model_name_or_path leads back to itself, by {at!r}"
+            )
+        if found is None:
+            found = at
+            if not os.path.isdir(at):
+                break  # a name on the hub, or nothing: `load_model` of it says what
+    return found
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import hf_api
 
-from pear.adapters import CONFIG, ROUNDING, WEIGHTS, MergeError, can_merge, difference, logits, merge
+from pear.adapters import CONFIG, WEIGHTS, MergeError, can_merge, difference, logits, merge, rounding
 from pear.checkpoints import clear, is_whole, step_of
 from pear.folders import sync_files
 from pear.io import DataError, WriteError, disk_error, write_error
@@ -168,16 +168,16 @@ def _check_written(folder: Path, model: PreTrainedModel, autocast: AbstractConte
     try:
         before = logits(model, autocast)
         attention = model.config._attn_implementation
-        read, found = AutoModelForCausalLM.from_pretrained(
+        read, found = type(model).from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, attn_implementation=attention, output_loading_info=True
         )
         after = logits(read.to(model.device), autocast)
-    except (torch.OutOfMemoryError, RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         logger.warning(f"The saved model was not read back: {_in_a_line(error)}")
         return
     if found["missing_keys"]:
         raise MergeError(f"the written model lacks {sorted(found['missing_keys'])[0]}")
-    if (off := difference(before, after)) > ROUNDING[model.dtype if autocast is None else torch.bfloat16]:
+    if (off := difference(before, after)) > rounding(model, autocast):
         raise MergeError(f"the written model's logits differ from the trained one's by {off:.2g} of the largest")
 
 
@@ -317,14 +317,13 @@ def push_final(trainer: Trainer, saved: Saved) -> None:
     if not trainer.is_world_process_zero():
         return
     output_dir, repository = Path(trainer.args.output_dir), trainer.hub_model_id
-    trainer.create_model_card(model_name=repository.split("/")[-1])
-    records = [str(path.relative_to(output_dir)) for pattern in RECORDS for path in output_dir.glob(pattern)]
-    files = sorted({*saved.files, *records} - {"training_args.bin", "adapter/training_args.bin"})
     try:
+        trainer.create_model_card(model_name=repository.split("/")[-1])
+        records = [str(path.relative_to(output_dir)) for pattern in RECORDS for path in output_dir.glob(pattern)]
         hf_api().upload_folder(
             repo_id=repository,
             folder_path=str(output_dir),
-            allow_patterns=files,
+            allow_patterns=sorted({*saved.files, *records} - {"training_args.bin", "adapter/training_args.bin"}),
             commit_message="End of training",
             token=trainer.args.hub_token,
             revision=trainer.args.hub_revision,

@@ -238,7 +238,7 @@ def test_an_adapter_folder_that_cannot_be_used_is_a_sentence(adapter_folder):
 
     refused("./gone", r"adapter' is an adapter folder of './gone' .*cannot be loaded: .*no such folder")
     refused(None, "names no base_model_name_or_path")
-    refused(str(folder), "names itself")
+    refused(str(folder), "leads back to itself")
     path.write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(DataError, match=r"an adapter folder without adapter_model\.safetensors"):

@@ -153,6 +153,8 @@ def test_an_adapter_that_cannot_be_merged_is_the_result_and_trains_on(student, s
     monkeypatch.undo()
     trainer = main(argv(tmp_path / "out", scored, tmp_path / "again"))  # a folder that holds an adapter alone
     same(tmp_path / "again", trainer.model)
+    line = argv(tmp_path / "out", scored, tmp_path / "second", *LORA, "--no_merge_adapter")
+    same(tmp_path / "second", main(line).model)  # an adapter of an adapter folder
 
 
 @pytest.mark.parametrize("lora", [False, True])
