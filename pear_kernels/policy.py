@@ -112,10 +112,18 @@ OBJECTIVES = {
 }
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """r_ref - 1 - log r_ref with r_ref = pi_ref / pi (Schulman's k3, GRPO's equation 4), and d/d(-log p) of it."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.expm1() - log_ratio, log_ratio.expm1()
+# What log r_ref counts for at most in r_ref, so that a loss and a gradient of this dtype stay finite, sums included
+MAX_KL_LOG_RATIO = {torch.float32: 80.0, torch.float64: MAX_LOG_RATIO}
+
+
+def k3(log_ratio: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """r - 1 - log r of log r (Schulman's k3, GRPO's equation 4, where r = pi_ref / pi), and d/d(log r) of it.
+
+    r is no more than exp of `MAX_KL_LOG_RATIO` for results of `dtype`, in both. (verl clamps log r to 20 and KL to 10,
+    where no gradient is left; TRL clamps nothing, and a float32 loss is infinite from log r = 89 on.)
+    """
+    excess = log_ratio.clamp(max=MAX_KL_LOG_RATIO[dtype]).expm1()
+    return excess - log_ratio, excess
 
 
 # ---- the whole loss
@@ -135,10 +143,12 @@ class PolicyObjective(Objective):
         scale: Tensor,  # (n,) float64, from `token_scale`
         *,
         one_advantage: bool,  # whether a sequence's tokens share theirs
+        dtype: torch.dtype = torch.float64,  # of results
         weights: Callable[..., PEARWeights] = PEARWeights,  # the backend's, for sums over sequences
     ):
         self.pack = pack
         self.options = options
+        self.dtype = dtype
         self.weights = weights
         self.kind = OBJECTIVES[options.objective]
         self.raw_advantages = advantages.double()
@@ -213,10 +223,12 @@ class PolicyObjective(Objective):
         logprobs, log_ratio = self.logprobs[begin:end], self.log_ratio(begin, end)
         found = [self.kind.formula(logprobs, log_ratio, part[begin:end], self.options) for part in self.parts]
         if self.options.beta:
-            kl, slope = k3(logprobs, self.ref_logprobs[begin:end])
+            ref_log_ratio = self.ref_logprobs[begin:end] - logprobs
+            kl, slope = k3(ref_log_ratio, self.dtype)
             if self.options.unbiased_kl:
+                # the slope is that of r k3, r (r_ref - 1 - k3): log r_ref, of which a difference would lose all digits
                 ratio = self.own_log_ratio(begin, end).exp()
-                kl, slope = ratio * kl, ratio * (slope - kl)
+                kl, slope = ratio * kl, ratio * ref_log_ratio
             found.append((self.options.beta * kl, self.options.beta * slope))
         losses, coefficients = zip(*found, strict=True)
         return sum(losses), sum(coefficients)
@@ -237,8 +249,8 @@ class PolicyObjective(Objective):
         sampler = nothing + 1 if self.sampler_log_ratio is None else self.sampler_ratio(capped=False)
         values = (
             -self.logprobs,
-            own.expm1() - own,
-            nothing if self.ref_logprobs is None else k3(self.logprobs, self.ref_logprobs)[0],
+            k3(own, self.dtype)[0],
+            nothing if self.ref_logprobs is None else k3(self.ref_logprobs - self.logprobs, self.dtype)[0],
             (ratio < 1 - options.clip_low) & (self.raw_advantages < 0),
             (ratio > 1 + options.clip_high) & (self.raw_advantages > 0),
             ratio,

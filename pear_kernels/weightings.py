@@ -38,6 +38,7 @@ class WeightingOptions(NamedTuple):
 
 
 WEIGHTING_DEFAULTS = WeightingOptions()
+MIN_MISSED = 1e-30  # least probability of "another token" to divide by, so that float32 holds what comes of it
 
 
 class Tokens(NamedTuple):
@@ -81,14 +82,14 @@ def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 
     Its authors sum KL(pi_ref, pi) over the vocabulary. From one log-prob a token, what can be had exactly is that KL
     for the outcomes "this token" and "another one": a lower bound of it, whose gradient in the target's logit is the
-    same, p - p_ref.
+    same, p - p_ref. (1 - p counts for at least `MIN_MISSED` in the coefficient, which then stays finite.)
     """
     log_p, log_q = tokens.logprobs, tokens.logprobs - tokens.log_ratio
     p, missed, missed_ref = log_p.exp(), -torch.expm1(log_p), -torch.expm1(log_q.clamp(max=0.0))
     tiny = torch.finfo(torch.float64).tiny
     other = torch.xlogy(missed_ref, missed_ref) - torch.xlogy(missed_ref, missed.clamp(min=tiny))
     kl = log_q.exp() * (log_q - log_p) + other
-    slope = 1 - missed_ref / missed.clamp(min=tiny)  # (q - p) / (1 - p)
+    slope = 1 - missed_ref / missed.clamp(min=MIN_MISSED)  # (q - p) / (1 - p)
     return p * -log_p + options.asft_kl * kl, p + options.asft_kl * slope
 
 

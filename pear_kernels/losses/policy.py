@@ -78,7 +78,9 @@ def linear_policy_loss(
             has as many sequences as tokens.)
         objective: a row of the table.
         ref_logprobs: like target, under the reference policy. For statistics alone if beta is 0.
-        beta: factor of the KL to the reference policy, estimated by Schulman's k3.
+        beta: factor of the KL to the reference policy, estimated by Schulman's k3. r_ref counts for exp(80) at most
+            (exp(700) in float64), in the loss and in the gradient, so that a token far from the reference leaves both
+            finite.
         clip_low, clip_high: a ratio counts for no less than 1 - clip_low and no more than 1 + clip_high, by objective.
         dual_clip: what a clipped ratio counts for at most where A < 0 (arXiv 1912.09729); None: no such bound.
         sapo_temperatures: tau of "sapo" for A > 0 and for other A.
@@ -89,7 +91,7 @@ def linear_policy_loss(
         max_length: the length of "constant_length"; None: that of the longest sequence here (of (B, T) rows: T).
             Dr. GRPO wants one that is the same in every call.
         unbiased_kl: multiply the KL term by the token's r = pi / pi_old, gradient included, which makes its gradient
-            that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
+            that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556): r log(pi / pi_ref) in log pi, for any log-ratio.
         reduction: "mean", "sum", "sequence_mean" (as in `linear_pear_loss`), or "constant_length", all sequences (empty
             ones too) times `max_length`; None: the objective's.
 

@@ -70,6 +70,7 @@ def linear_policy_loss(
         *(column if column is None else pack.take(column) for column in columns.values()),
         policy_scale(pack, cu_seqlens, options, reduction, denominator, sequence_scale),
         one_advantage=by_sequence,
+        dtype=head.dtype,
         weights=weights_class(backend, hidden.device, compute_dtype),
     )
     with explain_out_of_memory("linear_policy_loss", hidden, head, Wanted(*wanted), workspace_bytes):

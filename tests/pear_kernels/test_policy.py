@@ -515,6 +515,28 @@ def test_static_packs_give_the_same_answers(objective, trained, monkeypatch):
             torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 80), (torch.float64, 700)])
+@pytest.mark.parametrize("far", [1.0, 30.0, 60.0, 79.0, 120.0, 800.0, 5000.0])
+@pytest.mark.parametrize("unbiased_kl", [False, True])
+def test_a_token_far_from_the_reference(dtype, bound, far, unbiased_kl):
+    """A head of two tokens, of which the target has log-prob -far: loss and gradient are finite, and the formula's."""
+    hidden, weight = torch.tensor([[far]], dtype=dtype, requires_grad=True), torch.tensor([[0.0], [1.0]], dtype=dtype)
+    old, ref = -far - 0.5, -1e-3
+    out = linear_policy_loss(
+        hidden, weight, torch.tensor([0]), torch.tensor([old], dtype=dtype), torch.zeros(1, dtype=dtype), beta=1.0,
+        ref_logprobs=torch.tensor([ref], dtype=dtype), unbiased_kl=unbiased_kl, objective="reinforce",
+    )  # fmt: skip
+    logprob = -math.log1p(math.exp(-far)) - far
+    log_ratio = ref - logprob
+    excess = math.expm1(min(log_ratio, bound))
+    r = math.exp(logprob - old) if unbiased_kl else 1.0
+    assert out.loss.item() == pytest.approx(r * (excess - log_ratio), rel=3e-5)
+    missed = 1 / (1 + math.exp(-far))  # d(-log p) / d hidden
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert grad.item() == pytest.approx(r * (log_ratio if unbiased_kl else excess) * missed, rel=3e-5)
+    assert all(value.isfinite() for value in out.stats.values())
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("rows", [5, 400])

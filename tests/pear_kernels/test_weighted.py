@@ -549,6 +549,18 @@ def test_ways_to_write_a_function(plain, function):
 # ---- layouts and edges
 
 
+@pytest.mark.parametrize("lead", [10.0, 60.0, 90.0, 120.0, 500.0])
+def test_asft_of_a_token_that_is_certain(lead):
+    """1 - p is below float32's smallest number from a lead of 104 on; the gradient p - q in the logit is kept to 69."""
+    hidden, weight = torch.tensor([[lead]], requires_grad=True), torch.tensor([[1.0], [0.0]], requires_grad=True)
+    out = linear_weighted_loss(hidden, weight, torch.tensor([0]), "asft", ref_logprobs=torch.tensor([-1.0]))
+    of_logit, of_weight = gradients(out.loss, [hidden, weight])
+    assert out.loss.isfinite() and out.weights.isfinite().all() and of_weight.isfinite().all()
+    p = math.exp(-math.log1p(math.exp(-lead)))
+    exact = 0.1 * (p - math.exp(-1)) - p * math.exp(-lead)
+    assert of_logit.item() == pytest.approx(exact if lead < 69 else 0.0, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_padded_equals_packed(weighting):
     lengths = (7, 2, 9)
