@@ -366,6 +366,8 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
     unchanged = load_tokenizer(name)
     options = {option: getattr(args, option) for option in OPTIONS}
     tokenizer = changed_tokenizer(unchanged, **options)
+    if tokenizer.eos_token != unchanged.eos_token:  # of a template's model; TRL tells the student's config
+        args.eos_token = tokenizer.eos_token
     in_memory = data_args.teacher is not None
     init = model_init_kwargs(args, model_args)
     config = find_config(name, **init)

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pear.chat import TemplateLimit
 from pear.importing import openai
 from pear.importing.client import Client, Failed, ServerError
 from pear.importing.generation import Generation, Reject, read_all
@@ -190,6 +191,8 @@ class Live:
             row = prompt_and_completion(row, where)
             with self._one:
                 tokens = None if self.tokenizer is None else tokenize_row(row, self.tokenizer, where)
+        except TemplateLimit:
+            raise
         except DataError as error:
             raise Reject(str(error).removeprefix(f"{where}: ")) from None
         if tokens is None and not isinstance(row["prompt"], str):

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from pear.importing import checks, sampling
+from pear.notes import Notes
 
 
 def report(counts: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,16 @@ def _warnings(counts: dict[str, Any], listed: list[dict[str, Any]]) -> list[str]
         )
     if behind := counts.get("behind a stop string"):
         said.append(f"{behind} tokens behind the end of the texts (stop strings) were left off")
-    return said
+    return said + noted(counts).in_words()
+
+
+def noted(counts: dict[str, Any]) -> Notes:
+    """What the rows' tokens have that one may not expect, by line of the data."""
+    notes = Notes()
+    for note, lines_of in counts.get("notes", {}).items():
+        for line in sorted(map(int, filter(str.isdigit, lines_of))):
+            notes.add(line, (note,))
+    return notes
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from pear.importing.spelling import (
 )
 from pear.io import DataError, check_label
 from pear.models import tokenizer_fingerprint
+from pear.notes import EOS, LEFT_OUT, REASONING, REWRITTEN
 from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
 from pear.seal import SEALED
 from pear.strict_json import unwritable
@@ -53,6 +54,9 @@ class Converter:
         self.settings = settings or {}
         self.stage = stage
         self.fingerprint = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        self._notes: tuple[str, ...] = ()  # of the row at hand
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            _check_template(tokenizer)
         self.roles = None if tokenizer is None else roles_of(tokenizer)
 
     def row(self, generation: Generation, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,7 +80,7 @@ class Converter:
             generation.prompt = self.tokenizer.decode(generation.prompt_ids, skip_special_tokens=False)
         if generation.prompt is None:
             raise Reject("the prompt's text is not in the data, only its ids: give --tokenizer")
-        text = self._text(generation)
+        text, self._notes = self._text(generation), ()
         if generation.whole:
             made, counts = self._scored_row(generation, text, where)
         elif self.tokenizer is not None and all(token.id is not None for token in generation.tokens):
@@ -104,6 +108,9 @@ class Converter:
                 noted = noted | {"kept_mass": round(found["kept"] / found["estimated"], 4)}
         if noted:
             row["behavior_sampling"] = noted
+        line = where.rpartition(":")[2]
+        if self._notes:
+            counts["notes"] = {note: {line: 1} for note in self._notes}
         counts["policies"] = {policy: 1}
         counts["rows"] = 1
         if generation.finish == "length":
@@ -246,6 +253,8 @@ class Converter:
                 raise Reject(str(error).removeprefix(f"{where}: ")) from None
             why = "the tokenizer cannot encode the row"
             return generation.prompt_ids, {name: checks.answer(None, why) for name in _OF_IDS[1:]}
+        spelled_by_ids = [LEFT_OUT + key for key in ("content", *REASONING)]
+        self._notes = tuple(note for note in own.notes if note not in (*spelled_by_ids, EOS, REWRITTEN))
         prompt = _prompt_ids(text, own, self.tokenizer)
         completion = own.input_ids[len(prompt) :] if own.input_ids[: len(prompt)] == prompt else []
         same = _re_encodes(completion, ids, pieces_of(self.tokenizer).added)
@@ -308,7 +317,8 @@ class Converter:
                 f"{count} log-probs for {length} tokens ({least} without those that end the turn), as --tokenizer cuts "
                 "the completion"
             )
-        own = TokenizedRow(own.input_ids[: start + count], own.completion_mask[: start + count], own.prompt_cut)
+        end = start + count
+        own = own._replace(input_ids=own.input_ids[:end], completion_mask=own.completion_mask[:end])
         asked = {name: checks.answer(None, _NO_IDS) for name in _OF_IDS}
         return self._own_row(generation, text, own, asked)
 
@@ -324,6 +334,7 @@ class Converter:
         self, generation: Generation, text: dict[str, Any], own: TokenizedRow, asked: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         values = checks.check_logprobs(generation)
+        self._notes = own.notes
         start = own.completion_mask.index(1)
         try:
             spans: Spans | None = spans_of(text, own, self.tokenizer)
@@ -375,6 +386,16 @@ _MADE = {
 _OF_TOKENS = {key for key in SEALED if key.startswith(("ref_", "top_k_"))}
 _SPANS = "every row's spans"
 _OF_IDS = ("ids are the text", "completion re-encodes to the ids", "prompt re-encodes to the ids")
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise where the chat template loops. It is found here, in the main thread: others have no alarm (`bounded`)."""
+    try:
+        Renderer({}, tokenizer, "--tokenizer").text([{"role": "user", "content": "a"}])
+    except TemplateLimit:
+        raise
+    except DataError:  # a template that wants other messages
+        pass
 
 
 def _prompt_ids(text: dict[str, Any], own: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
