@@ -27,9 +27,8 @@ def outcome(folder: Path, kind: str) -> list[str]:
     said.append(f"model: {folder}; log: {folder / LOG}; record: {folder / RECORD}")
     model = shlex.quote(str(folder))
     if kind == "sft":
-        said.append(
-            f"next: pear rl --model {model} --task countdown --output_dir {model}-rl, or pear eval --model {model}"
-        )
+        folder_of_rl = shlex.quote(f"{folder}-rl")
+        said.append(f"next: pear rl --model {model} --task countdown --output_dir {folder_of_rl}")
     else:
         said.append(f"next: pear eval --model {model} --task countdown")
     return said
