@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.appending import holding, output_file
 from pear.generate import generate
-from pear.io import write_json
+from pear.io import DataError, write_json
 from pear.tasks import FORMATS, Problem, load_task, rewards
 
 
@@ -102,10 +102,7 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
     )
-    correct = [
-        sum(rewards(problem, [c.text for c in completions]))
-        for problem, completions in zip(problems, drawn, strict=True)
-    ]
+    correct = [_correct(i, problem, texts) for i, (problem, texts) in enumerate(zip(problems, drawn, strict=True))]
     everything = [completion for completions in drawn for completion in completions]
     figures = {}
     for each in sorted({1, k}):
@@ -130,6 +127,21 @@ def evaluate(
             for prompt, c, completions in zip(prompts, correct, drawn, strict=True)
         ],
     }
+
+
+def _correct(number: int, problem: Problem, completions: Sequence[Any]) -> int:
+    """How many of the completions are right.
+
+    Raises:
+        DataError: the task's scorer fails on one of them.
+    """
+    try:
+        return sum(rewards(problem, [c.text for c in completions]))
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"task {problem.task!r}, problem {number} ({problem.prompt('question')[:200]!r}): its scorer raised {what}"
+        ) from error
 
 
 def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:

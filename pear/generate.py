@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.chat import Renderer
 from pear.decode import decode
 from pear.models import check_ids
+from pear.progress import progress as progress_of
 from pear_kernels.positions import position_limit
 
 
@@ -150,10 +150,13 @@ def _bar(progress: str | Callable[[int, int], None] | None, total: int) -> Itera
     if callable(progress):
         yield lambda done: progress(done, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    last = (TextColumn("left:"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = progress is None or not console.is_terminal
-    with Progress(*columns, *last, transient=True, console=console, disable=hidden) as bar:
-        task = bar.add_task(progress or "", total=total)
-        yield lambda done: bar.update(task, completed=done)
+    console = Console(stderr=True, quiet=progress is None)
+    with progress_of(progress or "", total, "completions", console=console, transient=True) as advance:
+        before = 0
+
+        def show(done: int) -> None:
+            nonlocal before
+            advance(done - before)
+            before = done
+
+        yield show

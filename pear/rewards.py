@@ -1,7 +1,7 @@
 """Rewards for RL: TRL's plain functions, made safe against a completion that they cannot judge, and two ready ones."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -52,15 +52,16 @@ class GuardedReward:
             DataError: ten completions in a row could not be judged, or the number of rewards is wrong.
         """
         try:
-            values = self.function(prompts=prompts, completions=completions, **columns)
+            found = self.function(prompts=prompts, completions=completions, **columns)
+            is_list = isinstance(found, Iterable) and getattr(found, "ndim", 1) > 0
+            values = list(found) if is_list else []
         except Exception:  # of whatever kind: it is the user's code
-            values = [self._one(i, prompts, completions, columns) for i in range(len(prompts))]
-        try:
-            values = list(values)
-        except TypeError:
+            values, is_list = [self._one(i, prompts, completions, columns) for i in range(len(prompts))], True
+        if not is_list:
             raise DataError(
-                f"reward {self.__name__!r} returned {values!r}; it must return a list: one reward of each completion"
-            ) from None
+                f"reward {self.__name__!r} returned {_short(found)}; it must return a list: one reward of each "
+                "completion"
+            )
         if len(values) != len(prompts):
             raise DataError(
                 f"reward {self.__name__!r} returned {len(values)} rewards for {len(prompts)} completions; it must "
@@ -88,16 +89,16 @@ class GuardedReward:
         if value is None:
             return None
         if isinstance(value, Exception):
-            why = f"raised {type(value).__name__}: {value}"
+            why = f"raised {type(value).__name__}: {_one_line(str(value))}"
         else:
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except Exception:  # of whatever kind: it is the user's object
                 number = math.nan
             if math.isfinite(number):
                 self._in_a_row = 0
                 return number
-            why = f"returned {value!r}, which is no finite number"
+            why = f"returned {_short(value)}, which is no finite number"
         fault = Fault(self.__name__, i, prompts[i], completions[i], why)
         self.faults.append(fault)
         self._in_a_row += 1
@@ -105,6 +106,15 @@ class GuardedReward:
             cause = value if isinstance(value, Exception) else None
             raise DataError(f"{MOST_IN_A_ROW} completions in a row could not be judged. The last: {fault}") from cause
         return 0.0
+
+
+def _short(value: Any) -> str:
+    return _one_line(repr(value))
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def guarded(function: Any) -> Any:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.appending import holding, output_file
 from pear.io import LOGPROB_COLUMNS, TOP_K_COLUMNS, DataError, write_error
 from pear.long_rows import check_long_rows, rows_in_words, too_long
 from pear.models import load_tokenizer, vocabulary_fingerprint
+from pear.progress import progress as progress_of
 from pear.rows import bare_text_in_words, prompt_cut_in_words
 from pear.scoring.batches import TopK, batches, score_batch
 from pear.scoring.choice import NONE
@@ -313,7 +313,7 @@ def _score_share(
         if todo := [row for i in batch if (row := share.rows[i]).line not in side]:
             left.append(todo)
     mine = left[processes.rank :: processes.count]
-    with _progress(console, sum(map(len, mine)), f"scoring{processes.which}") as advance:
+    with progress_of(f"scoring{processes.which}", sum(map(len, mine)), "rows", console=console) as advance:
         for rows in mine:
             side.append(rows, score_batch(scorer, rows, data, wanted))
             advance(len(rows))
@@ -406,17 +406,3 @@ def _limit(plan: Plan) -> str:
 def _too_long_message(plan: Plan, data: str | os.PathLike) -> str:
     rows = plan.written + len(plan.too_long)
     return f"{data}: left out {len(plan.too_long)} of {rows} rows, {too_long(list(plan.too_long), _limit(plan))}."
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int, what: str) -> Iterator:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

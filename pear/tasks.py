@@ -186,7 +186,8 @@ def judge(problem: Problem, answer: str) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # Python's remarks on answers such as "(1)(2)"
             score = _scorer(task.dataset)(found[1], problem.entry)
-    except (ValueError, ArithmeticError, SyntaxError):  # what parsers raise on junk; anything else is a bug to see
+    except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):
+        # what parsers raise on junk; anything else is a bug to see
         return 0
     return int(score >= CORRECT)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pear.appending import holding, output_file
 from pear.importing import checks, columns, openai, sglang, vllm
@@ -25,6 +24,7 @@ from pear.importing.rows import Converter
 from pear.importing.sampling import KEYS
 from pear.io import DataError, atomic_writer, check_output, is_stream, read_jsonl, write_error, write_json, write_jsonl
 from pear.models import load_tokenizer
+from pear.progress import progress as progress_of
 from pear.seal import seal
 
 SOURCES = ("vllm", "sglang", "openai", "jsonl")
@@ -131,7 +131,7 @@ def import_logprobs(
         todo = ((line, record) for line, record in read_jsonl(data, whole_text=False) if line not in journal.done)
         missing = 0
         with (
-            _progress(console, records, resumed) as advance,
+            progress_of("importing", records, "records", done=resumed, console=console) as advance,
             contextlib.closing(_done(todo, work, None if live is None else client, jobs)) as done,
         ):
             for entry, gone in done:
@@ -258,14 +258,6 @@ def _results(finished: set[Future]) -> Iterator[Any]:
     """What came, before an error that came with it ends the run."""
     for future in sorted(finished, key=lambda future: future.exception() is not None):
         yield future.result()
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    shown = (TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TextColumn("records"), TimeRemainingColumn())
-    with Progress(*shown, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
 
 
 def _write(out: Path, data: str | os.PathLike, journal: Journal, console: Console) -> dict[str, Any]:

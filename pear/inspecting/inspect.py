@@ -1,6 +1,5 @@
 """From a scored file and a student to the report: on the terminal, as JSON and as a page."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.align import ROLES, Roles
@@ -20,6 +18,7 @@ from pear.inspecting.student import logprobs
 from pear.io import DataError, check_output
 from pear.models import load_tokenizer
 from pear.pictures import write_whole
+from pear.progress import progress as progress_of
 from pear.scoring.policies import Policy
 from pear.scoring.processes import device_named
 from pear.tokenizer_options import changed_tokenizer
@@ -105,7 +104,9 @@ def inspect(
         unchanged=unchanged,
     )
     _check_ids(student, found, data)  # by the config
-    with student.loaded() as loaded, _progress(console, len(found.rows)) as advance:
+    bars = Console(stderr=True, quiet=console is None)
+    counted = progress_of("student's log-probs", len(found.rows), "rows", console=bars, transient=True)
+    with student.loaded() as loaded, counted as advance:
         _check_ids(student, found, data)  # by the weights
         scored = logprobs(loaded, found.rows, data, batch_tokens, advance)
         half = loaded.dtype in (torch.bfloat16, torch.float16)
@@ -149,12 +150,3 @@ def _check_outputs(files: dict[str, str | os.PathLike | None]) -> None:
             raise DataError(f"{name} and {other} are the same file, {path}: give another name to one of them")
         if name != "data" and path is not None:
             check_output(path, name)
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None, rows: int):
-    columns = TextColumn("student's log-probs"), BarColumn(), MofNCompleteColumn(), TextColumn("rows")
-    shown = Console(stderr=True, quiet=console is None)
-    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=shown.quiet, transient=True) as bar:
-        task = bar.add_task("", total=rows)
-        yield lambda count: bar.advance(task, count)

@@ -22,6 +22,7 @@ COMMAND = re.compile(r"\bpear ([a-z]+)((?: +(?!(?:and|or|to|for|in)\b)[^\s`\"',;
 OTHERS = {  # of other programs
     "models.py": {"no-deps"},  # pip
     "replicate/__init__.py": {"porcelain", "short"},  # git
+    "save.py": {"exclude"},  # hf
     "scoring/processes.py": {"multi_gpu", "num_processes"},  # accelerate
 }
 NO_TEXT = {"cli.py", "command_line.py", "inspecting/style.py", "options.py"}  # declarations, and CSS

@@ -16,6 +16,7 @@ import pear.eval
 from pear.countdown import make_tokenizer
 from pear.eval import evaluate, pass_at_k, prompt_format, run, table
 from pear.generate import Completion
+from pear.io import DataError
 from pear.tasks import load_task
 
 
@@ -128,3 +129,13 @@ def test_table_shows_every_model_with_its_error():
     text = console.export_text()
     assert text.count("50.0 % ± 2.1") == 2 and "pass@8" in text and "20.2" in text
     assert "16 samples of each of 7 problems" in text and max(map(len, text.splitlines())) < 80
+
+
+def test_a_scorer_that_fails_names_its_problem(tokenizer, model, monkeypatch):
+    def scorer(answer, entry):
+        raise KeyError("metadata")
+
+    monkeypatch.setattr("pear.tasks._scorer", lambda dataset: scorer)
+    monkeypatch.setattr("pear.tasks.extract_answer", lambda text: "7")
+    with pytest.raises(DataError, match="task 'chain_sum', problem 0 .*: its scorer raised KeyError: 'metadata'"):
+        evaluate(model, tokenizer, "chain_sum", k=1, samples=2, size=2, max_new_tokens=4, progress=None)

@@ -100,6 +100,28 @@ def test_a_judged_one_in_between_starts_the_count_again():
         judge(reward, ["bad"])
 
 
+def test_every_fault_is_one_line():
+    class Odd:
+        def __float__(self):
+            raise RuntimeError("none of mine")
+
+    def lazily(prompts, completions, **_):
+        for text in completions:
+            if text == "bad":
+                raise RuntimeError("first line\nsecond line")
+            yield 1.0
+
+    reward = GuardedReward(lazily)
+    assert judge(reward) == [1.0, 1.0, 0.0, 1.0]
+    (fault,) = reward.take_faults()
+    assert "reward 'lazily' raised RuntimeError: first line second line. Prompt: 'Q2'" in str(fault)
+    for value in (10**400, Odd(), torch.ones(3000), {"score": 1}, 1j):
+        reward = GuardedReward(returns(value))
+        assert judge(reward, ["a"]) == [0.0]
+        (fault,) = reward.take_faults()
+        assert "no finite number" in str(fault) and len(str(fault).splitlines()) == 1 and len(str(fault)) < 600
+
+
 @pytest.mark.parametrize("count", [0, 3, 5])
 def test_wrong_number_of_rewards(count):
     with pytest.raises(DataError, match=rf"'<lambda>' returned {count} rewards for 4 completions; it must return one"):

@@ -151,7 +151,7 @@ def test_number_tasks(task):
         assert reward(problem, "") == 0
 
 
-@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, SyntaxError])
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, SyntaxError, RecursionError])
 def test_a_scorer_that_chokes_on_junk_means_wrong(error, monkeypatch):
     def scorer(answer, entry):
         raise error("junk")
