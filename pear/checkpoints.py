@@ -220,11 +220,20 @@ def left_by_another(output_dir: str) -> str | None:
 CONFIGS = ("config.json", "adapter_config.json")
 
 
-def clear(output_dir: str) -> None:
-    """Take an earlier run's checkpoints away, so that none of them is taken for one of the run that begins."""
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-            shutil.rmtree(folder)
+# What a run leaves beside its model, and the next one would be taken to have left.
+LEFT = ("run.json", "curves.png", "eval/before.json", "eval/after.json", "samples")
+
+
+def clear(args: TrainingArguments, checkpoint: str | None, overwrite: bool) -> None:
+    """Take away an earlier run's checkpoints and records, if they may go; its model is replaced at the end."""
+    if checkpoint is not None or not overwrite or not args.should_save:
+        return
+    folder = Path(args.output_dir)
+    for path in (*map(Path, checkpoints(args.output_dir).values()), *(folder / name for name in LEFT)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def step_of(checkpoint: str | None) -> int:

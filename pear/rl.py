@@ -31,7 +31,7 @@ from trl.trainer.utils import RepeatSampler
 
 from pear import rl_metrics
 from pear.appending import is_main, output_folder
-from pear.checkpoints import WholeCheckpoints, begin, readable
+from pear.checkpoints import WholeCheckpoints, begin, clear, readable
 from pear.decode import decoding_in_stages
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
@@ -587,6 +587,7 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    clear(args, checkpoint, rl_args.overwrite_output_dir)
     out = Path(args.output_dir)
     main_process = trainer.accelerator.is_main_process
 
@@ -600,7 +601,7 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
     if held_out and main_process and not (checkpoint and (out / "eval" / "before.json").is_file()):
         pass_at_k(load_model(name).to(trainer.accelerator.device), "before")
     trainer.run_identity = record
-    train(trainer, checkpoint, rl_args.overwrite_output_dir)
+    train(trainer, checkpoint)
     saved = save_final(trainer, merge_adapter=rl_args.merge_adapter)
     extras = Extras(args.output_dir, alone=trainer.accelerator.num_processes == 1)
     if main_process:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import hf_api
 
 from pear.adapters import CONFIG, WEIGHTS, MergeError, can_merge, difference, logits, merge, rounding
-from pear.checkpoints import clear, is_whole, step_of
+from pear.checkpoints import is_whole, step_of
 from pear.folders import sync_files
 from pear.io import DataError, WriteError, disk_error, write_error
 
@@ -39,17 +39,12 @@ class Saved(NamedTuple):
     in_memory: bool  # whether trainer.model still computes what was trained: an attempt to merge can use it up
 
 
-def train(trainer: Trainer, checkpoint: str | None, overwrite: bool = False) -> None:
+def train(trainer: Trainer, checkpoint: str | None) -> None:
     """`trainer.train`, whose failure between two checkpoints does not cost what was trained since the last.
-
-    Args:
-        overwrite: whether checkpoints of an earlier run are in the way, and go now
 
     Raises:
         whatever training raised, with a note of where the weights are
     """
-    if overwrite and checkpoint is None and trainer.args.should_save:
-        clear(trainer.args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:

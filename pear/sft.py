@@ -21,7 +21,7 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from pear.align import read_roles
 from pear.appending import is_main, output_folder
 from pear.attention import attention_for, check_packs
-from pear.checkpoints import WholeCheckpoints, begin
+from pear.checkpoints import WholeCheckpoints, begin, clear
 from pear.fused_head import IGNORE, add_fused_head
 from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
@@ -419,8 +419,9 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    clear(args, checkpoint, data_args.overwrite_output_dir)
     trainer.run_identity = record
-    train(trainer, checkpoint, data_args.overwrite_output_dir)
+    train(trainer, checkpoint)
     saved = save_final(trainer, merge_adapter=data_args.merge_adapter)
     extras = Extras(args.output_dir, alone=trainer.accelerator.num_processes == 1)
     if eval_dataset is not None:

@@ -310,7 +310,10 @@ def test_a_folder_is_one_run_s(student, scored, tmp_path, save_model, caplog):
     (out / "checkpoint-3" / "pear.json").unlink()
     main([*again, "--max_steps", "3"])
     assert "checkpoint-3 has no pear.json" in caplog.text
+    (out / "eval").mkdir()
+    (out / "eval" / "after.json").write_text("{}")  # of the run that goes
     main([*line, "--overwrite_output_dir", "--max_steps", "1", "--seed", "3"])
+    assert not (out / "eval" / "after.json").exists()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"] and (out / "notes.txt").is_file()
 
 
