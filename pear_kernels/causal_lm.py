@@ -52,9 +52,9 @@ def patch_causal_lm(model: nn.Module, *, weighting: str | None = None, **options
     - without more, the mean cross-entropy as before, divided by `num_items_in_batch` if that is given, auxiliary losses
       of mixtures of experts included (but 0, not NaN, where no token counts);
     - with `behavior_logprobs` (B, T) float32, whose row t is about token t: PEAR's, `linear_pear_loss` with `options`,
-      and with `block_ids` (B, T) where these are given. A model that was patched with an option of PEAR's weights
-      (level, gamma, ...) needs them in every call with labels, in evaluation too: patch it once more, with
-      `weighting="none"`, for plain cross-entropy;
+      and with `block_ids` (B, T) where these are given. Where gradients are recorded, a model that was patched with an
+      option of PEAR's weights (level, gamma, ...) needs them: patch it once more, with `weighting="none"`, for plain
+      cross-entropy. Under `torch.no_grad()`, as trainers evaluate, a call without them has the cross-entropy;
     - with `weighting`: `linear_weighted_loss` of that name, which may ask for `ref_logprobs` (B, T).
 
     A row (1, T) with `cu_seq_lens_q` (S+1,) is a pack: sums along a sequence stop at its bounds, and its first token is
@@ -318,11 +318,13 @@ class PatchedCall(Call):
         if weighting is None and "behavior_logprobs" not in self.columns:
             if self.columns:
                 raise ValueError("block_ids is given without behavior_logprobs, and the loss is made of both")
-            if pears := [name for name in options if name not in _PLAIN]:
+            pears = [name for name in options if name not in _PLAIN]
+            if pears and torch.is_grad_enabled():
                 raise ValueError(
                     f"behavior_logprobs is missing, but the model is patched with {pears[0]}={options[pears[0]]!r}, an "
-                    "option of PEAR's weights, which are made of it: give it in every call with labels, in evaluation "
-                    'too. For plain cross-entropy call patch_causal_lm(model, weighting="none").'
+                    "option of PEAR's weights, which are made of it: have the collator give it beside labels. For "
+                    'plain cross-entropy call patch_causal_lm(model, weighting="none"), or evaluate under '
+                    "torch.no_grad()."
                 )
             options = {name: options[name] for name in _PLAIN if name in options} | {"weighting": "none"}
         if num_items_in_batch is not None:

@@ -23,6 +23,7 @@ CASES = {  # name -> options of the model
     "tensor parallel": {},
 }
 LOSSES = {"cross-entropy": False, "pear": True}  # with behaviour log-probs
+PEAR = {"level": "block", "block_size": 2}
 
 
 def inputs(pear: bool) -> dict:
@@ -82,7 +83,7 @@ def stepped(name: str, pear: bool, rank: int, folder: str) -> dict:
 
     parallel = name == "tensor parallel"  # where all processes have the same rows
     model = tensor_parallel(folder, rank) if parallel else make_lm("Llama", torch.float64, **CASES[name])
-    patch_causal_lm(model, level="block", block_size=2)
+    patch_causal_lm(model, **(PEAR if pear else {}))
     call, found = model if parallel else wrapped(name, model), inputs(pear)
     row = found if parallel else {key: value[rank : rank + 1] for key, value in found.items()}
     optimizer = torch.optim.SGD(call.parameters(), lr=1.0)
@@ -108,7 +109,7 @@ def stepped(name: str, pear: bool, rank: int, folder: str) -> dict:
 
 def alone(name: str, pear: bool) -> dict:
     """What one process has."""
-    model = patch_causal_lm(make_lm("Llama", torch.float64, **CASES[name]), level="block", block_size=2)
+    model = patch_causal_lm(make_lm("Llama", torch.float64, **CASES[name]), **(PEAR if pear else {}))
     output = model(**inputs(pear))
     output.loss.backward()
     moved = gradients(model)

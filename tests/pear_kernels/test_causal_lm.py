@@ -345,6 +345,35 @@ def test_compiled_in_one_graph():
             torch.testing.assert_close(gradient, gradients_before[name], rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_patch_compares_leaves_no_trace():
+    """The row runs in evaluation mode: flags of modules, buffers, attributes and random states are as before."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.last = None
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = x
+            return nn.functional.dropout(x + 0 * torch.rand(()), 0.5, self.training)
+
+    model = make_lm("Llama", attention_dropout=0.5).train()
+    model.model.layers[0].eval()  # as where a part is frozen
+    model.model.norm = nn.Sequential(model.model.norm, Counting())
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    patch_causal_lm(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, values[name]) for name, buffer in model.named_buffers())
+    unpatch_causal_lm(model)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys(), name
+        assert all(module.__dict__[key] is value for key, value in before[name].items()), name
+
+
 # ---- adapters
 
 
@@ -519,6 +548,34 @@ def test_what_cannot_be_patched_is_refused_by_name_and_reason(make, message):
         patch_causal_lm(make())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", ["tokens", "head", "padding"])
+def test_a_model_whose_logits_are_others_is_refused_by_name(wrong, dtype):
+    """What the measurement cannot see, as it runs neither trunk nor head: a short row of the model itself does."""
+    from transformers import LlamaForCausalLM
+
+    class Other(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            output = super().forward(input_ids=input_ids, **kwargs)
+            if wrong == "tokens":  # a token forbids another, as constraints do
+                output["logits"] = output.logits - 2 * (input_ids[..., None] == 3) * (torch.arange(VOCABULARY) == 9)
+            if wrong == "padding":
+                output["logits"][..., -3:] = -torch.inf
+            if labels is not None:
+                output["loss"] = self.loss_function(output.logits, labels, VOCABULARY)
+            return output
+
+    model = make_lm("Llama", dtype)
+    model.__class__ = Other
+    if wrong == "head":  # which multiplies by something else than its weight
+        model.lm_head.forward = lambda x: nn.functional.linear(x, 1.2 * model.lm_head.weight)
+    with pytest.raises(
+        ValueError, match="Other cannot be patched: its forward .*(on|as) a short row|more to its logits"
+    ):
+        patch_causal_lm(model)
+    assert not hasattr(model, "_pear_patch") and "_loss_function" not in model.__dict__
+
+
 @pytest.mark.parametrize(
     "change, scale, softcap",
     [
@@ -573,7 +630,7 @@ def test_bad_options_are_refused_before_the_model_is_touched(options, error, mes
         ({}, {"logits_to_keep": 3}, "leave logits_to_keep out"),
         ({}, {"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q is of a pack"),
         ({"reduction": "sequence_mean"}, {"num_items_in_batch": 3}, "num_items_in_batch counts tokens"),
-        ({"level": "token"}, {}, r"behavior_logprobs is missing.*level='token'.*in evaluation too.*weighting=\"none\""),
+        ({"level": "token"}, {}, r"behavior_logprobs is missing.*level='token'.*weighting=\"none\""),
         ({"center": True}, {"block_ids": torch.zeros(2, 9).long()}, "block_ids is given without behavior_logprobs"),
         ({}, {"labels": batch()["labels"] + 99}, r"target must be in \[0, 131\)"),
         ({}, {"input_ids": None}, "exactly one of input_ids or inputs_embeds"),  # transformers' own
@@ -588,10 +645,14 @@ def test_bad_calls(options, inputs, message):
     assert model(**batch() | columns).loss > 0
 
 
-def test_plain_cross_entropy_of_a_model_that_had_options_of_pears():
+def test_plain_cross_entropy_of_a_model_that_has_options_of_pears():
+    """As evaluation without the column has it; to train by it, one says so."""
     model = patch_causal_lm(make_lm("Llama"), level="token")
+    expected = patch_causal_lm(make_lm("Llama"))(**batch()).loss.item()
+    with torch.no_grad():
+        assert model(**batch()).loss.item() == expected
     patch_causal_lm(model, weighting="none")
-    assert model(**batch()).loss.item() == patch_causal_lm(make_lm("Llama"))(**batch()).loss.item()
+    assert model(**batch()).loss.item() == expected
 
 
 def test_a_patched_model_without_data_has_shapes():

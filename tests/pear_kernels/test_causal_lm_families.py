@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from causal_lms import FAMILIES, SMALL, batch, gradients, make_lm
+from causal_lms import FAMILIES, SMALL, VOCABULARY, batch, gradients, make_lm
 
 from pear_kernels import patch_causal_lm
 
@@ -95,3 +95,53 @@ def test_a_model_that_sees_images():
     assert found.keys() == gradients_before.keys() and any("vision" in name for name in found)
     for name, gradient in gradients_before.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-11)
+
+
+VISION = dict(depth=1, num_heads=2, patch_size=4, in_channels=3, spatial_merge_size=2, temporal_patch_size=1)
+SEEING = {  # what a vision tower of each kind is called with, besides
+    "Qwen2VL": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+    "Qwen2_5_VL": {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+    "Qwen3VL": {
+        "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+    "Qwen3VLMoe": {
+        "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_qwens_that_see_images_on_text(family):
+    """Loss, gradients and log-probs of text alone, by positions in three dimensions, against the model's own logits."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}Config")
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    text = {**SMALL, "head_dim": 8, "rope_parameters": rope}
+    more = {"attn_implementation": "eager"}
+    if family == "Qwen3VLMoe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        more["experts_implementation"] = "eager"
+    del text["attn_implementation"]
+    ids = {"image_token_id": 130, "video_token_id": 129, "vision_start_token_id": 128, "vision_end_token_id": 127}
+    config = kind(text_config=text, vision_config={**VISION, **SEEING[family]}, **ids, **more)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).double().eval()
+    inputs = batch()
+    inputs |= {name: inputs[name].clamp(max=126) for name in ("input_ids", "labels")}  # text: no ids of images
+    before = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    expected = cross_entropy(before, inputs["labels"], VOCABULARY)
+    expected.backward()
+    gradients_before = gradients(model)
+    output = patch_causal_lm(model)(**inputs)
+    output.loss.backward()
+    assert output.logits is None and output.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    found = gradients(model)
+    assert found.keys() == gradients_before.keys() and len(found) > 10
+    for name, gradient in gradients_before.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+    labels = inputs["labels"][:, 1:]
+    logprobs = before[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(output.log_probs[:, 1:], logprobs.masked_fill(labels == -100, 0).float())
