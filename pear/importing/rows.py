@@ -130,7 +130,7 @@ class Converter:
             raise Reject(str(error).removeprefix("row: ")) from None
         if isinstance(row["prompt"], list) and row["prompt"][-len(row["completion"]) :] == row["completion"]:
             raise Reject("the messages of the prompt end with the completion itself: leave it out of them")
-        if isinstance(row["completion"], list) and not all(map(is_assistant, row["completion"])):
+        if not (generation.whole or isinstance(row["completion"], str) or all(map(is_assistant, row["completion"]))):
             raise Reject(
                 "the completion has messages of others than the assistant: log-probs are of one generation, so put "
                 "what came before it into the prompt"
@@ -283,7 +283,6 @@ class Converter:
         if self.tokenizer is None:
             raise Reject("log-probs of prompt and completion in one list: give --tokenizer, to tell them apart")
         own = self._tokenized(text, where)
-        start = own.completion_mask.index(1)
         tokens = generation.tokens
         if len(tokens) < len(own.input_ids):
             raise Reject(f"{len(tokens)} log-probs for the {len(own.input_ids)} tokens of the row", again=True)
@@ -296,7 +295,7 @@ class Converter:
                 f"{own.input_ids[at]}"
             )
         _check_spelled(tokens, own.input_ids, self.tokenizer)
-        generation.tokens = tokens[start:]
+        generation.tokens = [token for token, bit in zip(tokens, own.completion_mask, strict=True) if bit]
         asked = {name: checks.answer(True if None not in given else None, _NO_IDS) for name in _OF_IDS}
         return self._own_row(generation, text, own, asked)
 
@@ -334,8 +333,7 @@ class Converter:
         self, generation: Generation, text: dict[str, Any], own: TokenizedRow, asked: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         values = checks.check_logprobs(generation)
-        self._notes = own.notes
-        start = own.completion_mask.index(1)
+        self._notes, left = own.notes, iter(values)
         try:
             spans: Spans | None = spans_of(text, own, self.tokenizer)
             written = spans.to_json()
@@ -345,7 +343,7 @@ class Converter:
         row = {
             "input_ids": own.input_ids,
             "completion_mask": own.completion_mask,
-            "behavior_logprobs": [0.0] * start + values,
+            "behavior_logprobs": [next(left) if bit else 0.0 for bit in own.completion_mask],
             "tokenizer": self.fingerprint,
             "behavior_spans": written,
         }
