@@ -66,6 +66,7 @@ def evaluate(
     temperature: float = 1.0,
     batch_size: int = 64,
     progress: str | Callable[[int, int], None] | None = "sampling",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """pass@1 and pass@k on held-out problems.
 
@@ -101,6 +102,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
+        chat_template_kwargs=chat_template_kwargs,
     )
     correct = [_correct(i, problem, texts) for i, (problem, texts) in enumerate(zip(problems, drawn, strict=True))]
     everything = [completion for completions in drawn for completion in completions]

@@ -22,7 +22,10 @@ class Completion(NamedTuple):
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], where: str = "prompt"
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, Any]],
+    where: str = "prompt",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready to be continued.
 
@@ -32,7 +35,7 @@ def encode_prompt(
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    chat = Renderer({}, tokenizer, where)
+    chat = Renderer({"chat_template_kwargs": chat_template_kwargs}, tokenizer, where)
     return chat.ids(chat.text(messages, add_generation_prompt=True))
 
 
@@ -47,6 +50,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     progress: str | Callable[[int, int], None] | None = "sampling",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[Completion]]:
     """Draw `samples` completions of each prompt.
 
@@ -61,6 +65,7 @@ def generate(
         temperature: 0 is greedy
         seed: the same seed, batch size and machine give the same completions
         batch_size: rows sampled together; prompts are padded on the left
+        chat_template_kwargs: what the chat template is given besides the messages
         progress: what the progress bar is called, or a function that is told (rows done, rows); None for neither
 
     Returns:
@@ -76,7 +81,9 @@ def generate(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
 
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [
+        encode_prompt(tokenizer, prompt, f"prompts[{i}]", chat_template_kwargs) for i, prompt in enumerate(prompts)
+    ]
     room = position_limit(model.config)
     for i, ids in enumerate(encoded):
         if not ids:

@@ -493,6 +493,7 @@ def check_prompts(
     config: PretrainedConfig | None,
     new_tokens: int | None,
     model: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Prompts are never cut or left out: DataError where one fills the model's positions or has tokens that `model`
     has no embedding for, a warning where a completion of `new_tokens` may leave the positions; and one for text that a
@@ -506,7 +507,7 @@ def check_prompts(
             ids = (
                 tokenizer(text=prompt)["input_ids"]
                 if isinstance(prompt, str)
-                else encode_prompt(tokenizer, prompt, where)
+                else encode_prompt(tokenizer, prompt, where, chat_template_kwargs)
             )
         except DataError:
             raise
@@ -571,7 +572,7 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     config = find_config(name, **args.model_init_kwargs)
     check_architecture(config, name)
-    check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length, name)
+    check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length, name, args.chat_template_kwargs)
     by_name = {key: getattr(model_args, key) for key in ("load_in_4bit", "load_in_8bit")}
     if not model_args.use_peft:  # else the reference is the model without its new adapter
         by_name["beta"] = args.beta
@@ -595,6 +596,7 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
         found = evaluate(
             model, tokenizer, held_out, rl_args.k, rl_args.eval_samples, seed=rl_args.problem_seed,
             max_new_tokens=args.max_completion_length, temperature=args.temperature, progress=f"pass@k {when} RL",
+            chat_template_kwargs=args.chat_template_kwargs,
         )  # fmt: skip
         write_json(out / "eval" / f"{when}.json", found | {"model": name, "split": "test"})
 

@@ -367,7 +367,8 @@ def _tell_plan(plan: Plan, data: str | os.PathLike, console: Console) -> None:
         told = bare_text_in_words(plan.text, plan.written, plan.shares[0].policy.tokenizer)
         console.print(one_line(f"{data}: {told}."), style="yellow", markup=False, highlight=False)
     for sentence in plan.notes.in_words():
-        console.print(one_line(f"{data}: {sentence}."), style="yellow", markup=False, highlight=False)
+        said = one_line(f"{data}: {sentence}.")
+        console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

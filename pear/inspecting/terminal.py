@@ -29,7 +29,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(part(report))
         console.print()
     for note in report["data"].get("notes", ()):
-        console.print(Text(one_line(f"{note[:1].upper()}{note[1:]}."), style="yellow"))
+        console.print(Text(one_line(f"{note[:1].upper()}{note[1:]}."), style="yellow"), soft_wrap=True)
         console.print()
     console.print(_advice(report))
 
