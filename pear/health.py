@@ -10,9 +10,12 @@ from pear.sft_config import REFERENCED, PEARSFTConfig
 from pear_kernels.negatives import WRONG_STATS
 from pear_kernels.objectives import STATS
 
-COUNTS = ("seen", "tokens", "wrong_tokens")
+COUNTS = ("seen", "tokens", "wrong_tokens", "all_tokens")
 LARGEST = ("weight_max",)
 ESS = "effective_sample_size"
+
+# What TRL's SFTTrainer logs too, by its names: those of the losses' statistics.
+AS_IN_TRL = {"mean_token_accuracy": "token_accuracy", "entropy": "entropy"}
 
 EXPLODED = 20.0  # a mean weight: the gradient is so many times that of plain SFT
 EVERY = 0.99  # a share of tokens that is as good as all
@@ -66,7 +69,7 @@ class Statistics:
         self._rows: list[torch.Tensor] = []
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """0-d tensors: `seen` and `tokens`, and means over the latter (`wrong_*`: over `wrong_tokens`)."""
+        """0-d tensors: the COUNTS, and means over `tokens` (`wrong_*`: `wrong_tokens`; `loss`: `all_tokens`)."""
         self._names = tuple(values)
         self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
 
@@ -96,6 +99,8 @@ class Statistics:
 
 
 def _counted_by(name: str) -> str:
+    if name == "loss":  # of an evaluation's batch: a mean over right and wrong answers
+        return "all_tokens"
     return "wrong_tokens" if name in WRONG_STATS else "tokens"
 
 

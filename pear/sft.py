@@ -2,9 +2,9 @@
 
 What TRL does stays TRL's: model loading, LoRA, packing, schedules, checkpoints, logging. Ours are the loss's columns
 carried through preparation and collation (sft_data.py), the loss (from hidden states, see fused_head.py), a teacher
-beside the student (teacher.py) and the statistics `pear/*` (health.py). TRL's entropy and token accuracy are not
-logged: our pass does not make them, and one more would cost as much. Options are in sft_config.py, the data's files in
-scored.py, those that training leaves in save.py.
+beside the student (teacher.py) and the statistics `pear/*` (health.py). TRL's token accuracy and entropy come from the
+pass that makes the loss. Options are in sft_config.py, the data's files in scored.py, those that training leaves in
+save.py.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -23,7 +23,7 @@ from pear.appending import is_main, output_folder
 from pear.attention import attention_for, check_packs
 from pear.checkpoints import WholeCheckpoints, begin, clear
 from pear.fused_head import IGNORE, add_fused_head
-from pear.health import NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
+from pear.health import AS_IN_TRL, NEAR_ZERO, Statistics, block_sums, first_step_in_words, in_words, names_logged
 from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
 from pear.models import check_architecture, embedding_rows, find_config, head_size, load_tokenizer, start_model
@@ -38,6 +38,7 @@ from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies, virtual_tokens
 from pear.shown import say
+from pear.streams import Limits, check_datasets, prepare_stream
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear.tokenizer_options import OPTIONS, changed_tokenizer, check_applied
 from pear_kernels import LossOutput, Teacher
@@ -68,7 +69,16 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
     `teacher` is a loaded model of the student's vocabulary, for `distill` without top-k columns in the data, or, for
     `weighting="asft"` without `ref_logprobs`, the model that training starts from, loaded once more.
 
-    Logged besides TRL's own, under `pear/` (and `eval_pear/`), means over the response tokens since the last log
+    Logged as TRL does: `loss`, `mean_token_accuracy` (with negatives, of right answers), `entropy` (unless
+    `log_entropy` is off, or the teacher is one of top-k columns) and `num_tokens`. Evaluation prefixes them with
+    `eval_`, or with `eval_NAME_` where `eval_dataset` is a dictionary of datasets. `eval_loss` is the mean over all
+    response tokens of a dataset, so it does not depend on the batch size (but with `normalize="batch"`, whose weights
+    do). With `compute_metrics`, evaluation makes the logits by a forward pass of its own; training never does.
+
+    Datasets may be streams (`datasets.IterableDataset` of the same columns, such as
+    `load_scored(...).to_iterable_dataset()`), which need `max_steps`. Their rows are checked as they come.
+
+    Logged besides, under `pear/` (and `eval_pear/`), means over the response tokens since the last log
     (with negatives, of right answers): `nll` (unweighted: compare runs by this one), `log_ratio_mean` to the behaviour
     policy, `tokens`, their number; where the data has block_ids, `ratio_tokens`, the share of them that carries a
     log-ratio (elsewhere it counts as 0); and by objective
@@ -90,9 +100,10 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             args = PEARSFTConfig("pear-sft")
         if not isinstance(args, PEARSFTConfig):
             raise TypeError(f"args must be a PEARSFTConfig, got {type(args).__name__}")
-        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        for name in ("data_collator", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise DataError(f"{name} does not go with PEARSFTTrainer: batches and loss are its own, without logits")
+        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), args)
         if kwargs.get("formatting_func") is not None:
             raise DataError("formatting_func does not go with PEARSFTTrainer: its data is tokenised, by `pear score`")
         if teacher is not None:
@@ -112,6 +123,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         self._largest_token: dict[str, int] = {}  # id, by dataset
         self._embedding: int | None = None  # its rows
         self._configs: dict[str, PretrainedConfig] = {}  # by what the model is called
+        self._limits = Limits()  # of rows that come from a stream
         self._top_k_vocabularies: set[int] = set()
         # Our own preparation keeps every row within max_length; TRL's check would refuse padding_free without packing.
         self._max_length = args.max_length
@@ -145,6 +157,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         add_fused_head(base, offloaded=args.activation_offloading)
         self._vocabulary = base.get_output_embeddings().weight.shape[0]
         self._embedding = base.get_input_embeddings().weight.shape[0]
+        self._limits.of_model(min(self._embedding, self._vocabulary), self._vocabulary)
         self._check_ids()
         self._teacher = None
         if teacher is not None:
@@ -156,8 +169,11 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             with self.accelerator.autocast():
                 for what, each in (("model", base), ("teacher", teacher)):
                     if each is not None:
-                        check_packs(each, self.train_dataset[0]["input_ids"], what)
+                        check_packs(each, next(iter(self.train_dataset))["input_ids"], what)
         self._names = names_logged(args, teacher is not None, self._has_blocks)
+        self._as_in_trl = dict(AS_IN_TRL)
+        if not args.log_entropy or (args.distill != "none" and teacher is None):  # not made beside a top-k teacher
+            del self._as_in_trl["entropy"]
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
 
@@ -167,6 +183,12 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
     # ---- data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            prepared, columns = prepare_stream(
+                dataset, dataset_name, args, self._max_length, self._columns, packing, self._limits
+            )
+            self._has_blocks |= "block_ids" in columns
+            return prepared
         prepared = prepare(dataset, dataset_name, args, self._max_length, self._columns, packing)
         self._largest_id = max(self._largest_id, largest_id(prepared, "top_k_ids"))
         self._longest[dataset_name] = longest_row(prepared)
@@ -179,6 +201,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         return prepared
 
     def _check_context(self) -> None:
+        self._limits.positions = row_limit(None, *self._configs.values())
         for what, config in self._configs.items():  # none before there is a model
             more = self._prompt if what == "model" else 0  # PEFT's virtual tokens have positions too
             check_context({name: tokens + more for name, tokens in self._longest.items()}, config, what)
@@ -231,6 +254,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             pear={
                 **options,
                 "denominator": denominator,
+                "return_entropy": "entropy" in self._as_in_trl,
                 "workspace_bytes": args.workspace_bytes,
                 "virtual_tokens": self._virtual_tokens,
             },
@@ -248,8 +272,28 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss only; there are no logits to return."""
-        return super().prediction_step(model, inputs, True, ignore_keys)
+        """The loss; and where metrics of the caller's are to be computed, logits from a forward pass of their own."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            plain = {name: x for name, x in inputs.items() if name not in ("labels", *IN_BATCHES)}
+            return loss, model(**plain, use_cache=False).logits.detach(), inputs["labels"]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """TRL's, whose metrics get the means over all tokens of this dataset: the loss, and what training logs."""
+        self._statistics["eval"] = Statistics()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        stats = self._read_stats("eval")
+        found = {**stats, "num_tokens": self._total_train_tokens}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        self._warn_in_words("eval", stats)
+        return output
 
     # ---- statistics: gathered as tensors, read back only when they are logged
 
@@ -280,7 +324,11 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                 ("weight_ceiling", output.weights >= self.args.iw_max * (1 - 1e-6)),  # as float32 has it
             ):
                 found[name] = (clipped & counted).sum() / tokens.clamp(min=1)
-        self._statistics[mode].add({"seen": seen.to(tokens), **{name: found[name] for name in self._names}})
+        found |= {ours: found[theirs] for ours, theirs in self._as_in_trl.items()}
+        noted = {"seen": seen.to(tokens), **{name: found[name] for name in (*self._names, *self._as_in_trl)}}
+        if mode == "eval":
+            noted |= {"all_tokens": counted.sum().to(tokens), "loss": output.loss}
+        self._statistics[mode].add(noted)
         if mode == "train" and self.state.global_step == 0:
             first = {}
             if self.args.weighting == "pear":
@@ -299,7 +347,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                 self._largest[name] = torch.maximum(self._largest.get(name, value), value)
 
     def _read_stats(self, mode: str) -> dict[str, float]:
-        """Means over all response tokens, of every process, since the last call."""
+        """Means over all response tokens, of every process, since the last call: those that TRL logs too, and ours."""
         found = self._statistics[mode].read(self.accelerator)
         if not found:
             return {}
@@ -307,20 +355,19 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             self._total_train_tokens += int(found["seen"]) // self._tp_size
         for name in found.keys() & {"tokens", "wrong_tokens"}:
             found[name] = round(found[name]) // self._tp_size
-        return {f"pear/{name}": found[name] for name in self._names if name in found}
+        as_in_trl = {name: found[name] for name in ("loss", *self._as_in_trl) if name in found}
+        return as_in_trl | {f"pear/{name}": found[name] for name in self._names if name in found}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        stats = self._read_stats(mode)
         if "aux_loss" in (metrics := self._metrics[mode]):
             metrics["aux_loss"] = torch.stack(metrics["aux_loss"]).tolist()
+        stats = self._read_stats("train") if mode == "train" else {}
         if stats:
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({prefix + name: value for name, value in stats.items()})
-            logs["num_tokens"] = self._total_train_tokens
+            logs.update({**stats, "num_tokens": self._total_train_tokens})
         super().log(logs, start_time)
         if stats:
-            self._warn_in_words(mode, stats)
+            self._warn_in_words("train", stats)
 
     def _warn_in_words(self, mode: str, stats: dict[str, float]) -> None:
         found = in_words(self.args, {name.removeprefix("pear/"): value for name, value in stats.items()})

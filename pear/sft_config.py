@@ -134,6 +134,13 @@ class PEARSFTConfig(SFTConfig):
         default=1.0, metadata={"help": "distill: divides the logits of both, in the divergence."}
     )
     nll_coef: float = field(default=0.0, metadata={"help": "distill: factor of the NLL that is added."})
+    log_entropy: bool = field(
+        default=True,
+        metadata={
+            "help": "Log the mean entropy of the predictions, as TRL does; off, the head's pass is up to 4 % faster. "
+            "(Never of a teacher's top-k columns, whose pass makes no entropy.)"
+        },
+    )
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
     )
@@ -252,7 +259,8 @@ class PEARSFTConfig(SFTConfig):
             ),
             "packing_strategy": (
                 self.packing and self.packing_strategy != "bfd",
-                "it cuts responses, and a weight looks at the whole response; use 'bfd'",
+                "it cuts responses: what follows a cut has lost its prompt (and with 'wrapped', packed rows attend to "
+                "each other), so its log-probs and weights are not the row's; use 'bfd', which packs whole rows",
             ),
             "eval_packing": (
                 bool(self.eval_packing) and not self.packing,
