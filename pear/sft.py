@@ -35,7 +35,7 @@ from pear.runs import given, write_run
 from pear.save import Extras, check_push, evaluate_saved, finish, save_final, train
 from pear.scored import load_scored
 from pear.scored_summary import Found
-from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
+from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig, eval_files
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies, virtual_tokens
 from pear.shown import say
 from pear.streams import Limits, check_datasets, prepare_stream
@@ -268,7 +268,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss.detach()).mean())
-        self._note(mode, inputs, behavior, blocks, output, options.get("reference"))
+        self._note(mode, inputs, behavior, blocks, output._replace(loss=loss), options.get("reference"))
         return (loss, output) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -279,7 +279,12 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
             if prediction_loss_only:
                 return loss, None, None
             plain = {name: x for name, x in inputs.items() if name not in ("labels", *IN_BATCHES)}
-            return loss, model(**plain, use_cache=False).logits.detach(), inputs["labels"]
+            logits = model(**plain, use_cache=False).logits.detach()  # PEFT's virtual tokens come first
+            return (
+                loss,
+                logits[:, -inputs["labels"].shape[1] :],
+                inputs["labels"],
+            )
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -291,6 +296,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         )
         stats = self._read_stats("eval")
         found = {**stats, "num_tokens": self._total_train_tokens}
+        if aux_losses := self._metrics["eval"].pop("aux_loss", None):
+            found["aux_loss"] = torch.stack(aux_losses).mean().item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         self._warn_in_words("eval", stats)
         return output
@@ -359,10 +366,11 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         return as_in_trl | {f"pear/{name}": found[name] for name in self._names if name in found}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if "aux_loss" in (metrics := self._metrics[mode]):
-            metrics["aux_loss"] = torch.stack(metrics["aux_loss"]).tolist()
-        stats = self._read_stats("train") if mode == "train" else {}
+        stats = {}
+        if self.model.training:  # an evaluation's are in its metrics already
+            stats = self._read_stats("train")
+            if "aux_loss" in (metrics := self._metrics["train"]):
+                metrics["aux_loss"] = torch.stack(metrics["aux_loss"]).tolist()
         if stats:
             logs.update({**stats, "num_tokens": self._total_train_tokens})
         super().log(logs, start_time)
@@ -392,7 +400,8 @@ def main(argv: Sequence[str] | None = None) -> PEARSFTTrainer:
     name = model_name(data_args.model, model_args)
     if data_args.data is None:
         raise DataError("no data given: pass --data, a file written by `pear score`")
-    if args.eval_strategy != "no" and data_args.eval_data is None:
+    eval_files(data_args.eval_data)
+    if args.eval_strategy != "no" and not data_args.eval_data:
         raise DataError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_data: pass --eval_data")
 
     if data_args.teacher is not None:
@@ -443,9 +452,10 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
     rows = {"train": Found()}
     train_dataset = load_scored(data_args.data, tokenizer, found=rows["train"], **how)
     eval_dataset = None
-    if data_args.eval_data is not None:
-        rows["eval"] = Found()
-        eval_dataset = load_scored(data_args.eval_data, tokenizer, found=rows["eval"], **how)
+    for evaluation, path in eval_files(data_args.eval_data).items():
+        found = rows[f"eval_{evaluation}" if evaluation else "eval"] = Found()
+        dataset = load_scored(path, tokenizer, found=found, **how)
+        eval_dataset = {**(eval_dataset or {}), evaluation: dataset} if evaluation else dataset
     init["attn_implementation"] = attention_for(init["attn_implementation"], args, config, init["dtype"], "model")
     args.model_init_kwargs = init
     teacher = None
@@ -485,6 +495,7 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
             print("\n".join(outcome(Path(args.output_dir), "sft")))
     if args.should_log:
         done = {"train": "Trained on", "eval": "Evaluated on"}
+        done |= {which: f"Evaluated {which.removeprefix('eval_')!r} on" for which in rows.keys() - done.keys()}
         say(". ".join(found.rows_in_words(done[which], limit) for which, found in rows.items()))
     finish(trainer, saved, extras)
     return trainer

@@ -1,5 +1,7 @@
 """The options of `pear sft`: TRL's, and those of the loss beside them."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,6 +292,27 @@ class ModelArguments(ModelConfig):
     )
 
 
+def eval_files(given: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+    """`--eval_data` (or a YAML file's: a path, a list or a mapping) as files by name, "" of one that has none."""
+    if isinstance(given, dict):
+        named = [(str(name), str(path)) for name, path in given.items()]
+    else:
+        words = [given] if isinstance(given, str) else list(given or [])
+        named = [word.split("=", 1) if "=" in word and not os.path.exists(word) else ("", word) for word in words]
+    files = dict(named)
+    if len(files) < len(named) or (len(files) > 1 and "" in files):
+        raise DataError(
+            f"eval_data: several files need a name each, NAME=FILE, and all different; got {' '.join(map(str, given))}"
+        )
+    for name, path in named:
+        if not path or ((name or isinstance(given, dict)) and not re.fullmatch(r"[A-Za-z0-9_-]+", name)):
+            raise DataError(
+                f"eval_data: {name}={path} must be NAME=FILE, the name of letters, digits, - and _, as it becomes part "
+                "of eval_NAME_loss"
+            )
+    return files
+
+
 @dataclass
 class DataArguments:
     """Which files and which model."""
@@ -300,7 +323,13 @@ class DataArguments:
             "help": "Training rows, as written by `pear score`; for weighting none, dft and idft also without scores."
         },
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Rows to evaluate on, of the same kinds."})
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to evaluate on, of the same kinds: a file, or several as NAME=FILE NAME=FILE, each of which "
+            "has its own eval_NAME_loss and other figures."
+        },
+    )
     model: str | None = field(
         default=None, metadata={"help": "The student: smollm2, a transformers folder or a hub name."}
     )
