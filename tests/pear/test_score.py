@@ -837,7 +837,7 @@ def test_two_calls_at_once_are_refused(model, tokenizer, jsonl, tmp_path, text_r
 
     def again(*args):
         monkeypatch.setattr(pear.score, "score_batch", original)
-        with pytest.raises(DataError, match="another process is scoring"):
+        with pytest.raises(DataError, match="another process is about to write"):
             score(model, data, out, tokenizer=tokenizer, progress=False)
         return original(*args)
 

@@ -235,7 +235,7 @@ def test_a_second_run_beside_two_processes_is_refused(context, place, tmp_path):
         time.sleep(0.01)
     second = Team(context, tmp_path, place["arguments"], [("none", 0)])
     if second.codes() == [1]:  # unless the first were through already
-        assert "another process is scoring this very data now" in second.log.read_text()
+        assert "another process is about to write" in second.log.read_text()
     assert team.codes() == [0, 0], team.log.read_text()
     assert (tmp_path / "out").read_bytes() == place["whole"]
 
