@@ -311,8 +311,13 @@ def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None
     same_device(hidden, weights=weights)
 
 
-def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher, of: str = "teacher") -> None:
-    """A `distill.Teacher`: hidden states and a head over the student's vocabulary."""
+def check_teacher(
+    hidden: Tensor, weight: Tensor, target: Tensor, teacher, autocast: Callable, of: str = "teacher"
+) -> None:
+    """A `distill.Teacher`: hidden states and a head over the student's vocabulary.
+
+    `autocast` says to which dtype its operands are rounded, if to any.
+    """
     x, w, bias, temperature, softcap = teacher
     for name, tensor in ((f"{of}.hidden", x), (f"{of}.weight", w)):
         if not isinstance(tensor, Tensor):
@@ -334,8 +339,11 @@ def check_teacher(hidden: Tensor, weight: Tensor, target: Tensor, teacher, of: s
             "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use "
             "another model"
         )
-    if x.dtype != w.dtype:
-        raise TypeError(f"{of}.hidden and {of}.weight must have one dtype, got {x.dtype} and {w.dtype}")
+    if x.dtype != w.dtype and autocast(x, w) is None:
+        raise TypeError(
+            f"{of}.hidden and {of}.weight must have one dtype outside autocast, got {x.dtype} and {w.dtype}: cast one "
+            "of them, or run under torch.autocast"
+        )
     if bias is not None:
         same_shape(f"{of}.bias", bias, "(V,)", w.shape[:1])
     if not positive(temperature):

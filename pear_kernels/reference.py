@@ -153,7 +153,7 @@ def naive_pear_loss(
             pushed = lp.detach() > logprob_floor
             weights[response] = -negative_lambda * G * pushed
             losses[response] = -negative_lambda * G * torch.where(pushed, -lp, -logprob_floor)
-    if normalize == "batch":
+    if normalize == "batch" and sum(map(len, sequences)):
         mean = torch.cat([weights[response] for response in sequences]).mean()
         weights, losses = weights / mean, losses / mean
     loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
@@ -325,7 +325,7 @@ def naive_distill_loss(
                 log_ratio_clip, log_weight_clip, None if block_ids is None else block_ids[response], clip_blocks,
                 center, clip_length, normalize,
             )  # fmt: skip
-    if normalize == "batch" and behavior_logprobs is not None:
+    if normalize == "batch" and behavior_logprobs is not None and sum(map(len, sequences)):
         weights = weights / torch.cat([weights[response] for response in sequences]).mean()
     losses = weights * (divergences - nll_coef * logprobs)
     return reduced(losses, sequences, sequence_scale, reduction, denominator), logprobs.detach(), weights

@@ -19,6 +19,8 @@ once a chunk, in float32 and in the order of ranks, before its one rounding.
 """
 
 import functools
+import weakref
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,8 @@ from pear_kernels import checks
 from pear_kernels.head import DenseHead, Head, Scores, Softmax
 from pear_kernels.packing import capturing
 
-_sizes: dict[tuple[str, int], tuple[int, ...]] = {}  # of a group's shards, by its name and this rank's own size
+# Of a group's shards, by the group and this rank's own size. By the object, as another group may come to have its name
+_sizes: MutableMapping["torch.distributed.ProcessGroup", dict[int, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 class Shard(NamedTuple):
@@ -183,12 +186,12 @@ def meet(
     row = [torch.full((), number, dtype=torch.int64, device=target.device) for number in numbers]
     place = torch.arange(1, target.numel() + 1, device=target.device)
     rows = gather(group, torch.stack([*row, (target * (place * 0x9E3779B1)).sum()]))  # int64 wraps around
-    key = name, weight.shape[0]
-    if target.device.type == "cpu" or key not in _sizes:
+    known, own = _sizes.setdefault(group, {}), weight.shape[0]
+    if target.device.type == "cpu" or own not in known:
         if capturing():
             raise RuntimeError("a sharded head's sizes are not known yet: make the call once before it is captured")
-        _sizes[key] = tuple(rows[:, 0].tolist())
-    shard = Shard(group, group.rank(), _sizes[key])
+        known[own] = tuple(rows[:, 0].tolist())
+    shard = Shard(group, group.rank(), known[own])
     if min(shard.sizes) == 0:
         raise ValueError(
             f"weight must have rows on every rank, got shards of {list(shard.sizes)} rows: share it among fewer ranks"

@@ -8,6 +8,7 @@ from pear_kernels.distill import Teacher, TopKTeacher
 from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
 from pear_kernels.losses.shared import (
     LossOutput,
+    autocast_dtype,
     checked_head,
     divisor,
     flat,
@@ -77,7 +78,8 @@ def linear_distill_loss(
             ignore_index, return_entropy, workspace_bytes, backend, group: see `linear_pear_loss`. (No sharded weight
             yet: an error. No return_entropy with a `TopKTeacher` either.)
         teacher: `Teacher(hidden, weight, bias, temperature, softcap)`, whose hidden states stand where the student's
-            do, with a hidden size and a dtype of its own and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
+            do, with a hidden size and a dtype of its own (one, but under autocast, which rounds its operands as the
+            student's) and the student's vocabulary; or `TopKTeacher(ids, logprobs)`,
             its K most likely tokens at each position, with log-probs at distill_temperature, largest first. D then
             compares K + 1 outcomes, the last one being any other token (whose probability is at least the rounding of
             the log-probs' dtype). No gradient goes to a teacher.
@@ -123,7 +125,7 @@ def linear_distill_loss(
             )
         offline, teacher = tuple(part.detach().reshape(-1, part.shape[-1]) for part in teacher), None
     elif isinstance(teacher, Teacher):
-        checks.check_teacher(hidden, weight, target, teacher)
+        checks.check_teacher(hidden, weight, target, teacher, autocast_dtype)
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
     found = call(

@@ -39,14 +39,19 @@ def checked_head(
 
     `shared` is the name of the group whose ranks share the vocabulary.
     """
-    device_type = hidden.device.type
-    # autocast leaves float64 alone, as it does in F.linear; a device such as "meta" has no autocast to ask about
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    autocast = autocast and torch.float64 not in (hidden.dtype, weight.dtype)
-    checks.check_head(hidden, weight, target, bias, autocast, 2 if shared is None else 0)
+    autocast = autocast_dtype(hidden, weight)
+    checks.check_head(hidden, weight, target, bias, autocast is not None, 2 if shared is None else 0)
     checks.check_head_options(temperature, softcap, workspace_bytes)
     check_backend(backend)
-    return torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    return autocast or hidden.dtype
+
+
+def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What autocast rounds the operands of F.linear(hidden, weight) to; None where it leaves them alone, as it does
+    float64, and on a device such as "meta", which has no autocast."""
+    device_type = hidden.device.type
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on and torch.float64 not in (hidden.dtype, weight.dtype) else None
 
 
 def flat(values: Tensor | None) -> Tensor | None:
@@ -55,10 +60,12 @@ def flat(values: Tensor | None) -> Tensor | None:
 
 
 def flat_teacher(teacher: Teacher | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Hidden states (N, D'), weight and bias of a teacher in memory, which gets no gradient."""
+    """Hidden states (N, D'), weight and bias of a teacher in memory, which gets no gradient, as autocast has them."""
     if teacher is None:
         return None, None, None
     hidden, weight, bias, *_ = teacher
+    dtype = autocast_dtype(hidden, weight)
+    hidden, weight, bias = (x if x is None or dtype is None else x.to(dtype) for x in (hidden, weight, bias))
     return hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), flat(bias)
 
 

@@ -11,6 +11,7 @@ from pear_kernels import checks, ops
 from pear_kernels.distill import Teacher
 from pear_kernels.losses.shared import (
     LossOutput,
+    autocast_dtype,
     checked_head,
     divisor,
     flat,
@@ -118,7 +119,7 @@ def linear_weighted_loss(
         if not isinstance(reference, Teacher):
             raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
         refuse(shared, "reference")
-        checks.check_teacher(hidden, weight, target, reference, "reference")
+        checks.check_teacher(hidden, weight, target, reference, autocast_dtype, "reference")
     run = functools.partial(
         run_weighted,
         hidden.reshape(-1, hidden.shape[-1]),

@@ -1,5 +1,6 @@
 """linear_distill_loss against the naive float64 loss on full logits, and what must not change it."""
 
+import functools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from problems import (
     count_products,
     gradients,
     make_distill_problem,
+    make_weighted_problem,
     relative_error,
     workspace,
 )  # fmt: skip
@@ -675,6 +677,22 @@ def test_half_precision(divergence, top_k, dtype):
     torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=0)
     for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
         assert ours.dtype == dtype and relative_error(ours, exact) < torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+@pytest.mark.parametrize("make", [make_distill_problem, functools.partial(make_weighted_problem, weighting="anchored")])
+def test_autocast_rounds_the_teacher_as_the_student(make, dtypes):
+    """What F.linear would do to either: the same bits as of a teacher that is in autocast's dtype already."""
+    problem = make((7, 5), dtype=torch.float32)
+    name = "teacher" if "teacher" in problem.options else "reference"
+    hidden, weight, *rest = problem.options[name]
+    found = []
+    for of_hidden, of_weight in (dtypes, (torch.bfloat16, torch.bfloat16)):
+        problem.options[name] = Teacher(hidden.to(of_hidden), weight.to(of_weight), *rest)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, leaves = problem.ours()
+        found.append([out.loss.detach(), *gradients(out.loss, leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import count_products, gradients, make_problem, relative_error, workspace
+from problems import count_products, gradients, make_distill_problem, make_problem, relative_error, workspace
 
 from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
 from pear_kernels.objectives import STATS
@@ -166,6 +166,17 @@ def test_no_gradient_flows_through_the_weights(level):
 
 
 # ---- edges
+
+
+@pytest.mark.parametrize("make", [make_problem, make_distill_problem])
+@pytest.mark.parametrize("normalize", ["sequence", "batch"])
+def test_nothing_to_normalize(make, normalize):
+    """Loss and gradients are 0 without a token that counts, in the reference too."""
+    problem = make((4, 0, 3), ignored=1.0, normalize=normalize)
+    (loss, _, weights), exact_leaves = problem.naive()
+    out, leaves = problem.ours()
+    for value in (loss, weights, out.loss, *gradients(loss, exact_leaves), *gradients(out.loss, leaves)):
+        assert (value == 0).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)

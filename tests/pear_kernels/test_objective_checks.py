@@ -250,7 +250,7 @@ BAD_DISTILL = BAD_DIVERGENCE | {
     ),
     "teacher of two dtypes": (
         dict(teacher=teacher(weight=torch.randn(V, 5).double())),
-        "teacher.hidden and teacher.weight must have one dtype, got torch.float32 and torch.float64",
+        "teacher.hidden and teacher.weight must have one dtype outside autocast, got torch.float32 and torch.float64",
     ),
     "teacher of integers": (
         dict(teacher=teacher(hidden=torch.ones(N, 5).long())),
