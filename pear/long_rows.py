@@ -43,10 +43,10 @@ def too_long(lines: Sequence[int], limit: int | str) -> str:
 
 
 def rows_in_words(done: str, kept: int, left_out: Mapping[str, int]) -> str:
-    """The last line of a command: "trained on 97 of 98 rows; left out: 1 longer than max_length = 64 tokens (line 3)".
+    """The last line of a command: "Wrote 97 of 98 rows; left out: 1 longer than max_length = 64 tokens (line 3)".
 
     Args:
-        done: "trained on", say
+        done: what it starts with, "Wrote" say
         left_out: a reason, and the number of rows that it left out
     """
     total = kept + sum(left_out.values())

@@ -493,9 +493,13 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
         with extras("writing run.json"):
             write_run(args.output_dir, "sft", trainer.state.log_history, settings)
             print("\n".join(outcome(Path(args.output_dir), "sft")))
-    if args.should_log:
-        done = {"train": "Trained on", "eval": "Evaluated on"}
-        done |= {which: f"Evaluated {which.removeprefix('eval_')!r} on" for which in rows.keys() - done.keys()}
-        say(". ".join(found.rows_in_words(done[which], limit) for which, found in rows.items()))
-    finish(trainer, saved, extras)
+    try:
+        finish(trainer, saved, extras)
+    finally:  # the last line, also where something that followed the training failed
+        if args.should_log:
+            said = []
+            for which, found in rows.items():
+                what = {"train": "Training data", "eval": "Evaluation data"}.get(which, f"Data of {which}")
+                said.append(found.rows_in_words(f"{what}:", limit))
+            say(". ".join(said))
     return trainer

@@ -542,8 +542,8 @@ def test_a_hundredth_of_the_rows_may_be_too_long_unless_none_may(scored, tokeniz
         lines = "line 200" if long == 1 else "lines 199, 200"
         why = f"longer than max_length = {limit} tokens ({lines})"
         assert f"left out {long} of 200 rows, {why}" in caplog.text
-        said = found.rows_in_words("Trained on", limit)
-        assert said == f"Trained on {200 - long} of 200 rows; left out: {long} {why}"
+        said = found.rows_in_words("Training data:", limit)
+        assert said == f"Training data: {200 - long} of 200 rows; left out: {long} {why}"
         with pytest.raises(DataError, match=f"{long} of 200 rows are longer .*leave strict_length off"):
             load_scored(path, tokenizer, limit, strict=True)
 
@@ -752,7 +752,7 @@ def test_command_line_writes_a_plain_folder(student, scored, tokenizer, tmp_path
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= set(os.listdir(out))
     assert ".final.tmp" not in os.listdir(out)
-    assert run.stdout.rstrip().splitlines()[-1] == "Trained on all 16 rows"
+    assert run.stdout.rstrip().splitlines()[-1] == "Training data: all 16 rows"
 
 
 def test_the_last_line_and_the_record_say_which_rows_were_trained(student, text_rows, jsonl, tmp_path, capsys):
@@ -762,7 +762,7 @@ def test_the_last_line_and_the_record_say_which_rows_were_trained(student, text_
     line = argv(student, data, tmp_path / "out", "--weighting", "none", "--eval_data", str(data))
     main(line)
     said = "199 of 201 rows; left out: 2 longer than max_length = 256 tokens (lines 200, 201)"
-    assert capsys.readouterr().out.splitlines()[-1] == f"Trained on {said}. Evaluated on {said}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Training data: {said}. Evaluation data: {said}"
     counts = {"read": 201, "kept": 199, "too_long": 2, "unaligned": 0}
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["rows"] == {
         "train": counts,
