@@ -3,26 +3,33 @@
 Standard library alone. Redirects are not followed (they would carry the key elsewhere) and proxies are not used.
 """
 
+import base64
 import contextlib
+import html
 import http.client
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pear.importing.generation import Reject
 from pear.io import DataError
+from pear.strict_json import parse_json
 
 T = TypeVar("T")
 
 AGAIN = {408, 409, 425, 429}  # besides 500 and up
-LONGEST_ANSWER = 1 << 28  # bytes
+LONGEST_ANSWER = 1 << 26  # bytes: log-probs of 200,000 tokens; parsed, JSON takes up to twenty times as much
+LONGEST_REFUSAL = 1 << 16  # bytes of an error's body that are read
+_LONGER = f"the answer is longer than {LONGEST_ANSWER >> 20} MiB"
+PIECE = 1 << 16  # bytes read at once
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds
 LONGEST_ASKED = 600.0  # seconds that a server may ask to wait by Retry-After
 SECRET = 8  # shorter "keys" (EMPTY, none) are placeholders of local servers
@@ -95,23 +102,14 @@ class Client:
     def __init__(
         self, url: str, key: str | None = None, *, timeout: float = 600.0, retries: int = 5, delay: float = FIRST_DELAY
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise DataError(f"--url must look like http://host:port/v1, got {_without_login(url)!r}")
-        if "@" in parts.netloc or parts.query:
-            raise DataError(
-                "--url must hold no user, password or query: a key comes from the environment (--api_key_env)"
-            )
-        try:
-            self._port = parts.port
-        except ValueError:
-            raise DataError(f"--url has no valid port: {url!r}") from None
+        parts, self._port = _split(url)
         if not timeout > 0:
             raise DataError(f"--timeout must be positive, got {timeout}")
         if retries < 0:
             raise DataError(f"--retries must be at least 0, got {retries}")
         self.url = url.rstrip("/")
         self._secure, self._host, self._path = parts.scheme == "https", parts.hostname, parts.path.rstrip("/")
+        self._forms = _forms(key) if key is not None and len(key) >= SECRET else []
         self._key, self._timeout, self._retries, self._delay = key, timeout, retries, delay
         self.stopped = threading.Event()
         self._open: set[socket.socket] = set()
@@ -174,9 +172,9 @@ class Client:
 
     def _answer(self, method: str, path: str, data: bytes | None) -> dict[str, Any]:
         status, headers, raw = self._exchange(method, path, data)
-        text = raw.decode("utf-8", "replace")
         if 200 <= status < 300:
-            return self._parse(text)
+            return self._parse(raw, headers.get("Content-Encoding"))
+        text = raw.decode("utf-8", "replace")
         said = self.scrub(_words(self.scrub(text)))  # before it is shortened, and once its escapes are read
         if status in AGAIN or status >= 500:
             raise _Again(f"the server answered {status} ({said})", _retry_after(headers.get("Retry-After")))
@@ -194,14 +192,20 @@ class Client:
             status,
         )
 
-    def _parse(self, text: str) -> dict[str, Any]:
+    def _parse(self, raw: bytes, coding: str | None) -> dict[str, Any]:
+        if coding not in (None, "", "identity"):
+            raise _Again(f"the answer is compressed ({self.scrub(coding):.40}), which was not asked for")
         try:
-            answer = json.loads(text)
-        except ValueError:
-            raise _Again(f"the answer is no JSON ({_words(self.scrub(text))})") from None
+            text = raw.decode("utf-8-sig")
+            answer = parse_json(text)
+        except UnicodeDecodeError as error:
+            raise _Again(f"the answer is not UTF-8 ({error.reason} at byte {error.start})") from None
+        except ValueError as error:
+            why = "" if isinstance(error, json.JSONDecodeError) else f"{error}: "
+            raise _Again(f"the answer is no JSON ({self.scrub(why + _words(self.scrub(text)))})") from None
         if not isinstance(answer, dict):
             raise _Again(f"the answer is no JSON object but {type(answer).__name__}")
-        if self._key is not None and len(self._key) >= SECRET and _holds(answer, self._key):
+        if self._forms and (self._reveals(text) or _any_text(answer, self._reveals)):
             raise Reject("the answer holds the API key: it is written nowhere")
         return answer
 
@@ -234,15 +238,20 @@ class Client:
                 headers["Authorization"] = f"Bearer {self._key}"
             connection.request(method, quote(self._path + path), body=data, headers=headers)
             response = connection.getresponse()
-            raw = response.read(LONGEST_ANSWER + 1)
+            refused = not 200 <= response.status < 300
+            expected = response.length  # None where the server does not say
+            if not refused and (expected or 0) > LONGEST_ANSWER:
+                raise Reject(_LONGER)
+            raw = _body(response, expected, LONGEST_REFUSAL if refused else LONGEST_ANSWER)
             if late.is_set():
                 raise TimeoutError
             if len(raw) > LONGEST_ANSWER:
-                raise _Again(f"the answer is longer than {LONGEST_ANSWER >> 20} MiB")
-            expected = response.getheader("Content-Length")
-            if expected is not None and expected.isdigit() and len(raw) < int(expected):
+                raise Reject(_LONGER)
+            if not refused and len(raw) < (expected or 0):
                 raise _Again(f"the answer was cut off after {len(raw)} of {expected} bytes")
             return response.status, response.headers, raw
+        except Reject:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise _Again(f"no whole answer within {self._timeout:g} s", gone=True) from None
@@ -265,23 +274,50 @@ class Client:
         """The text without the key, however it is written."""
         if self._key is None:
             return text
-        for form in {self._key, json.dumps(self._key)[1:-1], quote(self._key), quote(self._key, safe="")}:
-            text = text.replace(form, "[key]")
+        if not self._forms:  # a placeholder such as EMPTY
+            return text.replace(self._key, "[key]")
+        for form in self._forms:
+            text = re.sub(re.escape(form), "[key]", text, flags=re.IGNORECASE)
+        if self._reveals(text):  # escaped here and there
+            return "[words that hold the key]"
         return text
 
+    def _reveals(self, text: str) -> bool:
+        """Whether the key is in a text, or in what a program makes of its escapes."""
+        if len(text) < SECRET:
+            return False
+        readings = {text.lower(), unquote(text).lower(), html.unescape(text).lower(), _unescape(text).lower()}
+        return any(form in reading for form in self._forms for reading in readings)
 
-def _holds(value: Any, key: str) -> bool:
+
+def _body(response: http.client.HTTPResponse, expected: int | None, most: int) -> bytes:
+    """The body, or a little more than `most` bytes of one that is longer."""
+    raw = bytearray()
+    while len(raw) <= most and (left := PIECE if expected is None else min(PIECE, expected - len(raw))) > 0:
+        if not (piece := response.read1(left)):  # in pieces: http.client reads a chunk of negative size without end
+            break
+        raw += piece
+    return bytes(raw)
+
+
+def _unescape(text: str) -> str:
+    r"""Without the escapes \xNN and \uNNNN."""
+    return re.sub(r"\\+(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))", lambda m: chr(int(m[1] or m[2], 16)), text)
+
+
+def _any_text(value: Any, holds: Callable[[str], bool]) -> bool:
+    """Whether it holds for any string or key of an answer."""
     if isinstance(value, str):
-        return key in value
+        return holds(value)
     if isinstance(value, dict):
-        return any(_holds(item, key) for pair in value.items() for item in pair)
-    return isinstance(value, list) and any(_holds(item, key) for item in value)
+        return any(_any_text(item, holds) for pair in value.items() for item in pair)
+    return isinstance(value, list) and any(_any_text(item, holds) for item in value)
 
 
 def _words(text: str) -> str:
     """What a server says in an error: the message in its JSON, or the beginning of what it sent."""
     with contextlib.suppress(ValueError):
-        value = json.loads(text)
+        value = parse_json(text)
         for key in ("error", "message", "detail"):
             while isinstance(value, dict) and key in value:
                 value = value[key]
@@ -296,10 +332,48 @@ def _retry_after(value: str | None) -> float | None:
         return None
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError, OSError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
 
-def _without_login(url: str) -> str:
-    return url if "@" not in url else "..." + url.rsplit("@", 1)[1]
+def _split(url: str) -> tuple[SplitResult, int | None]:
+    """The parts of --url and its port. No message repeats the URL, which may hold a password where none is looked for.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:  # brackets around what is no address, say
+        raise DataError("--url must look like http://host:port/v1, got one whose host is none") from None
+    if parts.scheme not in ("http", "https"):
+        raise DataError(
+            "--url must look like http://host:port/v1, got one that does not start with http:// or https://"
+        )
+    if "@" in unquote(parts.netloc) or parts.query or parts.fragment:
+        raise DataError("--url must hold no user, password or query: a key comes from the environment (--api_key_env)")
+    if not host or not _HOST.fullmatch(host):
+        raise DataError("--url must look like http://host:port/v1, got one without a host's name")
+    try:
+        return parts, parts.port
+    except ValueError:
+        raise DataError("--url has no valid port: it must be a number up to 65535, as in http://host:port/v1") from None
+
+
+_HOST = re.compile(r"[\w.:%-]{1,253}")  # names, international ones too, and addresses
+
+
+def _forms(key: str) -> list[str]:
+    """The key as servers and proxies write it, in lower case: as it is, escaped, reversed, in hex and in base64."""
+    raw = key.encode()
+    forms = {key, key[::-1], json.dumps(key)[1:-1], quote(key), quote(key, safe=""), html.escape(key), raw.hex()}
+    forms.add("".join(f"%{byte:02x}" for byte in raw))
+    forms.add("".join(f"\\u{byte:04x}" for byte in raw))
+    forms.add("".join(f"\\x{byte:02x}" for byte in raw))
+    for shift in range(3):  # base64 of "Bearer <key>", say: what its alignment leaves of the key alone
+        text = base64.b64encode(b"\0" * shift + raw).decode()
+        first, last = -(-8 * shift // 6), (8 * (shift + len(raw))) // 6
+        forms |= {text[first:last], text[first:last].replace("+", "-").replace("/", "_")}
+    return sorted({form.lower() for form in forms}, key=len, reverse=True)

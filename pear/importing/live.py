@@ -73,14 +73,15 @@ class Live:
             listed = None
         except Reject as error:
             raise DataError(f"{self.client.url}/models: {error}") from None
-        models = [item for item in listed or [] if isinstance(item, dict) and isinstance(item.get("id"), str)]
-        kinds = {item.get("owned_by") for item in models if item["id"] == model} or {m.get("owned_by") for m in models}
+        listed = listed if isinstance(listed, list) else []
+        models = [item for item in listed if isinstance(item, dict) and isinstance(item.get("id"), str)]
+        kinds = [item.get("owned_by") for item in models if item["id"] == model] or [m.get("owned_by") for m in models]
         if model is None:
             if len(models) != 1:
                 names = ", ".join(item["id"] for item in models[:20]) or "none"
                 raise DataError(f"--server_model: name the model to ask; the server lists {names}")
             model = models[0]["id"]
-        return next((kind for kind in kinds if kind in NEUTRAL), "openai"), model
+        return next((kind for kind in NEUTRAL if kind in kinds), "openai"), model
 
     def settings(self) -> dict[str, Any]:
         """What decides the answers: part of what names the side file."""

@@ -57,9 +57,11 @@ def test_all_that_is_printed_passes_the_filter(installed, caplog):
 @pytest.mark.parametrize("name", ["run", "d\x1b[2Ja\nerror: forged\u202e"])
 def test_error_lines_show_signs_for_data_and_for_a_files_name(tmp_path, name):
     (tmp_path / name).mkdir()
-    (tmp_path / name / "run.json").write_text(json.dumps({"format": 1, "kind": "\u202e\x1b[2J\n"}, ensure_ascii=False))
-    result = CliRunner().invoke(app, ["compare", str(tmp_path / name), str(tmp_path / name)])
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "`kind` must be" in result.stderr
+    (tmp_path / name / "run.json").write_text(
+        json.dumps({"format": 1, "kind": "sft", "name": {"\u202e\x1b[2J\n": 1}}, ensure_ascii=False)
+    )
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / name), str(tmp_path)])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "`name` must be" in result.stderr
     assert not any(code in result.stderr for code in CODES)
 
 
