@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pear.io import MAX_FLOAT32
+
 Messages = list[dict[str, Any]]
 
 # How far the sampler had come when it wrote a log-prob down (docs/import.md): the model's own distribution; divided by
@@ -68,7 +70,7 @@ def read_all(found: Iterable[Any]) -> list[Any]:
         items.extend(found)
     except Reject as reason:
         items.append(reason)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         items.append(Reject(f"not of the form that this source's records have ({error!r:.200})", again=True))
     return items
 
@@ -96,7 +98,7 @@ def need(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any
 
 def numbers_of(values: Iterable[Any]) -> tuple[float, ...]:
     """Those of the values that are numbers; what a source lists beside a log-prob is read as far as it goes."""
-    return tuple(float(value) for value in values if type(value) in (int, float))
+    return tuple(float(value) for value in values if type(value) in (int, float) and abs(value) <= MAX_FLOAT32)
 
 
 def ids_of(values: Any, what: str) -> list[int]:

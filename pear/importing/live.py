@@ -13,6 +13,7 @@ from pear.importing.openai import NoLogprobs, NotOffered
 from pear.importing.rows import Converter
 from pear.io import DataError
 from pear.rows import prompt_and_completion, tokenize_row
+from pear.strict_json import unwritable
 
 # By the `owned_by` of a server's /models: what it adds by itself unless it is told not to; the stage of its log-probs.
 NEUTRAL = {
@@ -108,6 +109,8 @@ class Live:
             self.seen = True
             return latest
 
+        if reason := unwritable(row):
+            return [Reject(f"the row cannot be written as JSON: {reason}")]
         try:
             own = self._own_keys(row, converter)
             if "completion" in row or _last_role(row) == "assistant":

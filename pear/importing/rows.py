@@ -180,9 +180,9 @@ class Converter:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         tokenizer = self.tokenizer
         ids = [token.id for token in generation.tokens if token.id is not None]
-        if ids and max(ids) >= len(tokenizer):
+        if beyond := [token for token in ids if not 0 <= token < len(tokenizer)]:
             raise Reject(
-                f"token {max(ids)} is not in the vocabulary of {len(tokenizer)}: is --tokenizer that of the behaviour "
+                f"token {beyond[0]} is not in the vocabulary of {len(tokenizer)}: is --tokenizer that of the behaviour "
                 "policy?"
             )
         values = checks.check_logprobs(generation)
