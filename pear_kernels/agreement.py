@@ -25,7 +25,7 @@ def checked_treatment(model: nn.Module, backend: str | None = None) -> Treatment
 
     The model is as before afterwards: attributes of modules, buffers, training flags and random states.
 
-    The row is left out where parameters are not whole: on the meta device, sharded by DeepSpeed or as DTensors. Where
+    The row is left out where parameters are not whole: on the meta device, or sharded by DeepSpeed or FSDP. Where
     the model cannot run a row of text by itself (attention that runs on a GPU alone, before the model is there), a
     warning says so.
 
@@ -36,14 +36,18 @@ def checked_treatment(model: nn.Module, backend: str | None = None) -> Treatment
     with as_before(model), torch.no_grad():
         model.eval()
         treatment = measure_treatment(model)
-        if all(_is_whole(parameter) for parameter in model.parameters()):
+        if _is_whole(model):
             with torch.autocast(model.get_output_embeddings().weight.device.type, enabled=False):
                 check_row(model, treatment, backend)
     return treatment
 
 
-def _is_whole(parameter: Tensor) -> bool:
-    return not (parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor"))
+def _is_whole(model: nn.Module) -> bool:
+    """Whether all parameters are here and nobody's shards: DeepSpeed's, DTensors, what FSDP flattened."""
+    shards = ("ds_id", "full_tensor")
+    whole = not any(p.is_meta or any(hasattr(p, name) for name in shards) for p in model.parameters())
+    wrapped = any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+    return whole and not wrapped and innermost(model.get_output_embeddings()).weight.dim() == 2
 
 
 def check_row(model: nn.Module, treatment: Treatment, backend: str | None = None) -> None:
@@ -105,9 +109,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     """Afterwards the attributes and buffers of all modules are those of before, and so are the random states."""
     held = []
     for module in model.modules():
-        buffers = {
-            name: (buffer, buffer if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()
-        }
+        buffers = {name: (b, b.clone() if _is_state(b) else None) for name, b in module._buffers.items()}
         held.append((module, dict(module.__dict__), buffers))
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
@@ -119,6 +121,11 @@ def as_before(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(attributes)
                 module._buffers.clear()
                 for name, (buffer, values) in buffers.items():
-                    if buffer is not None and not buffer.is_meta and not torch.equal(buffer, values):
+                    if values is not None and not torch.equal(buffer, values):
                         buffer.copy_(values)
                     module._buffers[name] = buffer
+
+
+def _is_state(buffer: Tensor | None) -> bool:
+    """Whether a forward might write a buffer: large ones are tables (masks, quantised weights) that it reads."""
+    return buffer is not None and not buffer.is_meta and buffer.numel() <= 1 << 20

@@ -288,6 +288,27 @@ def test_log_probs_are_those_of_full_logits(tokenizer, make, temperature):
     assert not output.log_probs[~scored].any()
 
 
+def test_experts_have_their_auxiliary_loss_in_trls_output(tokenizer):
+    """With its gradient, for TRL's own formula; and no part of it where router logits are not asked for."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    ids = torch.randint(5, 300, (2, 8))
+    expected = model(input_ids=ids, output_router_logits=True).aux_loss
+    (of_router,) = torch.autograd.grad(expected, model.model.layers[0].mlp.gate.weight)
+    add_fused_head(model)
+    output = model(input_ids=ids, labels=ids, fused_lm_head=True, output_router_logits=True)
+    assert torch.equal(output.aux_loss, expected)
+    assert torch.equal(torch.autograd.grad(output.aux_loss, model.model.layers[0].mlp.gate.weight)[0], of_router)
+    plain = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert plain.aux_loss is None and torch.equal(plain.log_probs, output.log_probs)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_in_float32(make_trainer, tokenizer, monkeypatch, tied):
     """A bfloat16 model whose head alone is float32: TRL's own run of it agrees."""

@@ -22,6 +22,7 @@ from training import OPTIONS, assert_close, batch_of, gradients, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from pear.fused_head import add_fused_head
 from pear.io import DataError, WriteError, read_jsonl
 from pear.models import load_model, load_tokenizer
 from pear.rows import tokenize_row
@@ -698,6 +699,28 @@ def test_collator_pads_log_probs_like_labels(tokenizer):
     assert flat["behavior_logprobs"].tolist() == [[0.0, -1.0, -2.0, -9.0, -3.0, 0.0, 0.0, 0.0]]
     assert flat["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, -100, -100]]
     assert flat["behavior_logprobs"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 12, 12, 12], [0, 0, 5, 5, 12, 12]])
+def test_empty_sequences_of_a_pack_change_nothing(tokenizer, bounds):
+    """As bounds of a fixed length have them; in log-probs and each kind of loss."""
+    model = make_model(tokenizer)
+    add_fused_head(model)
+    ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[*range(5), *range(7)]])}
+    behavior = {"behavior_logprobs": -torch.rand(1, 12)}
+    wrong = {"sequence_label": torch.arange(12)[None] < 5}
+    found = []
+    for each in ([0, 5, 12], bounds):
+        pack = inputs | {"cu_seq_lens_q": torch.tensor(each).int()}
+        outputs = [
+            model(**pack, **behavior, pear={"level": "token", "reduction": "sequence_mean"}),
+            model(**pack, **behavior, **wrong, pear={"level": "sequence", "negative_lambda": 0.5}),
+            model(**pack, pear={"weighting": "dft"}),
+        ]
+        found.append([model(**pack, pear={}), *(x for output in outputs for x in output[:3])])
+    assert (found[0][0][0, [0, 5]] == 0).all() and (found[0][0] < 0).sum() == 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

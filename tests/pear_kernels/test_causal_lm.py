@@ -569,9 +569,7 @@ def test_a_model_whose_logits_are_others_is_refused_by_name(wrong, dtype):
     model.__class__ = Other
     if wrong == "head":  # which multiplies by something else than its weight
         model.lm_head.forward = lambda x: nn.functional.linear(x, 1.2 * model.lm_head.weight)
-    with pytest.raises(
-        ValueError, match="Other cannot be patched: its forward .*(on|as) a short row|more to its logits"
-    ):
+    with pytest.raises(ValueError, match="Other cannot be patched: its forward .*(a short row|more to its logits)"):
         patch_causal_lm(model)
     assert not hasattr(model, "_pear_patch") and "_loss_function" not in model.__dict__
 
