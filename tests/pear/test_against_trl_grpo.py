@@ -9,12 +9,14 @@ import copy
 import inspect
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rl_training import TIMES, make_grpo_trainer, prompts, reversed_or_seeded, rollouts
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from pear import rl_metrics
 from pear.io import DataError
 from pear.rl import PEARGRPOTrainer
 
@@ -87,6 +89,7 @@ def test_a_run_gives_the_weights_and_the_log_of_trl_s(policy, tokenizer, tmp_pat
                 assert a[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
         logged.update(key.removeprefix("eval_") for key in b)
         logged.update(f"{key} moved" for key in MOVED if b.get(key))
+    logged.add(f"run {name}")
 
 
 def test_the_runs_are_all_of_trl_s_loss_types_and_figures():
@@ -99,12 +102,44 @@ def test_the_runs_are_all_of_trl_s_loss_types_and_figures():
     assert kinds == {options.get("loss_type", "dapo") for options in RUNS.values()}
     names = {name for name in re.findall(r'_metrics\[mode\]\[f?"([^"]+)"\]', source)}
     assert len(names) > 25
-    if not logged:
-        pytest.skip("the runs above were not in this process")
+    if not {f"run {name}" for name in RUNS} <= logged:
+        pytest.skip("the runs above were not all in this process")
     of_rewards = {name for name in names if "{" in name}
     assert names - of_rewards - logged == NOT_RUN.keys()
     assert {f"rewards/by_ids/{what}" for what in ("mean", "std")} <= logged
     assert {f"{key} moved" for key in MOVED} <= logged
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo"])
+@pytest.mark.parametrize("of_sequences", [False, True])
+def test_two_processes_count_as_one_with_the_rows_of_both(loss_type, of_sequences):
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([5, 2, 0, 3])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    logprobs, entropies = -torch.rand(4, 5, generator=rng), torch.rand(4, 5, generator=rng)
+    inputs = {
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "old_per_token_logps": logprobs + 0.3 * torch.randn(4, 5, generator=rng),
+        "ref_per_token_logps": logprobs + 0.3 * torch.randn(4, 5, generator=rng),
+    }
+    options = dict(
+        loss_type=loss_type, of_sequences=of_sequences, beta=0.1, epsilon_low=0.1, epsilon_high=0.1, delta=None,
+        unbiased_kl=False,
+    )  # fmt: skip
+
+    def row(rows):
+        kept, some = mask[rows], {name: value[rows] for name, value in inputs.items()}
+        entropy = (entropies[rows] * kept).sum() / kept.sum().clamp(min=1)
+        return rl_metrics.micro_batch(logprobs[rows], entropy, kept, some, **options)
+
+    names = rl_metrics.names(loss_type, 0.1)
+    one = SimpleNamespace(gather=lambda rows: rows)
+    expected = rl_metrics.read(row([0, 1, 2, 3])[None], *names, one)
+    two = SimpleNamespace(gather=lambda rows: torch.cat([rows, row([2, 3])[None]]))
+    found = rl_metrics.read(row([0, 1])[None], *names, two)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1e-6), name
 
 
 def run(ours, policy, tokenizer, tmp_path, **options):

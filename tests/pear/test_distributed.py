@@ -130,5 +130,7 @@ def test_two_processes_learn_like_one(folder, tmp_path):
     assert [entry["pear/empty_completions"] for entry in log[: 2 * STEPS : 2]] == [1] * STEPS
     for a, b, c in zip(one.state.log_history[: 2 * STEPS], log, log_resumed, strict=False):
         for name in a.keys() - {"step_time"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+            # TRL's means are over micro-batches, which hold other rows in two processes; ours under pear/ are not
+            if name != "entropy" and not name.startswith("clip_ratio"):
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
             assert c[name] == b[name], name
