@@ -7,6 +7,7 @@ pass that makes the loss. Options are in sft_config.py, the data's files in scor
 save.py.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,13 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                 logits[:, -inputs["labels"].shape[1] :],
                 inputs["labels"],
             )
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Trainer's, of rows that are prepared as for `evaluate` (TRL takes them as they are), in their order."""
+        args = copy.copy(self.args)
+        args.shuffle_dataset = False
+        prepared = self._prepare_dataset(test_dataset, self.processing_class, args, False, None, metric_key_prefix)
+        return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
