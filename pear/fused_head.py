@@ -28,7 +28,7 @@ from pear_kernels.shifted import (
     shift_right,
     supervised_loss,
 )
-from pear_kernels.treatment import Treatment
+from pear_kernels.treatment import ADVICE, Treatment
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
 COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted
@@ -235,7 +235,8 @@ def check_model(model: PreTrainedModel) -> Treatment:
     try:
         return agreement.checked_treatment(model)
     except ValueError as error:
-        raise DataError(str(error)) from None
+        said = str(error).replace(ADVICE, "`pear` would not train what the model computes: give another model.")
+        raise DataError(said) from None
 
 
 def head_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from pear_kernels.lm_head import forward_replaced, innermost
 
 OWN_LOSS = "makes its loss by itself instead of handing its logits to `loss_function`"
+ADVICE = (
+    "Run its decoder yourself, and give the hidden states and the head's weight to linear_pear_loss or "
+    "linear_weighted_loss."
+)
 PROBES = tuple(2.0**power for power in range(-10, 14))  # logits, each twice the one before
 
 
@@ -104,10 +108,7 @@ def check_loss(model: nn.Module) -> None:
 
 
 def refusal(name: str, why: str) -> ValueError:
-    return ValueError(
-        f"{name} cannot be patched: its forward {why}. Run its decoder yourself, and give the hidden states and the "
-        "head's weight to linear_pear_loss or linear_weighted_loss."
-    )
+    return ValueError(f"{name} cannot be patched: its forward {why}. {ADVICE}")
 
 
 def _trunk(model: nn.Module) -> nn.Module:
