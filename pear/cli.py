@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pear.command_line import PearCommand, PearGroup
-from pear.shown import one_line, say
+from pear.shown import many_lines, one_line, say
 
 
 class _App(typer.Typer):
@@ -294,7 +294,7 @@ def compare(
     from pear.io import DataError, WriteError
 
     try:
-        files = run(runs, out, name, show=typer.echo)
+        files = run(runs, out, name, show=lambda text: typer.echo(many_lines(text)))
     except (DataError, WriteError) as error:
         raise _fail(error) from None
     for path in files:

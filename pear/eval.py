@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.appending import holding, output_file
 from pear.generate import generate
 from pear.io import DataError, write_json
+from pear.shown import say
 from pear.tasks import FORMATS, Problem, load_task, rewards
 
 
@@ -166,7 +168,7 @@ def table(results: dict[str, dict[str, Any]], title: str | None = None) -> Table
         view.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
         cells = [percent(result[key], result[f"{key}_stderr"]) for key in ks]
-        view.add_row(name, *cells, percent(result["finished"]), f"{result['mean_tokens']:.1f}")
+        view.add_row(Text(name), *cells, percent(result["finished"]), f"{result['mean_tokens']:.1f}")
     return view
 
 
@@ -201,5 +203,5 @@ def run(
     Console().print(table({model: result}, title=f"{task}, held-out problems"))
     if out is not None:
         write_json(out, result)
-        Console().print(f"written: {out}", soft_wrap=True)
+        say(f"written: {out}")
     return result

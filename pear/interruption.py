@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import typer
 
+from pear.shown import many_lines
+
 RESUME = "--resume_from_checkpoint"
 KEPT = {  # what an interrupted command leaves to go on from
     "score": "What was scored is kept: the same command goes on from there",
@@ -47,7 +49,7 @@ def ends_in_words(command: str, arguments: Sequence[str]) -> Iterator[None]:
         by_signal = isinstance(error, Terminated)
         if int(os.environ.get("RANK", 0)) == 0:
             how = "stopped by SIGTERM" if by_signal else "interrupted"
-            print(f"{how}{in_words(command, arguments, error)}", file=sys.stderr)
+            print(many_lines(f"{how}{in_words(command, arguments, error)}"), file=sys.stderr)
         raise typer.Exit(128 + (signal.SIGTERM if by_signal else signal.SIGINT)) from None
     finally:
         if in_main:

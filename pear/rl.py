@@ -58,6 +58,7 @@ from pear.run_identity import identity
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, read_run, write_run
 from pear.save import Extras, check_push, finish, save_final, train
+from pear.shown import say
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
 from pear_kernels.policy import POLICY_STATS
@@ -612,7 +613,8 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
                 pass_at_k(load_model(str(out)).to(trainer.accelerator.device), "after")
         with extras("writing run.json"):
             finish_run(out, trainer, name)
-            print("\n".join(outcome(out, "rl")))
+            for line in outcome(out, "rl"):
+                say(line)
     finish(trainer, saved, extras)
     return trainer
 

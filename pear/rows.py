@@ -40,7 +40,7 @@ def prompt_and_completion(row: dict[str, Any], where: str, all_turns: bool = Fal
         if not is_assistant(messages[last]) and not all_turns:
             raise DataError(
                 f"{where}: no completion: the last of `messages` must be the assistant's, got role "
-                f"{messages[last]['role']!r}"
+                f"{messages[last]['role']!r:.100}"
             )
         at = next((i for i in range(1, last) if is_assistant(messages[i])), last) if all_turns else last
         row = {k: v for k, v in row.items() if k != "messages"}
@@ -61,7 +61,7 @@ def prompt_and_completion(row: dict[str, Any], where: str, all_turns: bool = Fal
         row["prompt"], row["completion"] = (parsed_messages(row[key], key, where) for key in ("prompt", "completion"))
         said = list(filter(is_assistant, row["completion"]))
         if not said:
-            roles = ", ".join(sorted({repr(message["role"]) for message in completion}))
+            roles = ", ".join(sorted({repr(message["role"])[:100] for message in completion})[:5])
             raise DataError(
                 f"{where}: no completion: no message of `completion` has role {ASSISTANT[0]!r}, got {roles}"
             )

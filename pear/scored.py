@@ -190,7 +190,7 @@ def _read(name: str, row: dict[str, Any], tokens: TokenizedRow, behavior: Behavi
     if name in TOP_K_COLUMNS:
         dtype = np.int32 if name == "top_k_ids" else np.float32
         return [np.array(values if bit else [], dtype=dtype) for values, bit in zip(row[name], mask, strict=True)]
-    return np.where(mask == 1, np.array(row[name], dtype=np.float32), np.float32(0))
+    return np.where(mask == 1, np.array(row[name], dtype=np.float64), 0.0).astype(np.float32)
 
 
 def _block_ids(behavior: Behavior, mask: np.ndarray, options: PEAROptions) -> np.ndarray:

@@ -196,7 +196,7 @@ class Reader:
         if not has_logprobs(row):
             return no_behavior(mask)
         if own:
-            return Behavior(np.array(row["behavior_logprobs"], dtype=np.float32)[mask], None)
+            return Behavior(np.array(row["behavior_logprobs"], dtype=np.float64)[mask].astype(np.float32), None)
         if "behavior_spans" not in row:
             check_same_tokens(row, tokens, self.tokenizer, where, whose="the student")  # raises: they are not
         return self._aligned(row, where, tokens)

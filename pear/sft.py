@@ -500,7 +500,8 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
         settings |= {"roles": data_args.roles} if data_args.roles is not None else {}
         with extras("writing run.json"):
             write_run(args.output_dir, "sft", trainer.state.log_history, settings)
-            print("\n".join(outcome(Path(args.output_dir), "sft")))
+            for line in outcome(Path(args.output_dir), "sft"):
+                say(line)
     try:
         finish(trainer, saved, extras)
     finally:  # the last line, also where something that followed the training failed
