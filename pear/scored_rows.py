@@ -20,6 +20,7 @@ from pear.align import ROLES, Roles, Spans, Unaligned, align, spans_of
 from pear.align.contents import contents_of
 from pear.align.roles import names_of
 from pear.align.spans import JOINT, NO_BYTES
+from pear.chat import is_assistant
 from pear.io import (
     LOGPROB_COLUMNS,
     MAX_FLOAT32,
@@ -147,8 +148,9 @@ class Reader:
             stored = TokenizedRow(row["input_ids"], [int(bit) for bit in row["completion_mask"]], 0)
             if row.get("tokenizer") == self.fingerprint:
                 if "prompt" in row and "completion" in row:
-                    notes = notes_of(prompt_and_completion(row, where), stored.input_ids, self.tokenizer, where)
-                    stored = stored._replace(notes=notes)
+                    chat = prompt_and_completion(row, where)
+                    self._check_others(chat, stored, where)
+                    stored = stored._replace(notes=notes_of(chat, stored.input_ids, self.tokenizer, where))
                 return stored, True
             if "prompt" not in row or "completion" not in row:
                 raise DataError(
@@ -167,6 +169,17 @@ class Reader:
             return own, same
         check_label(row, where)
         return self._own(row, where), False
+
+    def _check_others(self, row: dict[str, Any], stored: TokenizedRow, where: str) -> None:
+        """Raise where what others say in a completion counts, as older versions scored it."""
+        completion, mask = row["completion"], stored.completion_mask
+        if isinstance(completion, str) or all(map(is_assistant, completion)) or 0 in mask[mask.index(1) :]:
+            return
+        if 0 in (own := tokenize_row(row, self.tokenizer, where).completion_mask)[own.index(1) :]:
+            raise DataError(
+                f"{where}: an older version scored this row: in `completion_mask` what a tool or the user says in the "
+                "completion counts as the policy's. Score the row again, without its `scored`, or import it again."
+            )
 
     def _own(self, row: dict[str, Any], where: str) -> TokenizedRow:
         row = prompt_and_completion(row, where, self.all_turns)

@@ -18,6 +18,7 @@ from pear.rl import check_prompts
 from pear.rows import TokenizedRow, prompt_and_completion, tokenize_row
 from pear.score import score
 from pear.scored import load_scored
+from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer
 from pear.sft_config import PEARSFTConfig
 from pear.tokenizer_options import changed_tokenizer
@@ -132,6 +133,31 @@ def test_masks_with_holes_from_score_to_loss(tokenizer, model, jsonl, tmp_path):
         ours = trainer.compute_loss(student, batch).item()
     flat = [loss_without_holes(student, dataset[i], args) for i in range(2)]
     assert ours == pytest.approx(sum(flat) / sum(map(sum, dataset["completion_mask"])), rel=1e-5)
+
+
+def test_masks_with_holes_under_another_tokenizer(tokenizer, jsonl, tmp_path):
+    """No log-prob is lost in the alignment, and no block reaches into what others say."""
+    other = make_tokenizer(vocab_size=300)
+    score(
+        make_model(other), jsonl([TOOL, TALK]), tmp_path / "s.jsonl", tokenizer=other, progress=False,
+        assistant_only_loss=True,
+    )  # fmt: skip
+    dataset = load_scored(tmp_path / "s.jsonl", tokenizer)
+    for row, (_, scored) in zip(dataset, read_jsonl(tmp_path / "s.jsonl"), strict=True):
+        assert [block >= 0 for block in row["block_ids"]] == [bit == 1 for bit in row["completion_mask"]]
+        assert sum(row["behavior_logprobs"]) == pytest.approx(sum(scored["behavior_logprobs"]), rel=1e-6)
+        assert row["input_ids"] != scored["input_ids"]
+
+
+def test_rows_in_which_others_count_must_be_scored_again(tokenizer, model, jsonl, tmp_path):
+    """As versions before this rule wrote them."""
+    score(model, jsonl([TOOL]), tmp_path / "s.jsonl", tokenizer=tokenizer, progress=False)
+    row = next(row for _, row in read_jsonl(tmp_path / "s.jsonl"))
+    start = row["completion_mask"].index(1)
+    row["completion_mask"][start:] = [1] * (len(row["completion_mask"]) - start)
+    write_scored(tmp_path / "old.jsonl", [row])
+    with pytest.raises(DataError, match="old.jsonl:1: an older version scored this row: in `completion_mask` what"):
+        load_scored(tmp_path / "old.jsonl", tokenizer)
 
 
 @torch.no_grad()
