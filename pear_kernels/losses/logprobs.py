@@ -29,6 +29,12 @@ def linear_logprobs(
     One matrix product where no gradient is asked for, and nothing kept; otherwise four in all, since the backward pass
     makes the logits again. Arguments as in `linear_pear_loss`.
 
+    A z-loss, the square of log-sum-exp, can be made as (target's logit - log-prob)^2. Its gradient is then a difference
+    of two that are rounded to the inputs' dtype, in which the target's row of the head cancels: in bfloat16, against
+    float64, dX was off by 3.5 % and dW by 8 % where the distribution is near uniform (256 random tokens, D = 256,
+    V = 4,096; full bfloat16 logits: 0.2 % and 0.4 %), and by 0.5 % where it is peaked (full logits: 1.2 %). A
+    log-sum-exp as an output of the pass is planned; until then, use float32 inputs for a z-loss.
+
     Returns:
         Log-probs of target's shape, float32 (float64 for float64 inputs), 0 at ignored tokens; with `return_entropy`
         also the entropy of each token's distribution in nats, likewise. Both are differentiable, once.

@@ -93,11 +93,14 @@ def linear_pear_loss(
             computed by "torch".
 
     Returns:
-        LossOutput. With every token ignored: loss 0 and zero gradients. With labels, the statistics of right sequences
-        are `objectives.STATS`, and those of wrong ones `negatives.WRONG_STATS`; for tokens of the latter, `weights`
-        hold -negative_lambda G, or 0. Every loss adds "token_accuracy" to `stats`, the share of tokens (with labels, of
-        right ones) that no other token is likelier than: where logits are equal the first one counts, and on kernels or
-        across shards a tie counts as a miss. It costs nothing: product 1 has the maximum of each row.
+        LossOutput. With every token ignored: loss 0 and zero gradients. `stats` (`objectives.STATS`) tell of trouble:
+        `ratio_clipped_low` and `ratio_clipped_high`, the shares of tokens whose log-ratio is below and above its clip
+        (together near 1, a weight is a function of position alone), `weight_mean`, `weight_floor`, `weight_ceiling`,
+        and `effective_sample_size`, the share of tokens that carry the gradient. With labels, the statistics of right
+        sequences are `objectives.STATS`, and those of wrong ones `negatives.WRONG_STATS`; for tokens of the latter,
+        `weights` hold -negative_lambda G, or 0. Every loss adds "token_accuracy" to `stats`, the share of tokens (with
+        labels, of right ones) that no other token is likelier than: where logits are equal the first one counts, and on
+        kernels or across shards a tie counts as a miss. It costs nothing: product 1 has the maximum of each row.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do. Values (of target, behavior_logprobs,
