@@ -89,6 +89,8 @@ def read(
             rows.append(found)
     looked_at = len(rows) + len(long) + len(unaligned)
     check_long_rows(str(path), long, looked_at, max_length or 0, drop=drop_long_rows)
+    if not total:
+        raise DataError(f"{path}: no rows in it")
     if not rows:
         raise DataError(
             f"{path}: no row to look at: of {total}, {len(long)} are longer than max_length = {max_length}, "
