@@ -49,7 +49,8 @@ def ends_in_words(command: str, arguments: Sequence[str]) -> Iterator[None]:
         by_signal = isinstance(error, Terminated)
         if int(os.environ.get("RANK", 0)) == 0:
             how = "stopped by SIGTERM" if by_signal else "interrupted"
-            print(many_lines(f"{how}{in_words(command, arguments, error)}"), file=sys.stderr)
+            start = "\n" if command in ("sft", "rl") else ""  # behind the trainer's bar
+            print(start + many_lines(f"{how}{in_words(command, arguments, error)}"), file=sys.stderr)
         raise typer.Exit(128 + (signal.SIGTERM if by_signal else signal.SIGINT)) from None
     finally:
         if in_main:
