@@ -100,9 +100,10 @@ def logits_loop(model, tokenizer, data: Path, out: Path, cut: Callable[[list[Row
     """Log-probs the usual way."""
     texts, rows = [], []
     for line, text in read_jsonl(data):
-        ids, mask, prompt_cut = tokenize_row(prompt_and_completion(text, ""), tokenizer, "")
+        tokens = tokenize_row(prompt_and_completion(text, ""), tokenizer, "")
+        ids, mask = torch.tensor(tokens.input_ids).numpy(), torch.tensor(tokens.completion_mask).bool().numpy()
         texts.append(text)
-        rows.append(Row(line, torch.tensor(ids).numpy(), mask.index(1), prompt_cut, False))
+        rows.append(Row(line, ids, mask, tokens.prompt_cut, False))
     found: dict[int, list[float]] = {}
     for numbers in cut(rows):
         batch = [rows[i] for i in numbers]
@@ -112,15 +113,11 @@ def logits_loop(model, tokenizer, data: Path, out: Path, cut: Callable[[list[Row
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
         logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         for i, row, values in zip(numbers, batch, logprobs, strict=True):
-            found[i] = values[row.start - 1 : len(row.input_ids) - 1].tolist()
+            found[i] = [0.0, *torch.where(torch.from_numpy(row.mask[1:]), values[: len(row.mask) - 1], 0).tolist()]
     with open(out, "w") as file:
         for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
-            length = len(row.input_ids)
-            columns = {
-                "input_ids": row.input_ids.tolist(),
-                "completion_mask": [0] * row.start + [1] * (length - row.start),
-            }
-            columns["behavior_logprobs"] = [0.0] * row.start + found[i]
+            columns = {"input_ids": row.input_ids.tolist(), "completion_mask": row.mask.astype(int).tolist()}
+            columns["behavior_logprobs"] = found[i]
             file.write(json.dumps(text | columns) + "\n")
 
 

@@ -86,7 +86,7 @@ def rows(tokenizer, student, teacher):
             "prompt": "" if n == 3 else f"What is {n} plus {n}? ",
             "completion": f"It is {2 * n}." + " Why? " * (n % 4),
         }
-        ids, mask, _ = tokenize_row(text, tokenizer, "here")
+        ids, mask, *_ = tokenize_row(text, tokenizer, "here")
         row = {**text, "input_ids": ids, "completion_mask": mask, "tokenizer": tokenizer_fingerprint(tokenizer)}
         row["behavior_policy"] = "behavior"
         with torch.no_grad():
