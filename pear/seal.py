@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pear.io import DataError, write_jsonl
+from pear.io import LOGPROB_COLUMNS, DataError, write_jsonl
 
 FORMAT = 3
+# pandas, and with it `Dataset.to_json`, writes no more decimals. Log-probs of nearly certain tokens have more as float32;
+# what is rounded away, 5e-11, is next to nothing in a log-ratio.
+DECIMALS = 10
 READABLE = (2, FORMAT)  # format 2 also numbered the rows of a file; the checksum is the same
 SEALED = (
     "prompt",
@@ -98,10 +101,16 @@ def _numbers(values: list) -> bytes:
 
 
 def seal(row: dict[str, Any]) -> dict[str, Any]:
-    """A new row with its seal."""
-    return {key: value for key, value in row.items() if key != "scored"} | {
-        "scored": {"format": FORMAT, "checksum": checksum(row)}
-    }
+    """A new row with its seal, its log-probs rounded to DECIMALS."""
+    row = {key: value for key, value in row.items() if key != "scored"}
+    row |= {key: _rounded(row[key]) for key in (*LOGPROB_COLUMNS, "top_k_logprobs") if key in row}
+    return row | {"scored": {"format": FORMAT, "checksum": checksum(row)}}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, DECIMALS) + 0.0 if type(value) is float else value  # + 0.0 turns -0.0 into 0.0
 
 
 def check_seal(row: dict[str, Any], where: str) -> None:

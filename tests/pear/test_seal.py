@@ -33,12 +33,23 @@ ROW = {
 
 def test_seal_as_the_format_says():
     row = seal(ROW)
-    assert row == ROW | {"scored": {"format": FORMAT, "checksum": checksum(ROW)}} and "scored" not in ROW
+    rounded = {"behavior_logprobs": [0.0, 0.0, -0.1234567891, -1.0]}
+    assert row == ROW | rounded | {"scored": {"format": FORMAT, "checksum": checksum(ROW)}} and "scored" not in ROW
     assert len(checksum(ROW)) == 16 and int(checksum(ROW), 16) >= 0 and FORMAT == 3
     check_seal(row, "f:1")
     assert seal(row) == row  # an old seal is replaced
     # as format 2 had it, written by the version before
     check_seal(ROW | {"scored": {"format": 2, "file": "a", "row": 2, "rows": 9, "checksum": "a8915a8dbfbf96ba"}}, "f:1")
+
+
+def test_a_file_that_datasets_wrote_again_is_a_scored_file(tmp_path):
+    """pandas writes ten decimals, and the float32 log-probs of nearly certain tokens have more."""
+    logprobs = -np.exp(np.linspace(-25, 3, 500)).astype(np.float32)
+    row = seal({"prompt": "a/é", "completion": " b", "behavior_logprobs": [0.0, *logprobs.tolist()]})
+    np.testing.assert_allclose(row["behavior_logprobs"][1:], logprobs, atol=5.1e-11, rtol=0)
+    Dataset.from_list([row, row]).to_json(tmp_path / "again.jsonl")
+    for line, again in read_jsonl(tmp_path / "again.jsonl"):
+        check_seal(again, f"again.jsonl:{line}")
 
 
 def leaves(value, path=()):
