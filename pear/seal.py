@@ -15,8 +15,8 @@ import numpy as np
 from pear.io import LOGPROB_COLUMNS, DataError, write_jsonl
 
 FORMAT = 3
-# pandas, and with it `Dataset.to_json`, writes no more decimals. Log-probs of nearly certain tokens have more as float32;
-# what is rounded away, 5e-11, is next to nothing in a log-ratio.
+# pandas, and with it `Dataset.to_json`, writes no more decimals. float32 log-probs of nearly certain tokens have more;
+# what is rounded away, at most 5e-11, is next to nothing in a log-ratio.
 DECIMALS = 10
 READABLE = (2, FORMAT)  # format 2 also numbered the rows of a file; the checksum is the same
 SEALED = (
