@@ -111,6 +111,8 @@ def spans_of(
     if True not in mask:
         raise Unaligned("the row has no token of a completion")
     start = mask.index(True)
+    if isinstance(row["prompt"], str) and not all(mask[start:]):  # nobody but the policy speaks in it
+        raise Unaligned("the completion's tokens are not the last ones of the row")
     names = names_of(roles, tokenizer.eos_token)
     text = rendered(row, tokenizer)
     if isinstance(row["prompt"], str):
