@@ -28,9 +28,10 @@ DECISIVE = (
 FREE = (
     *("model_init_kwargs", "trust_remote_code", "dataset_num_proc", "pad_to_multiple_of", "activation_offloading"),
     *("workspace_bytes", "strict_length", "keep_samples", "ds3_gather_for_generation", "cache_implementation"),
-    *("num_generations_eval", "eval_packing", "num_completions_to_print", "cast_lm_head_to_fp32"),
+    *("num_generations_eval", "eval_packing", "num_completions_to_print", "cast_lm_head_to_fp32", "log_entropy"),
+    *("log_multimodal", "log_unique_prompts"),
 )
-FREE_PREFIXES = ("vllm_", "log_", "use_vllm", "use_transformers", "transformers_")
+FREE_PREFIXES = ("vllm_", "log_completions", "use_vllm", "use_transformers", "transformers_")
 PARTS = ("model", "data")  # written as a name, for people, and a hash that is compared
 SAMPLES, BYTES = 16, 4096  # of each file of weights
 

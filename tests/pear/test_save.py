@@ -297,6 +297,7 @@ def test_a_folder_is_one_run_s(student, scored, tmp_path, save_model, caplog):
         "its model is ": ["--model", str(save_model(seed=1, tied=True))],
         "use_peft is false there, true now": ["--use_peft"],
         "seed is 42 there, 3 now": ["--seed", "3"],
+        r"log_ratio_clip is \[-0.08, 0.3\] there, \[-1.0, 1.0\] now": ["--log_ratio_clip", "-1", "1"],
     }
     for message, flags in differ.items():
         with pytest.raises(DataError, match=f"checkpoint-2 is of another run: .*{message}"):
