@@ -199,6 +199,9 @@ def begin(args: TrainingArguments, record: dict[str, Any], overwrite: bool) -> s
         if Path(checkpoint).resolve().parent == Path(args.output_dir).resolve():
             return checkpoint
     if not overwrite and (found := left_by_another(args.output_dir)) is not None:
+        if not checkpoints(args.output_dir) and run_identity.is_the_same(args.output_dir, record):
+            logger.warning(f"{args.output_dir} holds the model of this same run; it is made again and replaced")
+            return checkpoint
         raise DataError(
             f"output_dir: {args.output_dir} holds {found} of an earlier run. Give another output_dir; or "
             "--resume_from_checkpoint true, to go on with that run; or --overwrite_output_dir, to replace it"

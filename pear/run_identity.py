@@ -59,6 +59,7 @@ def identity(
             "command": command,
             "model": {"name": model, "hash": _model_hash(model)},
             "data": {"name": {name: value for name, value in data.items() if value is not None}, "hash": _hash(found)},
+            "length": {name: getattr(args, name) for name in ("num_train_epochs", "max_steps")},
             "settings": settings | {name: _file_hash(v) if _is_path(v) else v for name, v in others.items()},
         }
     )
@@ -88,6 +89,15 @@ def check(checkpoint: str, now: dict[str, Any]) -> bool:
             "Give the same settings to go on, or another output_dir for a new run"
         )
     return True
+
+
+def is_the_same(folder: str | os.PathLike, now: dict[str, Any]) -> bool:
+    """Whether the model in a folder is what a run that is `now`, of the same length, ended with."""
+    try:
+        then = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+        return then["length"] == now["length"] and not _differences(then, now)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import hf_api
 
+from pear import run_identity
 from pear.adapters import CONFIG, WEIGHTS, MergeError, can_merge, difference, logits, merge, rounding
 from pear.checkpoints import is_whole, step_of
 from pear.folders import sync_files
@@ -93,6 +94,8 @@ def save_final(trainer: Trainer, merge_adapter: bool = True) -> Saved:
             trainer.accelerator.wait_for_everyone()
             if is_main:
                 files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+                if (record := getattr(trainer, "run_identity", None)) is not None:
+                    run_identity.write(temporary, record)
                 _move_in(temporary, output_dir)
     except BaseException as error:
         cause = disk_error(error)
@@ -382,7 +385,7 @@ class Extras:
 
 
 # What an earlier run may have left in the folder, and transformers would load beside or instead of the new files.
-STALE = ("model*.safetensors", "model.safetensors.index.json", CONFIG, "adapter_model*", "adapter")
+STALE = ("model*.safetensors", "model.safetensors.index.json", CONFIG, "adapter_model*", "adapter", run_identity.RECORD)
 
 
 def _move_in(source: Path, target: Path) -> None:

@@ -313,6 +313,14 @@ def test_a_folder_is_one_run_s(student, scored, tmp_path, save_model, caplog):
     assert "checkpoint-3 has no pear.json" in caplog.text
     (out / "eval").mkdir()
     (out / "eval" / "after.json").write_text("{}")  # of the run that goes
+    once = argv(student, scored, tmp_path / "once", "--save_strategy", "no")
+    main(once)
+    made = (tmp_path / "once" / "model.safetensors").read_bytes()
+    for flags in ("--max_steps 1", "--gamma 0.9", "--seed 3"):
+        with pytest.raises(DataError, match="holds the model of an earlier run"):
+            main([*once, *flags.split()])
+    main([*once, "--per_device_eval_batch_size", "3"])  # the same run once more
+    assert (tmp_path / "once" / "model.safetensors").read_bytes() == made
     main([*line, "--overwrite_output_dir", "--max_steps", "1", "--seed", "3"])
     assert not (out / "eval" / "after.json").exists()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"] and (out / "notes.txt").is_file()
