@@ -139,6 +139,11 @@ class Renderer:
             raise DataError(f"{self.where}: the chat template cannot render this row: {error}") from error
         if len(text) > RENDER_CHARACTERS:
             raise TemplateLimit(_limit_message(self.where, f"makes {len(text)} characters"))
+        if any(isinstance(parts := message.get("content"), list) and str(parts) in text for message in messages):
+            raise DataError(
+                f"{self.where}: the chat template takes `content` for a string and writes a list of parts as Python "
+                "does ([{'type': 'text', ...}]): give `content` as a string"
+            )
         return text
 
     def ids(self, text: str) -> list[int]:
@@ -223,7 +228,7 @@ def _less_memory() -> Iterator[None]:
 class _Turn(NamedTuple):
     before: str  # what others say before it
     header: str  # what asks for it: the generation prompt
-    body: str  # the turn, as it is written where it is the conversation's last
+    body: str | None  # the turn, as it is written where it is the conversation's last; None: not found yet
     core: str  # a part of the body that is there wherever the turn is
 
 
@@ -269,7 +274,7 @@ def _turns(messages: Messages, runs: list[tuple[int, int]], renderer: Renderer) 
         so_far = renderer.text(messages[:first])
         asked = renderer.text(messages[:first], add_generation_prompt=True)
         shared = common_prefix(so_far, asked)
-        turn = _Turn(so_far[_walk(so_far, turns)[-1] : shared], asked[shared:], "", "")
+        turn = _Turn(so_far[_walk(so_far, turns)[-1] : shared], asked[shared:], None, "")
         done = renderer.text(messages[:end])
         turns.append(turn._replace(body=done[_walk(done, [*turns, turn])[-1] :], core=_core(messages[end - 1])))
     return turns
@@ -286,8 +291,12 @@ def _runs(messages: Messages, start: int) -> list[tuple[int, int]]:
 
 
 def _core(message: dict[str, Any]) -> str:
+    from pear.align.roles import ROLES, THINK  # which imports this module
+
     content = message.get("content")
     if isinstance(content, str) and content.strip():
+        for tag in ROLES[THINK[1]]:  # templates leave out reasoning of earlier turns, also what `content` has of it
+            content = content.rpartition(tag)[2]
         return content.strip()[-16:]
     calls = message.get("tool_calls") or ()
     names = [(call.get("function") or call).get("name") for call in calls if isinstance(call, dict)]
@@ -306,7 +315,10 @@ def _walk(text: str, turns: Sequence[_Turn]) -> list[int]:
         at += len(turn.before)
         at += common_prefix(text[at : at + len(turn.header)], turn.header)
         places.append(at)
-        if not turn.body:
+        if turn.body is None:
+            continue
+        if not turn.body:  # a template that leaves out messages without content
+            places.append(at)
             continue
         lengths = (n for n in range(len(turn.body), 0, -1) if text.startswith(turn.body[len(turn.body) - n :], at))
         length = next(lengths, 0)

@@ -17,6 +17,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives
 CALLS = ("tool_calls", "function_call")
 LEFT_OUT = "left out: "
 BOS, EOS, CLOSED, ENCODED, REWRITTEN, PROMPT = "BOS", "EOS", "closed", "encoded", "rewritten", "prompt"
+AS_PYTHON = "as Python"
 _AGAIN = (
     "Give a template that shows it (--chat_template_path, or `chat_template.jinja` in the model's folder), move it "
     "into `content`, or give rows whose `prompt` and `completion` are the whole text"
@@ -86,6 +87,8 @@ def _left_out(row: dict[str, Any], renderer: Renderer, text: str | None) -> list
         )
     if _encoded_twice(completion, text):
         found[ENCODED] = None
+    if any(isinstance(value, dict) and value and str(value) in text for value in _arguments(completion)):
+        found[AS_PYTHON] = None
     if renderer.arguments["tools"] and _same(renderer, prompt + completion, text, {"tools": None}):
         found[LEFT_OUT + "tools"] = None
     for number, message in enumerate(prompt + completion):
@@ -208,14 +211,18 @@ def _calls(prompt: Messages, completion: Messages, renderer: Renderer) -> Iterab
 
 def _encoded_twice(completion: Messages, text: str) -> bool:
     """Whether arguments that are JSON text stand there as a JSON string: `"{\\"a\\": 2}"`."""
+    for arguments in _arguments(completion):
+        if isinstance(arguments, str) and '"' in arguments and arguments not in text:
+            if json.dumps(arguments, ensure_ascii=False) in text or json.dumps(arguments) in text:
+                return True
+    return False
+
+
+def _arguments(completion: Messages) -> Iterable[Any]:
     for message in completion:
         for call in message.get("tool_calls") or ():
             function = call.get("function")
-            arguments = (function if isinstance(function, dict) else call).get("arguments")
-            if isinstance(arguments, str) and '"' in arguments and arguments not in text:
-                if json.dumps(arguments, ensure_ascii=False) in text or json.dumps(arguments) in text:
-                    return True
-    return False
+            yield (function if isinstance(function, dict) else call).get("arguments")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,6 +292,11 @@ class Notes:
             said.append(
                 f"of {_rows(lines)} the chat template writes the arguments of tool calls, which are JSON text, as a "
                 f"JSON string, with escaped quotes ({line_list(lines)}): give `arguments` as an object"
+            )
+        if lines := self.lines.get(AS_PYTHON):
+            said.append(
+                f"of {_rows(lines)} the chat template writes the arguments of tool calls, which are objects, as Python "
+                f"does and not as JSON ({line_list(lines)}): give `arguments` as JSON text"
             )
         if lines := self.lines.get(BOS):
             said.append(

@@ -97,6 +97,38 @@ def test_all_turns_are_those_that_a_template_marks():
     assert counted(tokenize_row(prompt_and_completion(TALK, "f:1"), tokenizer, "f:1"), tokenizer).startswith("Second.")
 
 
+@pytest.mark.parametrize(
+    ("change", "first", "wanted"),
+    [  # a turn that the template leaves out, one that it leaves reasoning out of, and parts that it writes by Python
+        ("{% for message in messages if message.content %}", "", "Nine.<|im_end|>\n"),
+        (
+            "{% for message in messages %}{% if not loop.last %}"
+            "{% set message = dict(message, content=message.content.split('</think>')[-1]) %}{% endif %}",
+            "<think>one</think>7",
+            "7<|im_end|><think>two</think>Nine.<|im_end|>\n",
+        ),
+        (
+            "{% for message in messages %}",
+            [{"type": "text", "text": "7"}],
+            "f:1: the chat template takes `content` for",
+        ),
+    ],
+)
+def test_earlier_turns_that_templates_shorten(change, first, wanted):
+    template = CHAT_TEMPLATE.replace("{% for message in messages %}", change)
+    tokenizer = with_template(template.replace("message['content']", "message['content'] | trim"))
+    last = "<think>two</think>Nine." if "think" in first else "Nine."
+    row = {
+        "prompt": [say("user", "q")],
+        "completion": [say("assistant", first), say("user", "r"), say("assistant", last)],
+    }
+    if isinstance(first, list):
+        with pytest.raises(DataError, match="f:1: the chat template takes `content` for a string"):
+            tokenize_row(row, tokenizer, "f:1")
+    else:
+        assert counted(tokenize_row(row, tokenizer, "f:1"), tokenizer) == wanted
+
+
 def test_a_template_that_hides_its_turns_is_refused():
     """It writes how many messages there are into every one of them."""
     template = CHAT_TEMPLATE.replace("message['content']", "message['content'] ~ messages | length")
@@ -190,12 +222,16 @@ def loss_without_holes(student, row: dict, args: PEARSFTConfig) -> float:
         ("(message['tool_calls'] | tojson(indent=4) if message.tool_calls else message['content'])",
          say("assistant", "", tool_calls=CALL), None),
         ("(message['reasoning_content'] or '') ~ message['content']", say("assistant", "7", reasoning="Alpha."), None),
+        ("(message.tool_calls[0].function.name ~ message.tool_calls[0].function.arguments if message.tool_calls else "
+         "message['content'])", say("assistant", "", tool_calls=CALL), "as Python"),
     ],
 )  # fmt: skip
 def test_what_a_template_leaves_out_is_noted(change, message, notes):
     tokenizer = with_template(CHAT_TEMPLATE.replace("message['content']", change))
     row = prompt_and_completion({"prompt": [say("user", "2 + 5?")], "completion": [message]}, "f:1")
-    assert tokenize_row(row, tokenizer, "f:1").notes == (() if notes is None else (f"left out: {notes}",))
+    assert tokenize_row(row, tokenizer, "f:1").notes == {None: (), "as Python": (notes,)}.get(
+        notes, (f"left out: {notes}",)
+    )
 
 
 @pytest.mark.parametrize(
