@@ -41,6 +41,7 @@ def with_numbers(function: Callable) -> Callable:
 
     extra = [inspect.Parameter(name, own[0].kind, annotation=kind) for name, kind in more.items()]
     filled.__signature__ = signature.replace(parameters=own + extra)
+    filled.floats = frozenset(i for i, parameter in enumerate(own) if parameter.annotation in (float, float | None))
     return filled
 
 
@@ -61,7 +62,10 @@ def call(op: Callable, *arguments):
             refuse_transforms(op._name, arguments)
         return op(*arguments, None, [])
     given, numbers, places = [], [], []
+    floats = op._init_fn.floats
     for i, argument in enumerate(arguments):
+        if i in floats and isinstance(argument, int):
+            argument = float(argument)  # an integer that changes is a symbol too, which no float of a schema may be
         if is_symbol(argument):
             numbers.append(argument)
             places += [i, -1]

@@ -209,8 +209,7 @@ def as_called(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Ten
         return True
 
     of_index = signature.parameters.get("index")
-    # functools.partial leaves what it has bound by name as a keyword with a default: no room for another value
-    bound = of_index is not None and of_index.kind is of_index.KEYWORD_ONLY and of_index.default is not of_index.empty
+    bound = isinstance(own, functools.partial) and "index" in own.keywords  # to another value than ours
     if takes(None, index=None) and of_index is not None and not bound:
         return lambda logprobs, index: function(logprobs, index=index)
     if takes(None):

@@ -121,10 +121,19 @@ def changing(problem):
         weights = pear_weights(logprobs, behavior, target >= 0, cu_seqlens=bounds, log_ratio_clip=(-x, x))
         return (weights * logprobs).sum() + entropy.square().sum()
 
-    return {"pear": pear, "policy": policy, "weighted": weighted, "distill": distill, "logprobs": logprobs}
+    def integers(hidden, weight, x):
+        x = round(100 * x)
+        return linear_policy_loss(
+            hidden, weight, target, behavior, advantages, cu_seqlens=bounds, ref_logprobs=behavior, beta=x,
+            dual_clip=1 + x, sampler_logprobs=behavior - 0.1, sampler_clip=1 + x, entropy_coef=x, temperature=x,
+            softcap=9 + x, denominator=x,
+        ).loss  # fmt: skip
+
+    calls = (pear, policy, weighted, distill, logprobs, integers)
+    return {call.__name__: call for call in calls}
 
 
-@pytest.mark.parametrize("name", ["pear", "policy", "weighted", "distill", "logprobs"])
+@pytest.mark.parametrize("name", ["pear", "policy", "weighted", "distill", "logprobs", "integers"])
 def test_numbers_that_change_between_calls_are_no_reason_to_compile_again(name):
     problem = make_problem(dtype=torch.float32)
     call, compilations = changing(problem)[name], []

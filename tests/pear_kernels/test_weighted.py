@@ -532,6 +532,10 @@ WAYS = {  # of writing each of FUNCTIONS
     "a module of places": (of_logprobs_and_places, OfPlaces()),
     "a method with index by name": (of_logprobs_and_places, OfPlaces().method),
     "index with a default": (of_logprobs_and_places, lambda lp, index=None: of_logprobs_and_places(lp, index)),
+    "index with a default, by name alone": (
+        of_logprobs_and_places,
+        lambda lp, *, index=None: of_logprobs_and_places(lp, index),
+    ),
     "places, in place": (of_logprobs_and_places, overwriting_both),
 }
 
