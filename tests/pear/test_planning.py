@@ -333,8 +333,8 @@ def test_scaled_rope_has_more_positions(tmp_path):
     [
         ({"context": 5000}, "context 5000 is longer than the model's 4096 positions .max_position_embeddings.*rope"),
         ({"context": 1}, "context must be 2 tokens or more"),
-        ({"gpu": "80 apples"}, "gpu '80 apples' is no amount of memory: write it as 80GB"),
-        ({"gpu": "0GB"}, "is no amount of memory"),
+        ({"gpu": "80 apples"}, "gpu '80 apples' is neither an amount of memory .80GB, 79.6GiB, 24. nor a known card"),
+        ({"gpu": "0GB"}, "is neither an amount of memory"),
         ({"rope_factor": 0.5}, "rope_factor must be 1 or more"),
         ({"setup": Setup(optim="sofia")}, "optim 'sofia' is not planned; those that are: adamw_torch_fused"),
         ({"setup": Setup(dtype="int8")}, "dtype must be one of float32, bfloat16, float16"),
