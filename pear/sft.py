@@ -39,7 +39,7 @@ from pear.scored_summary import Found
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig, eval_files
 from pear.sft_data import IN_BATCHES, PEARCollator, largest_id, prepare, top_k_vocabularies, virtual_tokens
 from pear.shown import say
-from pear.streams import Limits, check_datasets, prepare_stream
+from pear.streams import Limits, check_best_metric, check_datasets, prepare_stream
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear.tokenizer_options import OPTIONS, changed_tokenizer, check_applied
 from pear_kernels import LossOutput, Teacher
@@ -175,6 +175,9 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         self._as_in_trl = dict(AS_IN_TRL)
         if not args.log_entropy or (args.distill != "none" and teacher is None):  # not made beside a top-k teacher
             del self._as_in_trl["entropy"]
+        figures = ["loss", *self._as_in_trl, "num_tokens", *(f"pear/{name}" for name in self._names)]
+        figures += ["aux_loss"] if self.aux_loss_enabled else []
+        check_best_metric(args, self.eval_dataset, figures, computed=self.compute_metrics is not None)
         self._statistics = {"train": Statistics(), "eval": Statistics()}
         self._largest: dict[str, torch.Tensor] = {}  # over the first optimiser step
 

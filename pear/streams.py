@@ -43,6 +43,8 @@ def check_datasets(train: Any, evaluation: Any, args: PEARSFTConfig) -> None:
                 f"{name} dataset: expected load_scored's Dataset or a datasets.IterableDataset of its columns, got "
                 f"{type(dataset).__name__}"
             )
+        if next(iter(dataset), None) is None:
+            raise DataError(f"{name} dataset: no row")
         packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
         if isinstance(dataset, IterableDataset) and packing and args.max_length is None:
             raise DataError(f"{name} dataset: packing a stream needs max_length, the tokens of a pack; got None")
@@ -50,6 +52,27 @@ def check_datasets(train: Any, evaluation: Any, args: PEARSFTConfig) -> None:
         raise DataError(
             f"train dataset: a stream has no length, so max_steps must say when to stop; got {args.max_steps}"
         )
+
+
+def check_best_metric(args: PEARSFTConfig, evaluation: Any, figures: Sequence[str], computed: bool) -> None:
+    """Raise where no evaluation will have the figure that is to choose a checkpoint, which would show after the first.
+
+    `figures` are those that are ours; with `computed` there are more, of `compute_metrics`.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    metric = metric.removeprefix("eval_")
+    prefixes = [f"{name}_" for name in evaluation] if isinstance(evaluation, dict) else [""]
+    known = [prefix + figure for prefix in prefixes for figure in figures]
+    timed = ("runtime", "samples_per_second", "steps_per_second")
+    if metric in known or metric.endswith(timed) or (computed and metric.startswith(tuple(prefixes))):
+        return
+    raise DataError(
+        f"metric_for_best_model = {metric!r} is no figure of the evaluation"
+        + (" (of several datasets, each figure has the dataset's name before it)" if prefixes != [""] else "")
+        + f": it is one of {', '.join(known)}"
+    )
 
 
 def prepare_stream(
@@ -67,8 +90,8 @@ def prepare_stream(
     is not known. Shuffling and packing are those of `datasets` and TRL, within a buffer.
     """
     first = next(iter(dataset), None)
-    if first is None:
-        raise DataError(f"{name} dataset: the stream has no row")
+    if first is None:  # of `predict`
+        raise DataError(f"{name} dataset: no row")
     if "labels" in first and "behavior_logprobs" in first:
         return dataset, tuple(first)  # prepared before
     wanted = [*COLUMNS, *columns, *(column for column in BLOCK_COLUMNS if column in first)]

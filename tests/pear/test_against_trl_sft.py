@@ -196,6 +196,25 @@ def test_a_metric_of_ours_chooses_the_best_checkpoint(tokenizer, tmp_path):
     assert trainer.state.best_metric == min(entropies) and len(set(entropies)) == 2
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(eval="two"),
+            "'loss' is no figure .*of several datasets, .*: it is one of a_loss, a_",
+        ),
+        (
+            dict(eval="one", metric_for_best_model="accuracy"),
+            "'accuracy' is no figure .*: it is one of loss, mean_",
+        ),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused_before_training(tokenizer, tmp_path, options, message):
+    run = dict(eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True)
+    with pytest.raises(DataError, match=f"metric_for_best_model = {message}"):
+        make(True, tokenizer, tmp_path, **run, **options)
+
+
 def test_logits_are_made_for_metrics_alone(tokenizer, tmp_path):
     calls = []
 
@@ -288,11 +307,15 @@ def test_long_rows_of_a_stream_can_be_left_out(tokenizer, tmp_path):
         ({"packing": True, "max_length": None}, {"train": "stream"}, "packing a stream needs max_length"),
         ({}, {"train": "list"}, "train dataset: expected load_scored's Dataset or a datasets.IterableDataset"),
         ({}, {"eval": {"a": [1]}}, "eval 'a' dataset: expected load_scored's Dataset"),
+        ({}, {"train": "nothing"}, "train dataset: no row"),
+        ({}, {"train": "empty stream"}, "train dataset: no row"),
     ],
 )
 def test_datasets_that_cannot_work_are_refused_before_a_model_is_loaded(tokenizer, tmp_path, options, data, message):
     train = rows(2, 1, len(tokenizer))
-    train = {"stream": train.to_iterable_dataset(), "list": train.to_list(), "rows": train}[data.get("train", "rows")]
+    stream, nothing = train.to_iterable_dataset(), train.select([])
+    sets = {"stream": stream, "list": train.to_list(), "rows": train, "nothing": nothing}
+    train = {**sets, "empty stream": stream.take(0)}[data.get("train", "rows")]
     with pytest.raises(DataError, match=message):
         PEARSFTTrainer(
             "no/such-model", make_config(tmp_path, **options), train_dataset=train, eval_dataset=data.get("eval"),
