@@ -367,10 +367,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Indented JSON. NaN and infinities are refused (they are no JSON): write None instead.
 
-    Names of files need not be UTF-8: Python holds such bytes as halves of surrogate pairs, which JSON writes as escapes.
+    Names of files need not be UTF-8. Python makes halves of surrogate pairs of such bytes; they are spelled, `\\udcff`.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # "\\udcff", as in JSON
+    write_text(path, re.sub("[\ud800-\udfff]", lambda half: rf"\\u{ord(half[0]):x}", text))
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:

@@ -1,5 +1,6 @@
 """What the commands of both trainers do with a command line: parse it, find the model's name, and load it safely."""
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -62,9 +63,34 @@ def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> 
         with warnings.catch_warnings():
             # TRL's configs set gradient_checkpointing, whose new name no user's command line can answer for
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-            return parser.parse_args_and_config(line)
-    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
+            found = parser.parse_args_and_config(line)
+    except (ValueError, TypeError, ZeroDivisionError, FileNotFoundError, ImportError, yaml.YAMLError) as error:
         raise DataError(f"options of {command}: {error}") from error
+    for args in found:
+        if isinstance(args, TrainingArguments):
+            check_ranges(args)
+    return found
+
+
+# Of options that transformers, torch and datasets check when the model is loaded, or never: from, and below what.
+RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    "gradient_accumulation_steps": (1, math.inf),
+    **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    "adam_epsilon": (0, math.inf),
+}
+
+
+def check_ranges(args: TrainingArguments) -> None:
+    """DataError, before anything is loaded, for a number that no training can be done with."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < high:  # of NaN too
+            below = f" and below {high}" if high < math.inf else " and finite" if isinstance(value, float) else ""
+            raise DataError(f"{name} must be at least {low}{below}, got {value}")
 
 
 def model_name(model: str | None, model_args: ModelConfig) -> str:

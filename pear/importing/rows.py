@@ -75,7 +75,7 @@ class Converter:
         if not isinstance(policy, str):
             raise Reject(f"the behaviour policy's name must be a string, got {policy!r:.100}")
         if unwritable(policy):
-            raise Reject(f"the behaviour policy's name, {policy!r:.100}, holds half of a surrogate pair")
+            raise Reject(f"the behaviour policy's name cannot be written as JSON: {policy!r:.100} has half a character")
         if policy == "none":
             raise Reject('"behavior_policy": "none" means that no model wrote the text, but the row has log-probs')
         if self.tokenizer is not None and generation.prompt is None:

@@ -513,11 +513,12 @@ def test_what_json_cannot_hold_is_set_aside(jsonl, tmp_path):
         good | {"mine": math.nan},
         good | {"prompt": "\ud800"},
         good | {"completion": "\udc00", "tokens": ["?"]},
+        good | {"behavior_policy": "\ud800"},
     ]
     out = tmp_path / "out.jsonl"
     settings = dict(policy="p", columns_named={"tokens": "tokens"}, progress=False)
     result = import_logprobs("jsonl", jsonl(rows), out, **settings)
-    assert (result["written"], result["rejected"]) == (1, 3)
+    assert (result["written"], result["rejected"]) == (1, 4)
     rejects = [row for _, row in read_jsonl(tmp_path / "out.jsonl.rejects.jsonl")]
     assert all("cannot be written as JSON" in row["reason"] for row in rejects)
     assert rejects[0]["row"]["mine"] == "nan" and rejects[1]["row"]["prompt"] == "\\ud800"

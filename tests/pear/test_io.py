@@ -22,6 +22,7 @@ from pear.io import (
     check_output,
     check_scored_row,
     read_jsonl,
+    read_object,
     read_yaml,
     write_json,
     write_jsonl,
@@ -217,6 +218,8 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="Out of range|not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": math.nan})
     assert os.listdir(tmp_path) == []
+    write_json(tmp_path / "x.json", {"a": os.fsdecode(b"\xff.jsonl")})
+    assert read_object(tmp_path / "x.json") == {"a": "\\udcff.jsonl"}
 
 
 def good_row() -> dict:
