@@ -231,12 +231,17 @@ class Head:
             add_rows_(grad_bias, target, -scale)
 
 
+def may_wait(tensor: Tensor) -> bool:
+    """Whether Python may branch on what the tensor holds: free on a CPU, a host sync on a device."""
+    return tensor.device.type == "cpu" and not capturing()
+
+
 def is_first_maximum(logits: Tensor, largest: Tensor, target: Tensor) -> Tensor:
     """(R,) bool: whether `target` (R,) is the argmax of each row, whose maxima (R,) are known; False where it is -1.
 
     On a CPU an argmax takes ten times as long as a maximum, so it is taken of rows with a tie alone.
     """
-    if logits.device.type != "cpu" or capturing():
+    if not may_wait(logits):
         return logits.argmax(1) == target
     place = target.clamp(min=0)[:, None]
     own = logits.gather(1, place)

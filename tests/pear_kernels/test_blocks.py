@@ -18,7 +18,7 @@ from problems import (
     relative_error,
     workspace,
 )
-from test_static import NoSync, refuse_tolist
+from test_static import NoSync, as_on_a_device
 
 from pear_kernels import LinearDistillLoss, LinearPEARLoss, linear_pear_loss, packing, pear_weights
 from pear_kernels.engine import Walk
@@ -389,7 +389,7 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, name, monkeypat
     problem = blocks_problem((40, 3, 0, 60), D=16, V=64, level=level, dtype=torch.float32, **OPTIONS[name])
     ids = problem.options.get("block_ids")
     with NoSync(), monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
         options, behavior = PEAROptions(level, **OPTIONS[name]), pack.take(problem.behavior_logprobs)

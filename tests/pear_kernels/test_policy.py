@@ -14,7 +14,7 @@ from problems import (
     relative_error,
     workspace,
 )  # fmt: skip
-from test_static import NoSync, refuse_tolist
+from test_static import NoSync, as_on_a_device
 
 from pear_kernels import LinearPolicyLoss, LossOutput, linear_policy_loss, packing
 from pear_kernels.cpu import Head
@@ -546,7 +546,7 @@ def test_no_step_waits_for_the_device(objective, train_head, rows, monkeypatch):
     scale = torch.ones(4, dtype=torch.float64)
     for options in (PolicyOptions(objective), PolicyOptions(objective, beta=0.1, sampler_level="sequence")):
         with NoSync(), monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+            as_on_a_device(patch)
             pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
             policy = PolicyObjective(
                 pack, options, pack.take(problem.options["advantages"]), *(pack.take(column) for column in columns),
@@ -580,7 +580,7 @@ def test_nothing_between_the_kernels_waits_for_the_device(objective, rows, monke
     head_options = problem.weight, problem.options["bias"], 0.7, 3.0, torch.bfloat16
     head, dense_head = Head(*head_options), DenseHead(*head_options)
     with NoSync(), monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
         logprobs = pack.take(problem.behavior_logprobs)

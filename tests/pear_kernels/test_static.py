@@ -111,6 +111,12 @@ def refuse_tolist(self):
     raise AssertionError("tolist waits for the device")
 
 
+def as_on_a_device(patch):
+    """A CPU's tensors stand for a device's: nothing may be read back."""
+    patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+    patch.setattr("pear_kernels.cpu.may_wait", lambda tensor: False)
+
+
 def test_the_guard_sees_what_waits(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", refuse_tolist)
     values, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
@@ -126,7 +132,7 @@ def test_no_step_waits_for_the_device(level, train_head, rows, monkeypatch):
     problem = make_problem((40, 3, 0, 60), level=level, bias=True)
     scale = torch.ones(4, dtype=torch.float64)
     with NoSync(), monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        as_on_a_device(patch)
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
         head = Head(problem.weight, problem.options["bias"], 0.7, 3.0, torch.float64)
         behavior = pack.take(problem.behavior_logprobs)
@@ -163,7 +169,7 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, mo
     head_options = problem.weight, problem.options["bias"], 0.7, 3.0, dtype
     options, dense_options = ((problem.hidden, kind(*head_options), problem.target) for kind in (Head, DenseHead))
     with NoSync(), monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", refuse_tolist)
+        as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
         behavior, ones = pack.take(problem.behavior_logprobs), torch.ones(pack.tokens)
