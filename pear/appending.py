@@ -59,9 +59,14 @@ def output_folder(folder: str | os.PathLike, name: str = "out", held: bool = Tru
         DataError: it is a file, or another process holds it
         WriteError: it cannot be written
     """
+    if not os.fspath(folder):
+        raise DataError(f"{name} is empty: give a folder to write to")
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{name}: {folder} is a file; give a folder to write to")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{name}: {folder} is a file; give a folder to write to")
+    except OSError as error:  # a name that is too long, say
+        raise write_error(folder, error) from error
     check_folder(folder)
     if not held:
         yield

@@ -149,6 +149,8 @@ def repair_generation_config(model: PreTrainedModel) -> None:
         return
     where = "generation_config.json of the model"
     sampling = {name: getattr(config, name, None) for name in SAMPLING}
+    if wrong := [name for name, value in sampling.items() if not isinstance(value, (int, float, type(None)))]:
+        raise DataError(f"{where}: {wrong[0]} must be a number, got {sampling[wrong[0]]!r:.60}: repair it there")
     if sampling["temperature"] is not None and sampling["temperature"] <= 0:  # by which people mean no sampling
         sampling = {}
     found = _minor_issues(config, where)

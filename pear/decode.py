@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from pear.cache import growing_cache
+from pear.io import DataError
 
 STAGE = 16  # tokens a call
 # Options that mean the same in stages; one that is set and not among them is left to one plain call.
@@ -86,6 +87,20 @@ def _can_be_staged(model: PreTrainedModel, config: GenerationConfig, options: di
         and config.eos_token_id is not None
         and config.pad_token_id is not None
     )
+
+
+@contextmanager
+def finite_logits() -> Iterator[None]:
+    """Logits of NaN, from which transformers cannot draw, are a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise DataError(
+            "the model's logits are not finite (NaN), so no token can be drawn from it: its weights may be damaged, or "
+            "its dtype too narrow"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pear.chat import Renderer
-from pear.decode import decode
+from pear.decode import decode, finite_logits
 from pear.models import check_ids
 from pear.progress import progress as progress_of
 from pear_kernels.positions import position_limit
@@ -109,7 +109,7 @@ def generate(
     # Rows of one length together: little padding. The sort is stable, so the order, and with it the draws, are fixed.
     rows = sorted((i for i in range(len(encoded)) for _ in range(samples)), key=lambda i: len(encoded[i]))
     completions: list[list[Completion]] = [[] for _ in encoded]
-    with _own_settings(model, config, seed), _bar(progress, len(rows)) as show, torch.inference_mode():
+    with finite_logits(), _own_settings(model, config, seed), _bar(progress, len(rows)) as show, torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             width = max(len(encoded[i]) for i in batch)

@@ -1,5 +1,6 @@
 """What `pear sft` logs of its loss: means over tokens of all micro-batches and processes, and warnings in words."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -136,6 +137,12 @@ def in_words(args: PEARSFTConfig, stats: dict[str, float]) -> dict[str, str]:
         found["no_tokens"] = (
             "No token of the last logged steps has a loss: every token is masked, so nothing trains. Look at "
             "`completion_mask` in the data, and at the weights of the rows."
+        )
+    if wrong := [name for name in ("nll", "divergence", "loss") if not math.isfinite(stats.get(name, 0.0))]:
+        found["not_finite"] = (
+            f"The {wrong[0]} is {stats[wrong[0]]}: the model's logits are not finite, so nothing is learned and its "
+            "weights may be lost. Look at the model that training starts from (`pear score` refuses such a one); if "
+            "it is whole, try a lower learning_rate, and bf16 or float32 in place of float16."
         )
     rated = stats.get("ratio_tokens", 1.0)
     if args.weighting == "pear" and rated > 0:

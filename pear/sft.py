@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
-from trl import SFTTrainer, get_peft_config, get_quantization_config
+from trl import SFTTrainer, get_quantization_config
 
 from pear.align import read_roles
 from pear.appending import is_main, output_folder
@@ -28,7 +28,15 @@ from pear.health import AS_IN_TRL, NEAR_ZERO, Statistics, block_sums, first_step
 from pear.io import DataError
 from pear.long_context import check_context, check_quantization, longest_row, prepare_device_options, row_limit
 from pear.models import check_architecture, embedding_rows, find_config, head_size, load_tokenizer, start_model
-from pear.options import adapter_options, check_trackers, model_init_kwargs, model_name, parse
+from pear.options import (
+    adapter_config,
+    adapter_options,
+    check_trackers,
+    model_init_kwargs,
+    model_name,
+    parse,
+    trainer_refusals,
+)
 from pear.outcome import outcome
 from pear.run_identity import identity
 from pear.run_log import SaysHowItRuns
@@ -477,16 +485,17 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
     start = start_model(name, quantised, **init)
     if not isinstance(start, str):
         args.model_init_kwargs = None
-    trainer = PEARSFTTrainer(
-        start,
-        args,
-        teacher=teacher,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with trainer_refusals():
+        trainer = PEARSFTTrainer(
+            start,
+            args,
+            teacher=teacher,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=adapter_config(model_args),
+        )
     clear(args, checkpoint, data_args.overwrite_output_dir)
     trainer.run_identity = record
     train(trainer, checkpoint)

@@ -26,6 +26,7 @@ FINE = {"weight_mean": 1.0, "ratio_clipped_low": 0.4, "ratio_clipped_high": 0.3,
         ({"ratio_clipped_low": 0.6, "ratio_clipped_high": 0.395}, "clipped", "signs of the ratios alone"),
         # half of the tokens have a ratio, and all of these are clipped
         ({"ratio_clipped_low": 0.5, "ratio_clipped_high": 0.0, "ratio_tokens": 0.5}, "clipped", "(100.0% below, 0.0%"),
+        ({"nll": math.nan}, "not_finite", "The nll is nan: the model's logits are not finite"),
         ({"tokens": 0}, "no_tokens", "No token of the last logged steps has a loss"),
     ],
 )

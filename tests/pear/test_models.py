@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import CORPUS, make_model, make_tokenizer
 from tokenizers import normalizers, processors
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from pear import hub
 from pear.adapters import logits
@@ -25,6 +26,7 @@ from pear.models import (
     resolve_model,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
+    whole_models,
 )
 
 needs_smollm2 = pytest.mark.skipif(
@@ -162,6 +164,22 @@ def test_no_head_is_made_of_random_numbers(tokenizer, tmp_path):
             load_model(name)
         with pytest.raises(DataError, match=f"is a {kind}.*no head that predicts tokens.*Give a causal language model"):
             check_architecture(load_config(name), name)
+
+
+def test_no_weight_is_made_of_random_numbers(tokenizer, tmp_path):
+    make_model(tokenizer).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    said = r"no model.layers.0.mlp.down_proj.weight among its weights \(1 of its tensors"
+    with pytest.raises(DataError, match=said):
+        load_model(str(tmp_path))
+    with whole_models(), pytest.raises(DataError, match=said):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    LlamaForCausalLM.from_pretrained(tmp_path)  # as it was
+    with whole_models(), pytest.raises(DataError, match="nothing that can be read, in this folder"):
+        (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+        LlamaForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
 
 
 def test_a_tied_head_is_in_a_bare_trunk(tokenizer, tmp_path):

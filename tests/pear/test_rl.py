@@ -415,6 +415,22 @@ def test_an_empty_completion(make_trainer, tokenizer, tmp_path, logprobs):
     assert row["completion"] == "" and row["tokens"] == 1 and row["ended"]
 
 
+def test_rollouts_are_drawn_as_asked_whatever_the_folder_recommends(make_trainer, tokenizer):
+    trainer = make_trainer()
+    given = [tokenizer("What is 2 plus 4?").input_ids] * GROUP, None, {}, GROUP
+    torch.manual_seed(3)
+    expected, _ = trainer._generate_single_turn(*given)
+    own = trainer.model.generation_config
+    own.num_beams, own.min_length, own.suppress_tokens = 3, 99, sorted({ids[0] for ids in expected})
+    torch.manual_seed(3)
+    assert trainer._generate_single_turn(*given)[0] == expected
+    assert trainer.model.generation_config is own
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="logits are not finite"):
+        trainer._generate_single_turn(*given)
+
+
 def test_completions_cut_at_the_limit(make_trainer, tokenizer, tmp_path):
     rare = make_model(tokenizer)  # the end of the sequence has no chance
     with torch.no_grad():
@@ -735,6 +751,9 @@ def test_command_line_leaves_a_model_and_its_record(policy, tmp_path, tokenizer)
     assert [entry["step"] for entry in lines if "loss" in entry] == [1, 2, 3]
 
 
+LORA_HEAD = ["--use_peft", "--lora_target_modules", "lm_head"]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -754,6 +773,7 @@ def test_command_line_leaves_a_model_and_its_record(policy, tmp_path, tokenizer)
         (["--model", "M", "--data", "D", "--reward", "math", "--eval_problems", "3"], "--eval_problems draws"),
         (["--model", "./none", "--task", "countdown"], "model './none': no such folder"),
         (["--model", "M", "--task", "countdown", "--gama", "1"], "--gama"),
+        (["--model", "M", "--data", "E", "--reward", "math", *LORA_HEAD], "adapter to `lm_head` is not supported"),
         (["--model", "M", "--task", "countdown", "--keep_samples", "-1"], "keep_samples must be 0 or more, got -1"),
         (["--model", "M", "--task", "countdown", "--trust_remote_code", "true"], "code of a model's is never run"),
         (["--model", "M", "--task", "countdown", "--resume_from_checkpoint", "gone"], "gone is not a whole checkpoint"),
@@ -761,7 +781,8 @@ def test_command_line_leaves_a_model_and_its_record(policy, tmp_path, tokenizer)
 )
 def test_command_line_says_what_is_wrong(policy, jsonl, tmp_path, line, message):
     data = jsonl([{"prompt": "What is 3 plus 4?", "answer": "7"}], "rows.jsonl")
-    line = [{"M": policy, "D": str(data)}.get(word, word) for word in line]
+    whole = jsonl([{"prompt": "What is 3 plus 4?", "solution": "7"}] * 8, "whole.jsonl")
+    line = [{"M": policy, "D": str(data), "E": str(whole)}.get(word, word) for word in line]
     out = tmp_path / "out"
     run = CliRunner().invoke(app, ["rl", *line, "--output_dir", str(out), "--report_to", "none", "--max_steps", "1"])
     assert run.exit_code == 1, run.output

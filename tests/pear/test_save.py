@@ -109,6 +109,23 @@ def test_what_cannot_be_repaired_is_refused_before_training(make_trainer, monkey
     assert trainer.state.global_step == 0
 
 
+def test_a_number_in_a_string_is_refused(model):
+    model.generation_config.temperature = "0.7"
+    with pytest.raises(DataError, match="generation_config.json of the model: temperature must be a number, got '0.7'"):
+        repair_generation_config(model)
+
+
+def test_adapter_options_name_modules_as_they_are_called(student, scored, tmp_path):
+    """One name means what each of several means; what PEFT and TRL refuse is one line."""
+    line = argv(student, scored, tmp_path / "out", "--use_peft", "--save_strategy", "no", "--lora_target_modules")
+    trainer = main([*line, "q_proj"])
+    assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if "lora" in name} <= {"q_proj"}
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    for modules, said in (("lm_head", "adapter to `lm_head` is not supported"), ("nothing", "nothing.* not found")):
+        with pytest.raises(DataError, match=said):
+            main([*line, modules, "--overwrite_output_dir"])
+
+
 def test_a_tracker_that_is_not_there_and_a_held_folder_stop_before_the_model(tmp_path):
     line = argv("no/model", "none.jsonl", tmp_path / "out", "--report_to")
     with pytest.raises(DataError, match="report_to: no tracker 'wandbb'; known are none, all, .*wandb"):
@@ -120,6 +137,9 @@ def test_a_tracker_that_is_not_there_and_a_held_folder_stop_before_the_model(tmp
     assert os.listdir(tmp_path) == []
     with output_folder(tmp_path / "out"), pytest.raises(DataError, match="output_dir: another run is at work in"):
         main([*line, "none"])
+    for name, said in (("", "output_dir is empty"), ("n" * 300, "too long")):
+        with pytest.raises((DataError, WriteError), match=said):
+            main([*line, "none", "--output_dir", name])
     (tmp_path / "out").write_text("a file")
     with pytest.raises(DataError, match="output_dir: .*out is a file; give a folder to write to"):
         main([*line, "none"])
@@ -286,7 +306,7 @@ def test_a_folder_is_one_run_s(student, scored, tmp_path, save_model, caplog):
     weights = (out / "model.safetensors").read_bytes()
     with pytest.raises(DataError, match="output_dir: .*out holds the model of an earlier run. .*--overwrite_output"):
         main(line)
-    again = [*line, "--resume_from_checkpoint", "true"]
+    again = [*line, "--resume_from_checkpoint"]  # alone, as with "true"
     other = tmp_path / "other.jsonl"
     other.write_text("".join(Path(scored).read_text().splitlines(keepends=True)[:-1]))
     differ = {
