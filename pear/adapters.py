@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pear.io import DataError
 
@@ -184,3 +184,19 @@ def load_adapter(name: str, base: PreTrainedModel) -> PreTrainedModel:
         return merge(model)
     except MergeError as error:
         raise DataError(f"model {name!r}: its adapter cannot be made part of its base: {error}") from error
+
+
+def has_own_targets(config: PretrainedConfig) -> bool:
+    """Whether PEFT knows by itself which modules of such a model get LoRA."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    return config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+def check_targets(config: PretrainedConfig, *given: Any) -> None:
+    """DataError where LoRA is to be trained and neither the user, by any of `given`, nor PEFT says on which modules."""
+    if not any(given) and not has_own_targets(config):
+        raise DataError(
+            f"use_peft: PEFT has no modules of its own for models of type {config.model_type!r}: give them by "
+            "--lora_target_modules, such as --lora_target_modules all-linear"
+        )

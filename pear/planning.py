@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from pear.adapters import check_targets, has_own_targets
 from pear.fused_head import check_model
 from pear.io import DataError
 from pear.models import check_architecture, load_config
@@ -287,6 +288,7 @@ def _add_adapter(model: PreTrainedModel, setup: Setup) -> None:
     targets = list(setup.lora_target_modules) or None
     if targets == ["all-linear"]:
         targets = "all-linear"
+    check_targets(model.config, targets)
     try:
         get_peft_model(model, LoraConfig(r=setup.lora_r, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
@@ -309,7 +311,7 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def parse_gpu(text: str | None) -> int:
-    """Bytes of "80GB", "79.6 GiB", "80" or "NVIDIA H100"; None: of the GPU that is here.
+    """Bytes of "80GB", "79.6 GiB", "81920MiB", "80" or "NVIDIA H100"; None: of the GPU that is here.
 
     On a card's name a GB has 2^30 bytes. A card without an amount is one of `pear.shapes.GPUS`.
     """
@@ -318,9 +320,9 @@ def parse_gpu(text: str | None) -> int:
             raise DataError("no GPU here whose memory could be looked up: pass --gpu, such as --gpu 80GB or --gpu h100")
         return torch.cuda.get_device_properties(0).total_memory
     written = text.strip().lower()
-    if amount := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)\s*(?:g|gb|gib)\b", written):
-        gibibytes = float(amount[1])
-    elif cards := [card for card in GPUS if re.search(rf"\b{card}\b", written)]:
+    if amount := re.search(r"(?<![\w.])(\d+(?:\.\d+)?)\s*(g|gb|gib|mb|mib)\b", written):
+        gibibytes = float(amount[1]) / (1024 if amount[2].startswith("m") else 1)
+    elif cards := [card for card in GPUS if re.search(rf"\b(rtx)?{card}\b", written)]:
         gibibytes = GPUS[cards[0]] / 1024
     else:
         gibibytes = float(written) if re.fullmatch(r"\d+(\.\d+)?", written) else 0
@@ -405,6 +407,7 @@ SMALLER = {
     "--use_peft": {"use_peft": True},
     "--use_peft --dtype bfloat16": {"use_peft": True, "dtype": "bfloat16"},
 }
+ALL_LINEAR = "--lora_target_modules all-linear"  # where PEFT has no choice of its own
 
 
 def _would_fit(
@@ -413,6 +416,8 @@ def _would_fit(
     """The longest context with our loss in each of `SMALLER` that fits, `context` or a token; none: nothing does."""
     found = {}
     for options, changes in SMALLER.items():
+        if "use_peft" in changes and not (setup.lora_target_modules or has_own_targets(config)):
+            options, changes = f"{options} {ALL_LINEAR}", {**changes, "lora_target_modules": ("all-linear",)}
         if setup._asdict() | changes == setup._asdict():
             continue
         longest = step_of(config, setup._replace(**changes)).longest(

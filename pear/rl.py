@@ -30,6 +30,7 @@ from trl.import_utils import is_math_verify_available
 from trl.trainer.utils import RepeatSampler
 
 from pear import rl_metrics
+from pear.adapters import check_targets
 from pear.appending import is_main, output_folder
 from pear.checkpoints import WholeCheckpoints, begin, clear, readable
 from pear.decode import decoding_in_stages, finite_logits
@@ -597,6 +598,8 @@ def _run(name: str, rl_args: RLArguments, args: PEARGRPOConfig, model_args: Mode
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     config = find_config(name, **args.model_init_kwargs)
     check_architecture(config, name)
+    if model_args.use_peft:
+        check_targets(config, model_args.lora_target_modules, model_args.lora_target_parameters)
     check_prompts(dataset["prompt"], tokenizer, config, args.max_completion_length, name, args.chat_template_kwargs)
     by_name = {key: getattr(model_args, key) for key in ("load_in_4bit", "load_in_8bit")}
     if not model_args.use_peft:  # else the reference is the model without its new adapter

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from trl import SFTTrainer, get_quantization_config
 
+from pear.adapters import check_targets
 from pear.align import read_roles
 from pear.appending import is_main, output_folder
 from pear.attention import attention_for, check_packs
@@ -448,6 +449,8 @@ def _run(name: str, data_args: DataArguments, args: PEARSFTConfig, model_args: M
     config = find_config(name, **init)
     check_architecture(config, name)
     check_quantization(config, model_args.load_in_4bit or model_args.load_in_8bit)
+    if model_args.use_peft:
+        check_targets(config, model_args.lora_target_modules, model_args.lora_target_parameters)
     teacher_config = find_config(data_args.teacher) if in_memory else None
     limit = row_limit(args.max_length, config, teacher_config)
     how = {

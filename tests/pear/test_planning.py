@@ -343,6 +343,7 @@ def test_scaled_rope_has_more_positions(tmp_path):
         ({"setup": Setup(use_liger_kernel=True), "kind": "gemma2"}, "use_liger_kernel is not planned for .*'gemma2'"),
         ({"setup": Setup(use_peft=True, lora_target_modules=("nothing",))}, "lora_target_modules: .*nothing"),
         ({"setup": Setup(use_peft=True, lora_target_modules=("lm_head",))}, "adapter on the LM head"),
+        ({"setup": Setup(use_peft=True), "kind": "smollm3"}, "no modules .* of type 'smollm3': give .* all-linear"),
     ],
 )
 def test_what_cannot_be_planned_is_said(folder, options, said):
@@ -359,6 +360,7 @@ def test_gpu_is_needed_where_there_is_none(monkeypatch):
     assert parse_gpu("80GB") == parse_gpu(" 80 gib ") == parse_gpu("80") == 80 * 2**30
     assert parse_gpu("79.5G") == 79.5 * 2**30 and parse_gpu("A100 40GB") == 40 * 2**30
     assert parse_gpu("h100") == parse_gpu("NVIDIA H100") == 81559 << 20 and parse_gpu("RTX 4090") == 24564 << 20
+    assert parse_gpu("rtx4090") == parse_gpu("24564MiB") == 24564 << 20
     for wrong in ("0GB", "h900", "-3", "much"):
         with pytest.raises(DataError, match="neither an amount of memory .* nor a known card .*h200"):
             parse_gpu(wrong)
@@ -374,6 +376,9 @@ def test_where_nothing_fits_the_plan_says_what_would(folder):
     assert found["would_fit"]["--dtype bfloat16"] == min(half, 4096) > 0
     assert f"would fit with --dtype bfloat16: {min(half, 4096):,} tokens with ours" in lines(found)
     assert plan(folder, gpu="80GB", setup=PLAIN)["would_fit"] == {}
+    make_config("phi3", vocab_size=30000).save_pretrained(folder)  # for which PEFT has no modules of its own
+    found = plan(folder, gpu=f"{0.7 * fixed / 2**30 / USABLE:.6f}GB", setup=PLAIN)["would_fit"]
+    assert "--use_peft --lora_target_modules all-linear" in found and "--use_peft" not in found
 
 
 def test_names_on_the_hub_mean_a_shape():
