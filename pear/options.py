@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -72,7 +72,9 @@ def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> 
             # TRL's configs set gradient_checkpointing, whose new name no user's command line can answer for
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             found = parser.parse_args_and_config(line)
-    except (ValueError, TypeError, ZeroDivisionError, FileNotFoundError, ImportError, yaml.YAMLError) as error:
+    except ZeroDivisionError as error:
+        raise DataError(f"options of {command}: a batch size or num_generations is 0; give at least 1") from error
+    except (ValueError, TypeError, FileNotFoundError, ImportError, yaml.YAMLError) as error:
         raise DataError(f"options of {command}: {error}") from error
     for args in found:
         if isinstance(args, TrainingArguments):
@@ -80,25 +82,30 @@ def parse(kinds: tuple[type, ...], command: str, argv: Sequence[str] | None) -> 
     return found
 
 
-# Of options that transformers, torch and datasets check when the model is loaded, or never: from, and below what.
-RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    "gradient_accumulation_steps": (1, math.inf),
-    **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers"), (0, math.inf)),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), (0, math.inf)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
-    "adam_epsilon": (0, math.inf),
+def _least(low: float) -> tuple[str, Callable[[float], bool]]:
+    return f"at least {low} and finite", lambda value: low <= value < math.inf
+
+
+# What options must be that transformers, torch and datasets check when the model is loaded, or never.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _least(1)),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_completion_length"), _least(1)),
+    **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers"), _least(0)),
+    **dict.fromkeys(("seed", "data_seed"), ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs", "adam_epsilon"), _least(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("at least 0 and below 1", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("temperature", "repetition_penalty"), ("above 0 and finite", lambda value: 0 < value < math.inf)),
+    "top_p": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "min_p": ("at least 0 and at most 1", lambda value: 0 <= value <= 1),
 }
 
 
 def check_ranges(args: TrainingArguments) -> None:
     """DataError, before anything is loaded, for a number that no training can be done with."""
-    for name, (low, high) in RANGES.items():
+    for name, (wanted, holds) in RANGES.items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value < high:  # of NaN too
-            below = f" and below {high}" if high < math.inf else " and finite" if isinstance(value, float) else ""
-            raise DataError(f"{name} must be at least {low}{below}, got {value}")
+        if value is not None and not holds(value):
+            raise DataError(f"{name} must be {wanted}, got {value}")
 
 
 def model_name(model: str | None, model_args: ModelConfig) -> str:

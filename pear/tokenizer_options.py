@@ -70,7 +70,7 @@ def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
         if not Path(path).is_file():
             raise DataError(f"chat_template_path = {path!r}: no such file")
         try:
-            return Path(path).read_text(encoding="utf-8"), None
+            return Path(path).read_text(encoding="utf-8-sig"), None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat_template_path = {path!r} cannot be read: {error}") from None
     if Path(path).is_file():

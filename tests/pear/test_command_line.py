@@ -76,8 +76,10 @@ def test_switches_of_the_trainers(line, found, monkeypatch):
         ("rl --tsk countdown", "options of pear rl: no such option: --tsk; did you mean --task?"),
         ("sft --learning_rate nan", "learning_rate must be at least 0 and finite, got nan"),
         ("sft --adam_beta1 1", "adam_beta1 must be at least 0 and below 1, got 1.0"),
-        ("sft --per_device_eval_batch_size 0", "per_device_eval_batch_size must be at least 1, got 0"),
-        ("rl --task x --seed -1", "seed must be at least 0 and below 4294967296, got -1"),
+        ("sft --per_device_eval_batch_size 0", "per_device_eval_batch_size must be at least 1 and finite, got 0"),
+        ("rl --task x --seed -1", "seed must be at least 0 and below 2**32, got -1"),
+        ("rl --task x --temperature 0", "temperature must be above 0 and finite, got 0.0"),
+        ("rl --task x --num_generations 0", "a batch size or num_generations is 0; give at least 1"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(line, message):
