@@ -493,7 +493,9 @@ def data_dataset(path: str, column: str) -> Dataset:
         if rows and type(row["prompt"]) is not type(rows[0]["prompt"]):
             raise DataError(f"{path}:{line}: `prompt` must be text in all rows, or a list of messages in all rows")
         check_prompt(row["prompt"], f"{path}:{line}")
-        rows.append({"prompt": row["prompt"], column: str(row[column])})
+        if not isinstance(answer := row[column], (str, int, float)) or isinstance(answer, bool):
+            raise DataError(f"{path}:{line}: `{column}` must be text or a number, got {answer!r:.100}")
+        rows.append({"prompt": row["prompt"], column: str(answer)})
     if not rows:
         raise DataError(f"{path}: no row to train on")
     try:

@@ -812,6 +812,9 @@ def test_prompts_of_two_kinds(jsonl):
 def test_prompts_of_other_types(jsonl, prompt):
     with pytest.raises(DataError, match=r"data\.jsonl:1: `prompt(\[0\])?` must be (text or a list of|a message with)"):
         data_dataset(str(jsonl([{"prompt": prompt, "solution": 1}])), "solution")
+    for answer in (["4"], {"a": 4}, True):  # math-verify would read none of them, and judge nothing
+        with pytest.raises(DataError, match=r"data\.jsonl:1: `solution` must be text or a number, got"):
+            data_dataset(str(jsonl([{"prompt": "2 + 2?", "solution": answer}])), "solution")
 
 
 def test_prompts_are_never_cut(tokenizer, caplog):
