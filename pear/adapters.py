@@ -181,7 +181,7 @@ def load_adapter(name: str, base: PreTrainedModel) -> PreTrainedModel:
             )
         return model.get_base_model()
     try:
-        return merge(model)
+        return merge(model).requires_grad_(True)  # PEFT froze the base
     except MergeError as error:
         raise DataError(f"model {name!r}: its adapter cannot be made part of its base: {error}") from error
 

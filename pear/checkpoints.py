@@ -35,6 +35,8 @@ class WholeCheckpoints:
     run_identity: dict[str, Any] | None = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise DataError("no parameter of the model is to be trained (all are frozen): use_peft adds an adapter")
         prepare_to_save(self)
         step = step_of(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else 0
         if 0 < self.args.max_steps <= step and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -68,8 +68,10 @@ def check_context(longest: dict[str, int], config: PretrainedConfig | None, of: 
             )
 
 
-def check_optimizer(name: str) -> None:
-    """Raise if the package of an 8-bit, 4-bit or paged optimiser is missing."""
+def check_optimizer(name: str, options: str | None = None) -> None:
+    """Raise if the package of an 8-bit, 4-bit or paged optimiser is missing, or its options are not name=value."""
+    if options and any(part.count("=") != 1 for part in options.replace(" ", "").split(",")):
+        raise DataError(f"optim_args must be name=value,name=value, got {options!r:.100}")
     for package, optimizers in OPTIMIZERS.items():
         if name in optimizers:
             _check_package(package, f"optim = {name!r}", "use adamw_torch")

@@ -163,7 +163,7 @@ class PEARSFTConfig(SFTConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
         super().__post_init__()
-        check_optimizer(self.optim)
+        check_optimizer(self.optim, self.optim_args)
         check_options(self.pear_options())
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

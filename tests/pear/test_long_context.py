@@ -319,6 +319,8 @@ def test_an_optimizer_whose_package_is_missing_is_said_at_once(monkeypatch, scor
     for name in OPTIMIZERS[package]:
         with pytest.raises(DataError, match=rf"optim = '{name}'.*pip install 'pear-kernels\[{package}\]'"):
             check_optimizer(name)
+    with pytest.raises(DataError, match="optim_args must be name=value,name=value, got 'a=1,b'"):
+        check_optimizer("adafactor", "a=1,b")
     with pytest.raises(DataError, match=rf"optim.*{package}"):
         main(
             ["--model", "./no", "--data", str(scored), "--output_dir", str(tmp_path), "--optim", OPTIMIZERS[package][0]]

@@ -230,6 +230,7 @@ def test_a_merged_adapter_is_the_adapter_on_its_base(adapter_folder, tmp_path, t
     merged = load_model(str(folder))
     assert (expected - before).abs().max() > 0.1 and not isinstance(merged, PeftModel)
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert all(parameter.requires_grad for parameter in merged.parameters())  # a model to train, as any other
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(load_model(str(tmp_path / "merged"))), expected, atol=1e-4, rtol=1e-4)
 

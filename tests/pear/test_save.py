@@ -109,6 +109,13 @@ def test_what_cannot_be_repaired_is_refused_before_training(make_trainer, monkey
     assert trainer.state.global_step == 0
 
 
+def test_a_model_without_a_parameter_to_train_is_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.model.requires_grad_(False)
+    with pytest.raises(DataError, match="no parameter of the model is to be trained"):
+        trainer.train()
+
+
 def test_a_number_in_a_string_is_refused(model):
     model.generation_config.temperature = "0.7"
     with pytest.raises(DataError, match="generation_config.json of the model: temperature must be a number, got '0.7'"):
