@@ -306,8 +306,8 @@ class Notes:
         if lines := self.lines.get(EOS):
             said.append(
                 f"{_rows(lines)} end with EOS twice ({line_list(lines)}): the completion has it, before a line end "
-                "perhaps, and it is added again, since a completion is text without EOS. Take EOS and what is behind "
-                "it out of the text; or give chat messages"
+                "perhaps, or the tokenizer adds one (add_eos_token), and it is added again, since a completion is text "
+                "without EOS. Take EOS and what is behind it out of the text; or give chat messages"
             )
         if lines := self.lines.get(CLOSED):
             said.append(

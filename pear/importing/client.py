@@ -286,8 +286,9 @@ class Client:
         """Whether the key is in a text, or in what a program makes of its escapes."""
         if len(text) < SECRET:
             return False
-        readings = {text.lower(), unquote(text).lower(), html.unescape(text).lower(), _unescape(text).lower()}
-        return any(form in reading for form in self._forms for reading in readings)
+        together = "".join(text.split())  # base64 is wrapped at 76 characters, say
+        readings = {text, together, unquote(text), html.unescape(text), _unescape(text)}
+        return any(form in reading.lower() for form in self._forms for reading in readings)
 
 
 def _body(response: http.client.HTTPResponse, expected: int | None, most: int) -> bytes:

@@ -123,7 +123,7 @@ def device_named(name: str | None) -> torch.device:
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).sum().item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:  # of a build without CUDA it is an AssertionError
         said = " ".join(str(error).split())
         raise DataError(

@@ -107,6 +107,7 @@ WRITTEN = {
     "html": html.escape(KEY),
     "entities": "".join(f"&#{ord(c)};" for c in KEY),
     "base64": base64.b64encode(KEY.encode()).decode(),
+    "wrapped": "\n".join(base64.b64encode(KEY.encode()).decode()[i : i + 8] for i in range(0, 4 * len(KEY) // 3, 8)),
     "header": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
     "login": base64.urlsafe_b64encode(f"me:{KEY}".encode()).decode(),
 }

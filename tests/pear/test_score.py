@@ -850,6 +850,7 @@ def test_two_calls_at_once_are_refused(model, tokenizer, jsonl, tmp_path, text_r
     [
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         ({"device": "banana"}, "device = 'banana' cannot be used here: .*Give cpu"),
+        ({"device": "meta"}, "device = 'meta' cannot be used here: .*Give cpu"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
         ({"tokenizer": None}, "tokenizer: a loaded model needs its tokenizer"),
