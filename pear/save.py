@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from pear import run_identity
 from pear.adapters import CONFIG, WEIGHTS, MergeError, can_merge, difference, logits, merge, rounding
 from pear.checkpoints import is_whole, step_of
 from pear.folders import sync_files
-from pear.io import DataError, WriteError, disk_error, write_error
+from pear.io import DISK_FULL, DataError, WriteError, disk_error, write_error
 
 logger = get_logger(__name__)
 
@@ -100,9 +100,11 @@ def save_final(trainer: Trainer, merge_adapter: bool = True) -> Saved:
     except BaseException as error:
         cause = disk_error(error)
         insisted = isinstance(error, _Insisted)
-        kept = _rescue(trainer, temporary, write=cause is None and not insisted) if is_main else None
+        full = cause is not None and cause.errno in DISK_FULL
+        kept = _rescue(trainer, temporary, write=not full and not insisted, whole=files) if is_main else None
         if cause is not None:
-            said = "Checkpoints in it are whole." + (f" The adapter, whole, is in {kept}." if kept else "")
+            what = "model" if kept and (kept / "config.json").is_file() else "adapter"
+            said = "Checkpoints in it are whole." + (f" The {what}, whole, is in {kept}." if kept else "")
             raise write_error(output_dir, cause, kept=said) from error
         if not is_main:
             raise
@@ -238,17 +240,24 @@ def _rescue_between_checkpoints(trainer: Trainer) -> Path | None:
     return _rescue(trainer, output_dir / ".final.tmp", write=True)
 
 
-def _rescue(trainer: Trainer, temporary: Path, write: bool) -> Path | None:
+def _rescue(trainer: Trainer, temporary: Path, write: bool, whole: Sequence[str] = ()) -> Path | None:
     """Keep the trained weights in a folder of their own, by the plainest means; the folder, or None.
 
     Args:
         temporary: what was written so far; an adapter in it is taken as it is, if it is whole
         write: whether anything may be written, as it cannot on a full disk
+        whole: the model's files, where all were written; some may be in output_dir already
     """
     output_dir = Path(trainer.args.output_dir)
     names = [RESCUED, *(f"{RESCUED}-{n}" for n in range(2, 1000))]
     target = next(output_dir / name for name in names if not (output_dir / name).exists())
     try:
+        if whole:  # no bytes are needed for it
+            for top in sorted({Path(name).parts[0] for name in whole}):
+                if not (temporary / top).exists():
+                    os.replace(output_dir / top, temporary / top)
+            temporary.replace(target)
+            return target
         adapter = temporary / "adapter"
         if all((adapter / name).is_file() for name in (CONFIG, WEIGHTS, "tokenizer_config.json")):
             adapter.replace(target)  # no bytes are needed for it

@@ -1,5 +1,6 @@
 """What was trained is never lost: saving, what fails around it, a second run in one folder, resume, upload."""
 
+import errno
 import json
 import os
 import pickle
@@ -204,6 +205,24 @@ def test_a_save_that_fails_leaves_the_weights(student, scored, tmp_path, monkeyp
         main(argv(student, scored, tmp_path / "out", *(LORA if lora else [])))
     same(tmp_path / "out" / "rescued", seen[0].model)
     assert set(os.listdir(tmp_path / "out")) <= {"rescued", "log.jsonl"}
+
+
+@pytest.mark.parametrize("writes", ["moving in", "saving"])
+def test_a_folder_that_refuses_a_file_leaves_the_weights(make_trainer, tmp_path, monkeypatch, writes):
+    trainer, replace = make_trainer(), os.replace
+
+    def refuse(*args, **kwargs):
+        if writes == "saving" or Path(args[1]).name == "tokenizer.json":  # others are in their place by then
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        replace(*args)
+
+    if writes == "saving":
+        monkeypatch.setattr(type(trainer.model), "save_pretrained", refuse)
+    else:
+        monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(WriteError, match="Permission denied.* The model, whole, is in .*rescued"):
+        save_final(trainer)
+    same(tmp_path / "run" / "rescued", trainer.model)
 
 
 def test_ctrl_c_waits_for_the_model(make_trainer, monkeypatch, tmp_path):
