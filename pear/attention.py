@@ -17,6 +17,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pear.io import DataError
+from pear.shown import one_line
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH_HEAD = 256  # columns of a head that flash-attn takes, at most
@@ -99,7 +100,7 @@ def attention_for(
     if config is None or not (args.packing or args.padding_free):
         return None
     chosen = choose_attention(config, args.device.type, *_dtypes(dtype, config, args.bf16, args.fp16))
-    PartialState().print(f"attn_implementation of the {what}: {chosen.name or 'auto'} ({chosen.why})")
+    PartialState().print(one_line(f"attn_implementation of the {what}: {chosen.name or 'auto'} ({chosen.why})"))
     return chosen.name
 
 

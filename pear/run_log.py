@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from pear.checkpoints import newest_whole
 from pear.runs import json_safe
+from pear.shown import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -123,4 +124,5 @@ class _SaysWhereItGoesOn(TrainerCallback):
         self.checkpoint, self.accelerator = checkpoint, accelerator
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.accelerator.print(f"Going on from {self.checkpoint}: step {state.global_step} of {state.max_steps}")
+        going_on = f"Going on from {self.checkpoint}: step {state.global_step} of {state.max_steps}"
+        self.accelerator.print(one_line(going_on))

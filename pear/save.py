@@ -24,6 +24,7 @@ from pear.adapters import CONFIG, WEIGHTS, MergeError, can_merge, difference, lo
 from pear.checkpoints import is_whole, step_of
 from pear.folders import sync_files
 from pear.io import DISK_FULL, DataError, WriteError, disk_error, write_error
+from pear.shown import one_line, say
 
 logger = get_logger(__name__)
 
@@ -116,7 +117,7 @@ def save_final(trainer: Trainer, merge_adapter: bool = True) -> Saved:
     finally:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.print(f"Model saved to {output_dir}")
+    trainer.accelerator.print(one_line(f"Model saved to {output_dir}"))
     for number in interrupted:
         signal.raise_signal(number)  # the model is saved, and its own handler may have it
     return Saved(files, in_memory)
@@ -204,7 +205,7 @@ def _held_back_interrupt(output_dir: Path) -> Iterator[list[int]]:
         if asked:
             raise _Insisted
         asked.append(number)
-        print(f"The model is being saved to {output_dir}; interrupt again to stop without it.", flush=True)
+        say(f"The model is being saved to {output_dir}; interrupt again to stop without it.")
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: handler for number, handler in before.items() if callable(handler)}  # else the system ends us

@@ -3,15 +3,18 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
+import pear.shown
 from pear.cli import app
 from pear.shown import install, many_lines, one_line, visible
 
@@ -74,3 +77,10 @@ def test_a_traceback_shows_signs(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.rstrip().endswith(f"RuntimeError: {SIGNS}")
+
+
+def test_what_is_printed_beside_logging_and_tables_passes_the_filter():
+    """print() and accelerate's of text that holds names, in the source: `say` and `one_line` are the ways."""
+    package = Path(pear.shown.__file__).parent
+    bare = re.compile(r"((?<![\w.])|accelerator\.|\(\)\.)print\(f[\"']")
+    assert [str(path) for path in package.rglob("*.py") if bare.search(path.read_text())] == []
