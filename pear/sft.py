@@ -83,7 +83,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
     `log_entropy` is off, or the teacher is one of top-k columns) and `num_tokens`. Evaluation prefixes them with
     `eval_`, or with `eval_NAME_` where `eval_dataset` is a dictionary of datasets. `eval_loss` is the mean over all
     response tokens of a dataset, so it does not depend on the batch size (but with `normalize="batch"`, whose weights
-    do). With `compute_metrics`, evaluation makes the logits by a forward pass of its own; training never does.
+    do, and for the auxiliary loss of mixtures of experts, which is a batch's). With `compute_metrics`, evaluation makes
+    the logits by a forward pass of its own; training never does.
 
     Datasets may be streams (`datasets.IterableDataset` of the same columns, such as
     `load_scored(...).to_iterable_dataset()`), which need `max_steps`. Their rows are checked as they come.

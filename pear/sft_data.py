@@ -146,9 +146,10 @@ def virtual_tokens(adapter: PeftConfig | None, packed: bool) -> int:
     Raises:
         DataError: prompt learning of another kind than prompt tuning, p-tuning and prefix tuning, or of packs.
     """
-    if adapter is None or not adapter.is_prompt_learning:
+    kind = None if adapter is None else adapter.peft_type.value
+    # an adaption prompt keeps the forward that the model had before it got our head
+    if adapter is None or not (adapter.is_prompt_learning or kind == "ADAPTION_PROMPT"):
         return 0
-    kind = adapter.peft_type.value
     if kind not in PROMPTS:
         raise DataError(f"peft_type {kind} is not supported by `pear sft`: use {', '.join(PROMPTS)}, or LORA")
     if packed:
