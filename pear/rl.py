@@ -37,7 +37,7 @@ from pear.decode import decoding_in_stages, finite_logits
 from pear.eval import evaluate, prompt_format
 from pear.fused_head import IGNORE, add_fused_head
 from pear.generate import encode_prompt
-from pear.io import DataError, read_jsonl, write_json, write_jsonl
+from pear.io import DataError, line_list, read_jsonl, write_json, write_jsonl
 from pear.models import (
     check_architecture,
     check_ids,
@@ -485,7 +485,7 @@ def task_dataset(problems: list[Problem], tokenizer) -> Dataset:
 
 def data_dataset(path: str, column: str) -> Dataset:
     """Rows of a JSONL file, with `prompt` and the column that the reward reads."""
-    rows = []
+    rows, left_out = [], []
     for line, row in read_jsonl(path):
         for name in ("prompt", column):
             if row.get(name) in (None, "", []):
@@ -496,8 +496,15 @@ def data_dataset(path: str, column: str) -> Dataset:
         if not isinstance(answer := row[column], (str, int, float)) or isinstance(answer, bool):
             raise DataError(f"{path}:{line}: `{column}` must be text or a number, got {answer!r:.100}")
         rows.append({"prompt": row["prompt"], column: str(answer)})
+        if row.get("tools") or row.get("chat_template_kwargs"):
+            left_out.append(line)
     if not rows:
         raise DataError(f"{path}: no row to train on")
+    if left_out:
+        logging.getLogger(__name__).warning(
+            f"{path}: `tools` and `chat_template_kwargs` of rows are not used ({line_list(left_out)}): prompts are "
+            "rendered without them. --chat_template_kwargs holds for all rows"
+        )
     try:
         return Dataset.from_list(rows)
     except (ValueError, TypeError, OverflowError) as error:  # arrow's: `content` is text in one row, a list in another

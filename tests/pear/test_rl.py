@@ -800,8 +800,11 @@ def test_numbers_as_solutions(jsonl):
     assert data["solution"][:] == ["0", "b"]
 
 
-def test_prompts_of_two_kinds(jsonl):
+def test_prompts_of_two_kinds(jsonl, caplog):
     chat = [{"role": "user", "content": "1 + 1?"}]
+    rows = [{"prompt": chat, "solution": 2, "tools": tools} for tools in (None, [{"type": "function"}])]
+    assert len(data_dataset(str(jsonl(rows)), "solution")) == 2
+    assert "`tools` and `chat_template_kwargs` of rows are not used (line 2)" in caplog.text
     data = jsonl([{"prompt": "1 - 1?", "solution": 0}, {"prompt": chat, "solution": 2}])
     with pytest.raises(DataError, match=r"data\.jsonl:2: `prompt` must be text in all rows, or a list of messages"):
         data_dataset(str(data), "solution")
