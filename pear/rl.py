@@ -67,6 +67,7 @@ from pear.run_identity import identity
 from pear.run_log import SaysHowItRuns
 from pear.runs import given, read_run, write_run
 from pear.save import Extras, check_push, finish, save_final, train
+from pear.sft_data import virtual_tokens
 from pear.shown import say
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
@@ -97,6 +98,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = self._without_empty_rollouts(kwargs["rollout_func"])
+        virtual_tokens(kwargs.get("peft_config"), packed=False)  # an adapter that cannot work, before a model is loaded
         super().__init__(model, [guarded(function) for function in functions], args, **kwargs)
         at_once = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < at_once:
@@ -104,6 +106,8 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
                 f"{len(self.train_dataset)} prompts are too few: one generation takes {at_once}, for "
                 f"generation_batch_size = {self.args.generation_batch_size} in groups of {self.num_generations}"
             )
+        adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        self._virtual_tokens = virtual_tokens(adapter, packed=False)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         float32 = args.cast_lm_head_to_fp32
         add_fused_head(base, temperature=self.temperature, entropy=True, float32=float32)
@@ -284,7 +288,11 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
             labels=beside_prompt(completion_ids.masked_fill(mask == 0, IGNORE), IGNORE),
             advantages=advantages,
             **columns,
-            pear=self.policy_options() | self._divisor(inputs, mask, mode),
+            pear={
+                **self.policy_options(),
+                **self._divisor(inputs, mask, mode),
+                "virtual_tokens": self._virtual_tokens,
+            },
         )
         values = output.stats
         as_trl = rl_metrics.micro_batch(

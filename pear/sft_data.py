@@ -151,7 +151,7 @@ def virtual_tokens(adapter: PeftConfig | None, packed: bool) -> int:
     if adapter is None or not (adapter.is_prompt_learning or kind == "ADAPTION_PROMPT"):
         return 0
     if kind not in PROMPTS:
-        raise DataError(f"peft_type {kind} is not supported by `pear sft`: use {', '.join(PROMPTS)}, or LORA")
+        raise DataError(f"peft_type {kind} is not supported: use {', '.join(PROMPTS)}, or LORA")
     if packed:
         raise DataError(
             f"peft_type {kind} does not go with packing and padding_free: PEFT puts its prompt before a pack, and not "

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 from rl_training import TIMES, make_grpo_trainer, prompts, reversed_or_seeded, rollouts
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -32,6 +33,9 @@ RUNS = {
     "cispo": dict(loss_type="cispo", epsilon_high=1.001, steps_per_generation=4, gradient_accumulation_steps=2),
     "truncated": dict(mask_truncated_completions=True, steps_per_generation=2, num_iterations=2),
     "sapo": dict(loss_type="sapo", num_iterations=2),
+    "prompt tuning": dict(
+        num_iterations=2, beta=0.1, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
     # TRL's own formula on our log-probs
     "vespo": dict(loss_type="vespo", num_iterations=2),
     "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", num_iterations=2),
@@ -70,6 +74,7 @@ def test_a_run_gives_the_weights_and_the_log_of_trl_s(policy, tokenizer, tmp_pat
     if "eval_strategy" in options:
         options |= dict(eval_data=prompts(2), eval_steps=2, per_device_eval_batch_size=4)
     for ours in (True, False):
+        torch.manual_seed(0)  # of new adapters
         trainer = make_grpo_trainer(policy, tokenizer, ours, output_dir=tmp_path / str(ours), **options)
         start = copy.deepcopy(trainer.model.state_dict())
         with monkeypatch.context() as patch:  # each shuffles a generation, by a seed of its own

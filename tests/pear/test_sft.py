@@ -280,9 +280,9 @@ def test_adapters_that_cannot_work_are_refused(tokenizer, make_trainer):
         make_trainer(peft_config=prompt, packing=True)
     prompt = peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])
     adaption = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
-    with pytest.raises(DataError, match="peft_type ADAPTION_PROMPT is not supported by `pear sft`: use PROMPT_"):
+    with pytest.raises(DataError, match="peft_type ADAPTION_PROMPT is not supported: use PROMPT_"):
         make_trainer(peft_config=adaption)
-    with pytest.raises(DataError, match="peft_type CPT is not supported by `pear sft`: use PROMPT_TUNING, P_"):
+    with pytest.raises(DataError, match="peft_type CPT is not supported: use PROMPT_TUNING, P_"):
         make_trainer(peft_config=prompt)
 
 
