@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from pear.io import DataError, check_folder, check_output, is_stream, write_error
 
@@ -17,6 +18,8 @@ except ImportError:  # Windows: no locks
     fcntl = None
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -98,17 +101,17 @@ def output_file(
         yield
 
 
-def holding(hold: Callable, argument: str, **options: bool) -> Callable:
+def holding(hold: Callable, argument: str, **options: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: while the function runs, `argument` is held by `hold`, `output_file` or `output_folder`.
 
     Of several processes that were launched together, the first holds it for all.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def held(*args, **kwargs):
+        def held(*args: P.args, **kwargs: P.kwargs) -> R:
             output = signature.bind(*args, **kwargs).arguments.get(argument)
             with hold(output, held=is_main(), **options):
                 return function(*args, **kwargs)

@@ -22,7 +22,10 @@ def progress(
     """
     console = console or Console(stderr=True)
     if not console.is_terminal or console.quiet:
-        yield _Lines(what, total, unit, done, console).advance
+        lines = _Lines(what, total, unit, done, console)
+        yield lines.advance
+        if not transient:
+            lines.finish()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     last = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
@@ -34,15 +37,22 @@ def progress(
 class _Lines:
     def __init__(self, what: str, total: int, unit: str, done: int, console: Console):
         self.what, self.total, self.unit, self.console = what, total, unit, console
-        self.before = self.done = done
+        self.before = self.done = self.printed = done
         self.began = self.latest = time.monotonic()
 
     def advance(self, count: int) -> None:
         self.done += count
-        now = time.monotonic()
-        if now - self.latest < EVERY:
-            return
-        self.latest = now
+        if time.monotonic() - self.latest >= EVERY:
+            self.print()
+
+    def finish(self) -> None:
+        """The last line, unless it is there already or nothing was to do."""
+        if self.printed != self.done and self.done > self.before:
+            self.print()
+
+    def print(self) -> None:
+        now = self.latest = time.monotonic()
+        self.printed = self.done
         each = (now - self.began) / max(self.done - self.before, 1)
         left = each * max(self.total - self.done, 0)
         self.console.print(

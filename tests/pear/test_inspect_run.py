@@ -226,7 +226,7 @@ def test_a_row_that_does_not_align_is_left_out_and_told(student, files, tmp_path
         (lambda rows: [{**rows[0], "completion": "edited"}, *rows[1:]], ":1: edited after it was scored"),
         (lambda rows: [{k: v for k, v in row.items() if k != "scored"} for row in rows], ":1: no seal"),
         (lambda rows: [{k: row[k] for k in ("prompt", "completion")} for row in rows], ":1: no log-probs of a behav"),
-        (lambda rows: [], "no row to look at"),
+        (lambda rows: [], "spoiled.jsonl: no rows in it"),
     ],
     ids=["edited", "unsealed", "unscored", "empty"],
 )

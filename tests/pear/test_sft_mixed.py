@@ -402,11 +402,11 @@ def test_roles_file_of_the_command(tokenizer, save_model, tmp_path):
     ).split()
     main(flags)
     assert 0 < read_run(tmp_path / "out").log[0]["pear/ratio_tokens"] < 1
-    main([*flags, "--roles", str(tmp_path / "roles.yaml")])
+    main([*flags, "--roles", str(tmp_path / "roles.yaml"), "--overwrite_output_dir"])
     run = read_run(tmp_path / "out")
     assert run.log[0]["pear/ratio_tokens"] == 1 and run.settings["roles"].endswith("roles.yaml")
     with pytest.raises(DataError, match="none.yaml"):
-        main([*flags, "--roles", str(tmp_path / "none.yaml")])
+        main([*flags, "--roles", str(tmp_path / "none.yaml"), "--overwrite_output_dir"])
 
 
 def test_options_of_ours_are_off_unless_asked_for(tmp_path):
