@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from pear_kernels.triton.launch import OPTIONS
+from pear_kernels.backends.triton.launch import OPTIONS
 
 INSTRUCTION_BYTES = 16
 MNEMONIC = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
@@ -78,7 +78,7 @@ def compiling_for(arch: int) -> Iterator[None]:
 
 
 def warmup(launch, arch: int):
-    """The compiled kernel of a `pear_kernels.triton.launch.Launch`."""
+    """The compiled kernel of a `pear_kernels.backends.triton.launch.Launch`."""
     with compiling_for(arch):
         return launch.kernel.warmup(
             *launch.args,

@@ -55,7 +55,7 @@ BUDGETED: dict[str, Callable[[int], int]] = {
 class Job(NamedTuple):
     arch: int
     variant: Variant
-    launch: object  # pear_kernels.triton.launch.Launch
+    launch: object  # pear_kernels.backends.triton.launch.Launch
 
 
 # ---- recorded

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
-from pear_kernels.head import TeacherRows
-from pear_kernels.packing import Pack
-from pear_kernels.triton import launch, tiles
-from pear_kernels.triton.dense import DenseHead
-from pear_kernels.triton.head import Head, scale_and_round
-from pear_kernels.triton.product import exp_product
-from pear_kernels.triton.weights import PEARWeights
-from pear_kernels.weights import PEAROptions
+from pear_kernels.backends.triton import launch, tiles
+from pear_kernels.backends.triton.head import Head, scale_and_round
+from pear_kernels.backends.triton.logits_head import LogitsHead
+from pear_kernels.backends.triton.product import exp_product
+from pear_kernels.backends.triton.weights import PEARWeights
+from pear_kernels.engine.head import TeacherRows
+from pear_kernels.engine.packing import Pack
+from pear_kernels.options import DIVERGENCES, DivergenceOptions, PEAROptions
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, VOCABULARY = 8192, 151936
@@ -48,10 +47,10 @@ def launches(arch: int) -> list[launch.Launch]:
         for dtype in (FP16, FP32):  # rounded to bfloat16, as autocast does
             head(BF16, ROWS, VOCABULARY, 4096, hidden_dtype=dtype)
         for level, static in itertools.product(("token", "block", "sequence"), (False, True)):
-            weights(PEAROptions(level), static=static)
+            weights(PEAROptions(level=level), static=static)
         for level, clip_blocks in itertools.product(("block", "sequence"), (False, True)):
-            weights(PEAROptions(level, clip_blocks=clip_blocks), block_ids=True)
-        weights(PEAROptions("block", center=True), block_ids=True)
+            weights(PEAROptions(level=level, clip_blocks=clip_blocks), block_ids=True)
+        weights(PEAROptions(level="block", center=True), block_ids=True)
     return recorded
 
 
@@ -99,7 +98,7 @@ def head(
     for product in tiles.PRODUCTS if dtype != FP16 else ("plain",):
         made = Head(weight, of_bias, temperature, softcap, dtype)
         made.choice = made.choice._replace(product=product)
-        x = made.widen(hidden)
+        x = made.as_operand(hidden)
         made.reserve(rows, False)
         made.softmax(x, target, gradient=False, entropy=entropy)
         made.reserve(rows, True)
@@ -121,8 +120,8 @@ def head(
 
 def dense(dtype, weight, bias, hidden, target, index, temperature: float, softcap: float | None) -> None:
     """All that the engine asks of a head whose gradients are no row scale times E, with either teacher and without."""
-    made, teacher = (DenseHead(weight, bias, temperature, softcap, dtype) for _ in range(2))
-    x, rows = made.widen(hidden), len(hidden)
+    made, teacher = (LogitsHead(weight, bias, temperature, softcap, dtype) for _ in range(2))
+    x, rows = made.as_operand(hidden), len(hidden)
     ids, top = meta(rows, TOP_K, dtype=torch.int64), meta(rows, TOP_K, dtype=torch.float64)
     factor = meta(rows, dtype=torch.float64)
     for which in (made, teacher):
@@ -132,7 +131,7 @@ def dense(dtype, weight, bias, hidden, target, index, temperature: float, softca
     made.write_grad_hidden_(hidden, index, dz, row_scale.float(), target, None)
     # the dtype of dz is one store in the code; every kind once is enough
     for kind, soft in itertools.product(DIVERGENCES if dtype == BF16 else ["js"], (1.0, 2.0)):
-        options = DivergenceOptions(kind, 0.5, soft)
+        options = DivergenceOptions(divergence=kind, distill_temperature=soft)
         in_memory = TeacherRows(options, teacher.log_softmax(x, soft))
         for rows_of in (in_memory, TeacherRows(options, None, ids, top, factor)):
             made.gradient(made.scores(x, target, teacher=rows_of), factor, None, factor)

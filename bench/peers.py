@@ -19,12 +19,13 @@ from torch import Tensor
 
 from bench import objectives
 from bench.shapes import Inputs, Shape, lengths_of
-from pear_kernels import linear_logprobs, linear_pear_loss, linear_policy_loss, ops, pear_weights
-from pear_kernels.backend import dense_head_class, head_class
-from pear_kernels.engine import Walk
-from pear_kernels.objectives import FixedCoefficients
-from pear_kernels.packing import pack_tokens
-from pear_kernels.schedule import Wanted, default_workspace, schedule
+from pear_kernels import linear_logprobs, linear_pear_loss, linear_policy_loss, pear_weights
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.engine.schedule import Wanted, default_workspace, schedule
+from pear_kernels.engine.walk import Walk
+from pear_kernels.objectives.base import FixedCoefficients
+from pear_kernels.ops import backends
+from pear_kernels.ops.loss import scaled
 
 Nll = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), target (N,) -> (N,) -log p
 Run = Callable[[Inputs], Tensor]
@@ -114,12 +115,12 @@ def bare_taught(x: Inputs) -> Tensor:
 
 def our_head(x: Inputs):
     """The head that `linear_pear_loss` takes for these inputs."""
-    return head_class(None, x.hidden.device, x.hidden.dtype)(x.weight, None, 1.0, None, x.hidden.dtype)
+    return backends.choose(None, x.hidden.device, x.hidden.dtype).head(x.weight, None, 1.0, None, x.hidden.dtype)
 
 
 def dense_row_bytes(x: Inputs) -> int:
     """Workspace of a row of `linear_distill_loss`, whose teacher is in memory."""
-    dense = dense_head_class(None, x.hidden.device, x.hidden.dtype)
+    dense = backends.choose(None, x.hidden.device, x.hidden.dtype).logits_head
     return sum(dense(w, None, 1.0, None, x.hidden.dtype).row_bytes(True) for w in (x.weight, x.teacher.weight))
 
 
@@ -166,7 +167,7 @@ class Unweighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(ops.scaled(gradient, upstream, dtype) for gradient, dtype in pairs)
+        return None, *(scaled(gradient, upstream, dtype) for gradient, dtype in pairs)
 
 
 def ours_unweighted(x: Inputs) -> Tensor:

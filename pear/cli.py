@@ -342,18 +342,18 @@ def inspect(
     from pear.align import read_roles
     from pear.inspecting import inspect as run
     from pear.io import DataError, WriteError
-    from pear_kernels.weights import PEAROptions
+    from pear_kernels.options import PEAROptions
 
     try:
         report = run(
             data,
             model,
             options=PEAROptions(
-                level,
-                block_size,
-                gamma,
-                log_ratio_clip,
-                log_weight_clip,
+                level=level,
+                block_size=block_size,
+                gamma=gamma,
+                log_ratio_clip=log_ratio_clip,
+                log_weight_clip=log_weight_clip,
                 clip_blocks=clip_blocks,
                 center=center,
                 clip_length=clip_length,
@@ -374,7 +374,7 @@ def inspect(
             console=Console(),
             **({} if roles is None else {"roles": read_roles(roles)}),
         )
-    except (DataError, WriteError) as error:
+    except (DataError, WriteError, ValueError) as error:  # ValueError: an option out of range
         raise _fail(error) from None
     for path in (html, json):
         if path is not None:

@@ -16,10 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from pear.io import DataError
-from pear_kernels import LossOutput, agreement, linear_logprobs, linear_policy_loss, linear_topk_logprobs
-from pear_kernels.causal_lm import Call
-from pear_kernels.lm_head import accepted, forward_replaced, innermost
-from pear_kernels.shifted import (
+from pear_kernels import LossOutput, linear_logprobs, linear_policy_loss, linear_topk_logprobs
+from pear_kernels.huggingface import agreement
+from pear_kernels.huggingface.causal_lm import Call
+from pear_kernels.huggingface.lm_head import accepted, forward_replaced, innermost
+from pear_kernels.huggingface.shifted import (
     IGNORE,
     TOP_K,
     first_flags,
@@ -28,7 +29,7 @@ from pear_kernels.shifted import (
     shift_right,
     supervised_loss,
 )
-from pear_kernels.treatment import ADVICE, Treatment
+from pear_kernels.huggingface.treatment import ADVICE, Treatment
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
 COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted

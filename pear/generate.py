@@ -12,7 +12,7 @@ from pear.chat import Renderer
 from pear.decode import decode, finite_logits
 from pear.models import check_ids
 from pear.progress import progress as progress_of
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
 
 
 class Completion(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from pear.sft_config import REFERENCED, PEARSFTConfig
-from pear_kernels.negatives import WRONG_STATS
-from pear_kernels.objectives import STATS
+from pear_kernels.objectives.labelled import WRONG_STATS
+from pear_kernels.objectives.pear import STATS
 
 COUNTS = ("seen", "tokens", "wrong_tokens", "all_tokens")
 LARGEST = ("weight_max",)

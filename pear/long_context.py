@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from trl import SFTConfig
 
 from pear.io import DataError
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
 
 logger = get_logger("pear.sft")
 

@@ -38,7 +38,7 @@ from pear.shapes import GPUS, shape_of
 from pear.tracing import GRADIENTS, OTHER, STATES, Trace, model_without_data, trace
 from pear.tracing_liger import liger_layers
 from pear_kernels import plan as plan_head
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
 
 LOSSES = {"naive": "naive loss", "ours": "ours"}
 PARTS = ("weights", "gradients", "optimizer states", "hidden states", "activations", "head")

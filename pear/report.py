@@ -13,7 +13,7 @@ from pear.eval import percent
 from pear.io import read_jsonl, write_text
 from pear.pictures import plt, save_figure
 from pear_kernels import pear_weights
-from pear_kernels.weights import DEFAULTS
+from pear_kernels.options import DEFAULTS
 
 COLORS = {"student": "tab:gray", "sft": "tab:blue", "pear": "tab:orange", "low": "tab:red", "high": "tab:green"}
 LABELS = {

@@ -71,8 +71,8 @@ from pear.sft_data import virtual_tokens
 from pear.shown import say
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
-from pear_kernels.policy import POLICY_STATS
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
+from pear_kernels.objectives.policy import POLICY_STATS
 
 logger = get_logger(__name__)
 
@@ -85,9 +85,9 @@ MEANS = [name for name in POLICY_STATS if name not in ("ratio_max", "tokens")]
 class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
     """GRPOTrainer with the fused policy loss. Arguments, datasets and reward functions are GRPOTrainer's.
 
-    Logged besides TRL's own, under `pear/` (and `eval_pear/`): the statistics of `pear_kernels.policy.POLICY_STATS`,
-    means over completion tokens since the last log; `reward_faults`, completions whose reward could not be had;
-    `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G.
+    Logged besides TRL's own, under `pear/` (and `eval_pear/`): the statistics of
+    `pear_kernels.objectives.policy.POLICY_STATS`, means over completion tokens since the last log; `reward_faults`,
+    completions whose reward could not be had; `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G.
     """
 
     def __init__(self, model, reward_funcs=None, args: PEARGRPOConfig | None = None, **kwargs: Any):

@@ -28,7 +28,7 @@ from pear.scored_rows import (
 from pear.scored_summary import Found
 from pear.scored_top_k import check_top_k, check_top_k_vocabulary
 from pear.seal import check_seal
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
 COLUMNS = ("input_ids", "completion_mask", "behavior_logprobs")  # what every objective needs
 # What comes with them where a row has another tokenizer, or no behaviour policy: the block of each token, and how they

@@ -33,7 +33,7 @@ from pear.io import (
 from pear.models import tokenizer_fingerprint
 from pear.notes import notes_of
 from pear.rows import TokenizedRow, check_same_tokens, prompt_and_completion, tokenize_row
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 NO_POLICY = "none"  # as `behavior_policy`
 NO_RATIO = -1  # as a token's block: it carries no log-ratio

@@ -11,22 +11,23 @@ from trl import ModelConfig, SFTConfig
 from pear.io import DataError
 from pear.long_context import check_optimizer
 from pear.scored import UNALIGNED
-from pear_kernels.checks import (
+from pear_kernels.options import (
+    DEFAULTS,
+    DIVERGENCES,
+    NEEDS_REF,
     NORMALIZE,
-    check_divergence_options,
-    check_negative_options,
-    check_options,
-    check_weighting_options,
+    WEIGHTINGS,
+    DivergenceOptions,
+    LabelOptions,
+    PEAROptions,
+    WeightingOptions,
+    as_tuple,
 )
-from pear_kernels.divergence import DIVERGENCES, DivergenceOptions
-from pear_kernels.negatives import LOGPROB_FLOOR, NEGATIVE_LAMBDA
-from pear_kernels.weightings import WEIGHTING_DEFAULTS, WEIGHTINGS, WeightingOptions
-from pear_kernels.weights import DEFAULTS, PEAROptions
 
 CHOICES = {"weighting": ("pear", *WEIGHTINGS), "distill": ("none", *DIVERGENCES)}
 OURS = ("clip_blocks", "center", "clip_length", "normalize")  # of PEAROptions, none in the paper
 # Weightings by the student as it was before training: column `ref_logprobs`.
-REFERENCED = tuple(name for name, weighting in WEIGHTINGS.items() if weighting.needs_ref)
+REFERENCED = NEEDS_REF
 TOP_K = ("top_k_ids", "top_k_logprobs", "top_k_temperature", "top_k_vocabulary")
 
 
@@ -97,19 +98,19 @@ class PEARSFTConfig(SFTConfig):
         },
     )
     iw_tau: float = field(
-        default=WEIGHTING_DEFAULTS.iw_tau,
+        default=WeightingOptions.iw_tau,
         metadata={"help": "iw-sft: factor of a response's mean log-ratio to the student before training."},
     )
-    iw_max: float = field(default=WEIGHTING_DEFAULTS.iw_max, metadata={"help": "iw-sft: the largest weight."})
+    iw_max: float = field(default=WeightingOptions.iw_max, metadata={"help": "iw-sft: the largest weight."})
     psft_clip: float = field(
-        default=WEIGHTING_DEFAULTS.psft_clip,
+        default=WeightingOptions.psft_clip,
         metadata={"help": "psft: a token whose probability rose by more than this share rests."},
     )
     asft_kl: float = field(
-        default=WEIGHTING_DEFAULTS.asft_kl, metadata={"help": "asft: factor of the KL to the student before training."}
+        default=WeightingOptions.asft_kl, metadata={"help": "asft: factor of the KL to the student before training."}
     )
     idft_clip: list[float] = field(
-        default_factory=lambda: list(WEIGHTING_DEFAULTS.idft_clip),
+        default_factory=lambda: list(WeightingOptions.idft_clip),
         metadata={"help": "idft: clip of the power of p: low high."},
     )
     negatives: bool = field(
@@ -117,10 +118,10 @@ class PEARSFTConfig(SFTConfig):
         metadata={"help": 'Train away from rows with "label": false; the others are right answers. With PEAR alone.'},
     )
     negative_lambda: float = field(
-        default=NEGATIVE_LAMBDA, metadata={"help": "negatives: factor of the wrong answers' loss."}
+        default=LabelOptions.negative_lambda, metadata={"help": "negatives: factor of the wrong answers' loss."}
     )
     logprob_floor: float = field(
-        default=LOGPROB_FLOOR,
+        default=LabelOptions.logprob_floor,
         metadata={"help": "negatives: a wrong token less likely than this log-prob is left alone."},
     )
     distill: str = field(
@@ -164,24 +165,23 @@ class PEARSFTConfig(SFTConfig):
             self.bf16 = False
         super().__post_init__()
         check_optimizer(self.optim, self.optim_args)
-        check_options(self.pear_options())
+        self.pear_options()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise DataError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        check_weighting_options(self.weighting_options())
-        check_negative_options(self.negative_lambda, self.logprob_floor)
-        divergence = DivergenceOptions(js_beta=self.js_beta, temperature=self.distill_temperature)
-        check_divergence_options(divergence, DIVERGENCES, self.nll_coef)
+        self.weighting_options()
+        LabelOptions(negative_lambda=self.negative_lambda, logprob_floor=self.logprob_floor)
+        DivergenceOptions(js_beta=self.js_beta, distill_temperature=self.distill_temperature, nll_coef=self.nll_coef)
         self._refuse_what_cannot_hold()
         self._refuse_objectives_that_do_not_go_together()
 
     def pear_options(self) -> PEAROptions:
-        clips = tuple(self.log_ratio_clip), tuple(self.log_weight_clip)
-        ours = {name: getattr(self, name) for name in OURS}
-        return PEAROptions(self.level, self.block_size, self.gamma, *clips, **ours)
+        values = {name: getattr(self, name) for name in PEAROptions.names()}
+        return PEAROptions(**{name: as_tuple(value) for name, value in values.items()})
 
     def weighting_options(self) -> WeightingOptions:
-        return WeightingOptions(self.iw_tau, self.iw_max, self.psft_clip, self.asft_kl, tuple(self.idft_clip))
+        values = {name: getattr(self, name) for name in WeightingOptions.names() if name != "weighting"}
+        return WeightingOptions(**{name: as_tuple(value) for name, value in values.items()})
 
     def loss_options(self, blocks: bool = False) -> dict[str, Any]:
         """What the loss of these options is called with; its kind shows by a key (see `pear.fused_head`).
@@ -189,7 +189,7 @@ class PEARSFTConfig(SFTConfig):
         `blocks`: together with block_ids. At level "block" they are cut to its block_size; at the others a block is a
         token, or a span of another tokenizer, so that to clip blocks there is to clip what carries a log-ratio.
         """
-        options: dict[str, Any] = self.pear_options()._asdict() if self.weighting == "pear" else {}
+        options: dict[str, Any] = self.pear_options().asdict() if self.weighting == "pear" else {}
         if options and blocks and self.level != "block":
             options |= {"level": "block" if self.level == "token" else "sequence", "clip_blocks": True}
         if self.distill != "none":
@@ -203,7 +203,7 @@ class PEARSFTConfig(SFTConfig):
             return options | {"negative_lambda": self.negative_lambda, "logprob_floor": self.logprob_floor}
         if self.weighting == "pear":
             return options
-        return {"weighting": self.weighting, **self.weighting_options()._asdict()}
+        return self.weighting_options().asdict() | {"weighting": self.weighting}
 
     def more_columns(self, teacher_in_memory: bool = False) -> tuple[str, ...]:
         """What the data must hold besides `pear.scored.COLUMNS`."""

@@ -1,7 +1,6 @@
 """Fused, chunked losses for PyTorch, PEAR's (arXiv 2602.01058) and RL's, that never hold the full logits of a batch."""
 
-from pear_kernels.causal_lm import patch_causal_lm, unpatch_causal_lm
-from pear_kernels.distill import Teacher, TopKTeacher
+from pear_kernels.huggingface.causal_lm import patch_causal_lm, unpatch_causal_lm
 from pear_kernels.losses import (
     LossOutput,
     linear_distill_loss,
@@ -11,9 +10,10 @@ from pear_kernels.losses import (
     linear_topk_logprobs,
     linear_weighted_loss,
 )
+from pear_kernels.losses.weights import pear_weights
 from pear_kernels.modules import LinearDistillLoss, LinearPEARLoss, LinearPolicyLoss, LinearWeightedLoss
+from pear_kernels.objectives.teachers import Teacher, TopKTeacher
 from pear_kernels.plan import Plan, plan
-from pear_kernels.weights import pear_weights
 
 __all__ = [
     "LinearDistillLoss",

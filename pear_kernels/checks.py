@@ -9,7 +9,6 @@ values is then undefined.
 """
 
 import functools
-import math
 import numbers
 import os
 from collections.abc import Callable, Collection
@@ -17,11 +16,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from pear_kernels.options import is_number, positive
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LEVELS = ("token", "block", "sequence")
-NORMALIZE = ("sequence", "batch")
-REDUCTIONS = ("mean", "sum", "sequence_mean")
-POLICY_REDUCTIONS = (*REDUCTIONS, "constant_length")
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
 NO_RATIO = -1  # the block id of a token without a log-ratio
 MAX_IDS = 2**31  # block ids are below this, so that a key of sequence and id is an int64
@@ -34,86 +31,7 @@ POLICY_OF = {  # whose each kind of log-probs are
 VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 
 
-# ---- options
-
-
-def check_options(options) -> None:
-    """The PEAR options of `weights.PEAROptions`."""
-    level, block_size, gamma, log_ratio_clip, log_weight_clip, clip_blocks, center, clip_length, normalize = options
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
-    if not (is_number(block_size, numbers.Integral) and block_size >= 1):
-        raise ValueError(f"block_size must be an integer of at least 1 (response tokens a block), got {block_size!r}")
-    if not (is_number(gamma) and 0 < gamma <= 1):
-        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
-    for name, bounds in (("log_ratio_clip", log_ratio_clip), ("log_weight_clip", log_weight_clip)):
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not all(map(is_number, bounds)):
-            raise ValueError(f"{name} must be two numbers (low, high), got {bounds!r}")
-        if not bounds[0] <= bounds[1]:  # NaN compares false
-            raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds!r}: swap the two")
-    if log_weight_clip[1] == math.inf:
-        raise ValueError(f"log_weight_clip must have a finite upper end, got {log_weight_clip!r}")
-    for name, flag in (("clip_blocks", clip_blocks), ("center", center)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, got {flag!r}")
-    if clip_length is not None and not (is_number(clip_length, numbers.Integral) and clip_length >= 1):
-        raise ValueError(
-            f"clip_length must be an integer of at least 1 (tokens with a log-ratio), or None, got {clip_length!r}"
-        )
-    if normalize is not None and normalize not in NORMALIZE:
-        raise ValueError(f"normalize must be None or one of {', '.join(map(repr, NORMALIZE))}, got {normalize!r}")
-    for name, given in (("center", center), ("normalize", normalize == "sequence")):
-        if level == "sequence" and given:
-            raise ValueError(
-                f"{name} must be off at level 'sequence', got {normalize if name == 'normalize' else center!r}: a "
-                "sequence's tokens share one weight there, and all of them would be 1"
-            )
-
-
-def check_policy_options(options, objectives: Collection[str]) -> None:
-    """Those of `policy.PolicyOptions`; `objectives` are the names there are."""
-    if options.objective not in objectives:
-        raise ValueError(f"objective must be one of {', '.join(map(repr, objectives))}, got {options.objective!r}")
-    for name in ("beta", "clip_low", "clip_high"):
-        value = getattr(options, name)
-        if not (is_number(value) and 0 <= value < math.inf):
-            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    if not options.clip_low <= 1:
-        raise ValueError(f"clip_low must be at most 1, got {options.clip_low!r}: ratios are kept above 1 - clip_low")
-    if options.dual_clip is not None and not (
-        positive(options.dual_clip) and options.dual_clip >= 1 + options.clip_high
-    ):
-        raise ValueError(
-            f"dual_clip must be a number of at least 1 + clip_high = {1 + options.clip_high:g}, or None, got "
-            f"{options.dual_clip!r}: it is what a ratio counts for at most where the advantage is negative"
-        )
-    if options.sampler_clip is not None and not positive(options.sampler_clip):
-        raise ValueError(f"sampler_clip must be a positive number, or None for no cap, got {options.sampler_clip!r}")
-    if options.sampler_level not in ("token", "sequence"):
-        raise ValueError(f"sampler_level must be 'token' or 'sequence', got {options.sampler_level!r}")
-    temperatures = options.sapo_temperatures
-    if not isinstance(temperatures, (tuple, list)) or len(temperatures) != 2 or not all(map(positive, temperatures)):
-        raise ValueError(
-            "sapo_temperatures must be two positive numbers, for positive and for negative advantages, got "
-            f"{temperatures!r}"
-        )
-    if not (is_number(options.entropy_coef) and -math.inf < options.entropy_coef < math.inf):
-        raise ValueError(f"entropy_coef must be a finite number, got {options.entropy_coef!r}")
-    if options.max_length is not None and not (
-        is_number(options.max_length, numbers.Integral) and options.max_length >= 1
-    ):
-        raise ValueError(f"max_length must be an integer of at least 1 (tokens), or None, got {options.max_length!r}")
-
-
-def check_negative_options(negative_lambda: float, logprob_floor: float) -> None:
-    """How wrong sequences are pushed away."""
-    if not (is_number(negative_lambda) and 0 <= negative_lambda < math.inf):
-        raise ValueError(f"negative_lambda must be a number of at least 0, got {negative_lambda!r}")
-    if not (is_number(logprob_floor) and logprob_floor <= 0):  # NaN compares false
-        raise ValueError(
-            f"logprob_floor must be a log-prob, at most 0 (-inf for no bound), got {logprob_floor!r}: wrong tokens "
-            "below it are not pushed further"
-        )
+# ---- what options say together with arguments
 
 
 def check_weighting(weights, weighting: str | None, weightings: Collection[str]) -> None:
@@ -125,60 +43,8 @@ def check_weighting(weights, weighting: str | None, weightings: Collection[str])
         raise ValueError(f"weighting must be one of {', '.join(map(repr, weightings))}, got {weighting!r}")
 
 
-def check_weighting_options(options) -> None:
-    """The constants of `weightings.WeightingOptions`."""
-    if not (is_number(options.iw_tau) and -math.inf < options.iw_tau < math.inf):
-        raise ValueError(f"iw_tau must be a finite number, got {options.iw_tau!r}")
-    for name, least in (("iw_max", 0), ("psft_clip", 0), ("asft_kl", 0)):
-        value = getattr(options, name)
-        if not (is_number(value) and least <= value < math.inf):
-            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
-    clip = options.idft_clip
-    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or not all(map(is_number, clip)):
-        raise ValueError(f"idft_clip must be two numbers (low, high), got {clip!r}")
-    if not 0 <= clip[0] <= clip[1] < math.inf:
-        raise ValueError(f"idft_clip must be (low, high) with 0 <= low <= high, got {clip!r}")
-
-
-def check_divergence_options(options, kinds: Collection[str], nll_coef: float) -> None:
-    """Those of `divergence.DivergenceOptions`, and the NLL's share."""
-    if options.kind not in kinds:
-        raise ValueError(f"divergence must be one of {', '.join(map(repr, kinds))}, got {options.kind!r}")
-    if not (is_number(options.js_beta) and 0 < options.js_beta < 1):
-        raise ValueError(
-            f"js_beta must lie between 0 and 1, got {options.js_beta!r}: for either end take divergence 'forward' or "
-            "'reverse'"
-        )
-    if not positive(options.temperature):
-        raise ValueError(f"distill_temperature must be a positive number, got {options.temperature!r}")
-    if not (is_number(nll_coef) and 0 <= nll_coef < math.inf):
-        raise ValueError(f"nll_coef must be a number of at least 0, got {nll_coef!r}")
-
-
-def check_head_options(temperature: float, softcap: float | None, workspace_bytes: int | None) -> None:
-    """The options of the LM head that every function shares."""
-    if not positive(temperature):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if softcap is not None and not positive(softcap):
-        raise ValueError(f"softcap must be a positive number, or None for a head without one, got {softcap!r}")
-    if workspace_bytes is not None and not (is_number(workspace_bytes, numbers.Integral) and workspace_bytes > 0):
-        raise ValueError(f"workspace_bytes must be a positive integer of bytes, or None, got {workspace_bytes!r}")
-
-
-def is_number(value, kind: type = numbers.Real) -> bool:
-    """A number of Python's or NumPy's, or what stands for one while `torch.compile` traces."""
-    return isinstance(value, (kind, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-
-
-def positive(value) -> bool:
-    """A finite number above 0, by comparisons alone, which trace where `math.isfinite` does not."""
-    return is_number(value) and 0 < value < math.inf
-
-
-def check_reduction(reduction: str, denominator: float | Tensor | None, choices: Collection[str] = REDUCTIONS) -> None:
-    """The divisor of the loss."""
-    if reduction not in choices:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, choices))}, got {reduction!r}")
+def check_denominator_kind(denominator: float | Tensor | None) -> None:
+    """One positive number, or a tensor of one; `check_denominator` checks the value of the latter."""
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
@@ -314,7 +180,7 @@ def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None
 def check_teacher(
     hidden: Tensor, weight: Tensor, target: Tensor, teacher, autocast: Callable, of: str = "teacher"
 ) -> None:
-    """A `distill.Teacher`: hidden states and a head over the student's vocabulary.
+    """A `Teacher`: hidden states and a head over the student's vocabulary.
 
     `autocast` says to which dtype its operands are rounded, if to any.
     """
@@ -354,7 +220,7 @@ def check_teacher(
 
 
 def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher, vocabulary: int) -> None:
-    """A `distill.TopKTeacher`: K tokens at each position."""
+    """A `TopKTeacher`: K tokens at each position."""
     ids, logprobs = teacher
     for name, tensor in (("teacher.ids", ids), ("teacher.logprobs", logprobs)):
         if not isinstance(tensor, Tensor):

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from pear_kernels import checks
-from pear_kernels.backend import check_backend
-from pear_kernels.cpu import temporary_bytes
-from pear_kernels.head import torch_row_bytes, triton_row_bytes
-from pear_kernels.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
-from pear_kernels.weights import PEAROptions
+from pear_kernels.backends.torch.head import temporary_bytes
+from pear_kernels.engine.head import torch_row_bytes, triton_row_bytes
+from pear_kernels.engine.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.options import LEVELS, HeadOptions, PEAROptions, is_number
 
 TOKEN_BYTES = 28 * 8  # of the numbers kept of each token: positions, blocks, log-probs, ratios, sums, weights
 
@@ -149,7 +148,7 @@ def plan(
         dtype: of hidden and weight.
         level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
             `linear_policy_loss` and `linear_weighted_loss`: "token", but "sequence" for "gspo" and "iw-sft". (Losses of
-            a `DenseWalk`, with a teacher or an entropy bonus, have other chunks: not planned yet.)
+            a `LogitsWalk`, with a teacher or an entropy bonus, have other chunks: not planned yet.)
         center, normalize: those of `linear_pear_loss`, whose other options cost nothing here.
         gradient: False: no gradient at all, as under `torch.no_grad()`.
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
@@ -163,7 +162,7 @@ def plan(
         ValueError, TypeError: naming the argument, what it got and what it should be.
     """
     for name, value, least in (("tokens", tokens, 0), ("vocabulary", vocabulary, 2), ("hidden_size", hidden_size, 1)):
-        if not (checks.is_number(value, int) and value >= least):
+        if not (is_number(value, int) and value >= least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     lengths = [tokens] if lengths is None else list(lengths)
     if sum(lengths) != tokens or min(lengths, default=0) < 0:
@@ -172,19 +171,17 @@ def plan(
         )
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
-    if level is not None and level not in checks.LEVELS:
-        raise ValueError(f"level must be None or one of {', '.join(map(repr, checks.LEVELS))}, got {level!r}")
-    options = PEAROptions(level or "token", center=center, normalize=normalize)
-    checks.check_options(options)
-    checks.check_head_options(1.0, None, workspace_bytes)
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level must be None or one of {', '.join(map(repr, LEVELS))}, got {level!r}")
+    options = PEAROptions(level=level or "token", center=center, normalize=normalize)
+    HeadOptions(workspace_bytes=workspace_bytes, backend=backend)
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
-    check_backend(backend)
     if dtype == torch.float64 or backend is None:
         backend = "triton" if device == "cuda" and dtype != torch.float64 else "torch"
     sums = torch.float64 if dtype == torch.float64 else torch.float32  # of the products' accumulators, and of dW
     if backend == "triton":  # by the table of this machine's GPU, or of an H100 where there is none
-        from pear_kernels.triton import tiles  # which needs no triton
+        from pear_kernels.backends.triton import tiles  # which needs no triton
 
         gpu = torch.device("cuda" if torch.cuda.is_available() else "meta")
         choice = tiles.choose(tiles.architecture(gpu), dtype, hidden_size)

@@ -14,7 +14,7 @@ from triton import knobs  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from bench import cubin, kernels  # noqa: E402
-from pear_kernels.triton.launch import Launch  # noqa: E402
+from pear_kernels.backends.triton.launch import Launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="interpreted kernels have no machine code")
 

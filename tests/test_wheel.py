@@ -109,7 +109,7 @@ def test_the_wheel_has_both_packages_whole_and_nothing_else(built):
         for path in (tree / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    assert {"pear/py.typed", "pear_kernels/py.typed", "pear_kernels/triton/tiles.json"} <= expected
+    assert {"pear/py.typed", "pear_kernels/py.typed", "pear_kernels/backends/triton/tiles.json"} <= expected
     [info] = {name.partition("/")[0] for name in found if name.partition("/")[0].endswith(".dist-info")}
     assert {name for name in found if not name.startswith(info)} == expected
     assert found[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()

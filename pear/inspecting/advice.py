@@ -14,8 +14,7 @@ from pear.inspecting.suspicions import suspicions, unaligned
 from pear.inspecting.tokens import weights
 from pear.inspecting.ways_out import LARGE, Case, drift, ways_out, wider
 from pear.sft_data import WRONG_TO_RIGHT
-from pear_kernels.negatives import NEGATIVE_LAMBDA
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import LabelOptions, PEAROptions
 
 SOME = 0.1  # a share of tokens that is worth a warning where it should be none
 DATA_IS_WRONG = ("zeros", "floored", "shifted")  # whatever the weights do then, is no fault of theirs
@@ -242,11 +241,11 @@ def _negatives(case: Case) -> Iterator[Finding]:
     text = (
         f"{count(int((~right).sum()), 'row')} of {len(right)} are wrong answers: {wrong_tokens} tokens against "
         f"{right_tokens} of right ones. Trained with --negatives, their weights sum to {push:.4g} against "
-        f"{pull:.4g}; at --negative_lambda {NEGATIVE_LAMBDA:g} "
+        f"{pull:.4g}; at --negative_lambda {LabelOptions.negative_lambda:g} "
     )
     if case.options.normalize == "batch":
         text = "`pear sft` refuses --normalize batch beside --negatives; take --normalize sequence. " + text
-    outweigh = NEGATIVE_LAMBDA * push > pull
+    outweigh = LabelOptions.negative_lambda * push > pull
     if wrong_tokens > WRONG_TO_RIGHT * right_tokens or outweigh:
         text += (
             "the wrong ones push harder than the right ones pull."

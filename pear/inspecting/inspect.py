@@ -22,8 +22,7 @@ from pear.progress import progress as progress_of
 from pear.scoring.policies import Policy
 from pear.scoring.processes import device_named
 from pear.tokenizer_options import changed_tokenizer
-from pear_kernels.checks import check_options
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
 
 def inspect(
@@ -81,10 +80,6 @@ def inspect(
             raise DataError(f"{name} must be at least {least}, got {value}")
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length must be at least 2 (one token to predict another from), got {max_length}")
-    try:
-        check_options(options)
-    except (ValueError, TypeError) as error:
-        raise DataError(str(error)) from None
     _check_outputs({"data": data, "html": html, "json": json_report})
     place = device_named(device or None)
     options_of_tokenizer = {"chat_template_path": chat_template_path, "eos_token": eos_token}

@@ -26,7 +26,7 @@ from pear.inspecting.text import token_texts
 from pear.inspecting.tokens import Tokens, log_ratios, weights
 from pear.inspecting.ways_out import Case
 from pear.inspecting.worst import choose, judge
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 FORMAT = 1
 HEAD, TAIL = 500, 900  # tokens of a long row that are shown
@@ -46,7 +46,7 @@ def make_report(
     """Statistics, the rows to look at, and advice. `half`: the student ran in half precision."""
     tokens = data.tokens(logprobs)
     if tokens.aligned.any():  # as `pear sft` does: the clip of a span is that of its tokens together
-        options = options._replace(clip_blocks=True)
+        options = options.replace(clip_blocks=True)
     seen = view(data.rows, tokens, half, special_ids(tokenizer), lambda token: token_texts(tokenizer, [token])[0])
     predict = functools.cache(lambda options: summarize(tokens, options))
     case = Case(data, tokens, seen, options, predict(options), predict)
@@ -55,7 +55,7 @@ def make_report(
         "format": FORMAT,
         **names,
         "data": _data(data, tokens, g),
-        "options": options._asdict()
+        "options": options.asdict()
         | {"log_ratio_clip": list(options.log_ratio_clip), "log_weight_clip": list(options.log_weight_clip)},
         "trains": f"a token trains if its weight is at least {TRAINS:g} of the mean weight of all tokens",
         "summary": case.summary._asdict(),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pear.inspecting.tokens import Tokens, log_ratios, weights
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 TRAINS = 0.1  # a token trains if its weight is at least this share of the mean weight
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -52,7 +52,7 @@ class Histogram(NamedTuple):
 def summarize(tokens: Tokens, options: PEAROptions, g: np.ndarray | None = None) -> Summary:
     """All numbers of one setting; `g` (N,) are its weights, if they are there already."""
     g = weights(tokens, options) if g is None else g
-    clipped = g if options.normalize is None else weights(tokens, options._replace(normalize=None))
+    clipped = g if options.normalize is None else weights(tokens, options.replace(normalize=None))
     low, high = options.log_weight_clip
     log_clipped = logs(clipped)
     delta, below, above = _deltas(tokens, options)
@@ -204,7 +204,7 @@ def grid(options: PEAROptions) -> list[PEAROptions]:
 def at_level(options: PEAROptions, level: str) -> PEAROptions:
     """The options at another level, without what the sequence level refuses."""
     if level == "sequence":
-        options = options._replace(center=False)
+        options = options.replace(center=False)
         if options.normalize == "sequence":
-            options = options._replace(normalize=None)
-    return options._replace(level=level)
+            options = options.replace(normalize=None)
+    return options.replace(level=level)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pear_kernels import pear_weights
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 
 class Tokens(NamedTuple):
@@ -87,7 +87,7 @@ def weights(tokens: Tokens, options: PEAROptions) -> np.ndarray:
 
     With `normalize="batch"` all rows here are the batch.
     """
-    given = options._asdict()
+    given = options.asdict()
     if tokens.spans is not None:
         given["block_ids"] = torch.from_numpy(block_ids(tokens, options))
         if options.level != "sequence":

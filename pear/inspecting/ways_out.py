@@ -11,7 +11,7 @@ from pear.inspecting.finding import Option, share
 from pear.inspecting.statistics import Summary, at_level
 from pear.inspecting.suspicions import View
 from pear.inspecting.tokens import Tokens, log_ratios
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 LARGE = 10.0  # a mean weight that most learning rates cannot bear
 GAIN = 0.1  # what an option must add to `_works` to be worth its name
@@ -62,10 +62,10 @@ def wider(case: Case) -> Iterator[Option]:
     ratios = log_ratios(case.tokens, case.options)
     low, high = np.quantile(ratios[case.tokens.has_ratio], (0.05, 0.95))
     clip = _two_digits(min(low, case.options.log_ratio_clip[0])), _two_digits(max(high, case.options.log_ratio_clip[1]))
-    options = case.options._replace(log_ratio_clip=clip)
+    options = case.options.replace(log_ratio_clip=clip)
     tried = {f"--log_ratio_clip {_plain(clip[0])} {_plain(clip[1])}": options}
     if not options.center and options.level != "sequence":
-        tried |= {f"{flags} --center true": options._replace(center=True) for flags in list(tried)}
+        tried |= {f"{flags} --center true": options.replace(center=True) for flags in list(tried)}
     for flags, options in tried.items():
         summary = case.predict(options)
         inside = 1 - (summary.clipped_low or 0.0) - (summary.clipped_high or 0.0)
@@ -78,22 +78,22 @@ def _families(case: Case, rising: bool) -> Iterator[list[tuple[str, PEAROptions]
     options = case.options
     low, high = options.log_ratio_clip
     if not options.center and options.level != "sequence":
-        yield [("--center", options._replace(center=True))]
+        yield [("--center", options.replace(center=True))]
     lengths = [n for n in CLIP_LENGTHS if options.clip_length is None or n < options.clip_length]
     if lengths:
-        yield [(f"--clip_length {n}", options._replace(clip_length=n)) for n in lengths]
+        yield [(f"--clip_length {n}", options.replace(clip_length=n)) for n in lengths]
     clips = [(_two_digits(low / k), _two_digits(high / k)) for k in NARROWER]
-    yield [(f"--log_ratio_clip {_plain(a)} {_plain(b)}", options._replace(log_ratio_clip=(a, b))) for a, b in clips]
+    yield [(f"--log_ratio_clip {_plain(a)} {_plain(b)}", options.replace(log_ratio_clip=(a, b))) for a, b in clips]
     if options.normalize is None and options.level != "sequence":
-        yield [("--normalize sequence", options._replace(normalize="sequence"))]
+        yield [("--normalize sequence", options.replace(normalize="sequence"))]
     if options.normalize is None and all(row.right for row in case.data.rows):  # negatives refuse it
-        yield [("--normalize batch", options._replace(normalize="batch"))]
+        yield [("--normalize batch", options.replace(normalize="batch"))]
     if options.level != "sequence" and (rising or options.gamma < 1):
         if gammas := [g for g in GAMMAS if (g < options.gamma) == rising and g != options.gamma]:
-            yield [(f"--gamma {g:g}", options._replace(gamma=g)) for g in gammas]
+            yield [(f"--gamma {g:g}", options.replace(gamma=g)) for g in gammas]
     if options.level == "token":
         flags = "--level block" + (" --clip_blocks true" if options.clip_blocks else "")
-        yield [(flags, options._replace(level="block"))]
+        yield [(flags, options.replace(level="block"))]
     if options.level == "sequence":
         yield [("--level token", at_level(options, "token"))]
 

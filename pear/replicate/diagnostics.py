@@ -15,9 +15,9 @@ from pear.pipeline import Tick
 from pear.replicate.results import POSITIONS
 from pear.tasks import Problem
 from pear_kernels import pear_weights
-from pear_kernels.objectives import effective_sample_size
-from pear_kernels.weightings import WEIGHTINGS, Tokens, WeightingOptions
-from pear_kernels.weights import DEFAULTS
+from pear_kernels.objectives.base import effective_sample_size
+from pear_kernels.objectives.weighted import WEIGHTINGS, Tokens
+from pear_kernels.options import DEFAULTS, WeightingOptions
 
 SAMPLES = 4  # completions a problem for KL and entropy
 ROWS = 16  # of logits at a time
@@ -173,7 +173,7 @@ def weights_of(
     name = options.get("weighting", "pear")
     none = torch.zeros_like(log_p, dtype=torch.bool)
     if name == "pear":
-        given = {key: options[key] for key in DEFAULTS._fields if key in options}
+        given = {key: options[key] for key in DEFAULTS.names() if key in options}
         bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         weights = pear_weights(log_p, log_b, cu_seqlens=bounds, **given)
         low, high = (torch.tensor(end).exp() for end in given.get("log_weight_clip", DEFAULTS.log_weight_clip))
@@ -183,6 +183,6 @@ def weights_of(
         which = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         means = torch.zeros(len(sizes), dtype=ratio.dtype).index_add_(0, which, ratio) / sizes
         ratio = means[which]
-    own = WeightingOptions(**{key: options[key] for key in WeightingOptions._fields if key in options})
+    own = WeightingOptions(**{key: options[key] for key in WeightingOptions.names() if key in options})
     _, weights = WEIGHTINGS[name].formula(Tokens(log_p, None, ratio, torch.arange(len(log_p))), own)
     return weights, none, weights >= own.iw_max if name == "iw-sft" else none

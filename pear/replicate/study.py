@@ -14,8 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pear.io import DataError, read_yaml
 from pear.tasks import TASKS
 from pear.worked import WORKED
-from pear_kernels.weightings import WeightingOptions
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions, WeightingOptions
 
 NAME = "abcdefghijklmnopqrstuvwxyz0123456789-"
 
@@ -358,4 +357,4 @@ def _check_arms(study: Study, refuse) -> None:
 
 # What an arm may set. The traces hold what these need: log-probs of behaviour policy and student, no wrong answers and
 # no teacher's top-k.
-OBJECTIVE = ("weighting", *PEAROptions._fields, *WeightingOptions._fields)
+OBJECTIVE = (*PEAROptions.names(), *WeightingOptions.names())

@@ -15,7 +15,7 @@ from pear.fused_head import add_fused_head
 from pear.io import DataError
 from pear.models import check_ids, embedding_rows, load_config, load_model, load_tokenizer, tokenizer_fingerprint
 from pear.scored_rows import Reader
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
 
 DTYPES = ("auto", "float32", "bfloat16")
 

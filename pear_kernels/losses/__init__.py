@@ -6,6 +6,7 @@ from pear_kernels.losses.pear import linear_pear_loss
 from pear_kernels.losses.policy import linear_policy_loss
 from pear_kernels.losses.shared import LossOutput
 from pear_kernels.losses.weighted import linear_weighted_loss
+from pear_kernels.losses.weights import pear_weights
 
 __all__ = [
     "LossOutput",
@@ -15,4 +16,5 @@ __all__ = [
     "linear_policy_loss",
     "linear_topk_logprobs",
     "linear_weighted_loss",
+    "pear_weights",
 ]

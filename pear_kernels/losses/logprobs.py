@@ -1,28 +1,31 @@
 """Log-probs for a loss of the caller's, and those of the most likely tokens."""
 
+from collections.abc import Sequence
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from pear_kernels import checks, ops
-from pear_kernels.distill import TopKTeacher
-from pear_kernels.losses.shared import checked_head
-from pear_kernels.scalars import call
-from pear_kernels.shards import local_head
+from pear_kernels import checks
+from pear_kernels.losses.shared import Inputs, checked_inputs
+from pear_kernels.objectives.teachers import TopKTeacher
+from pear_kernels.ops import logprobs as ops
+from pear_kernels.ops.arguments import refuse_transforms, spec_and_numbers
+from pear_kernels.options import CallOptions, HeadKeywords, HeadOptions, Options, gather, takes
 
 
+@takes(HeadOptions)
 def linear_logprobs(
     hidden: Tensor,  # (N, D) or (B, T, D)
     weight: Tensor,  # (V, D)
     target: Tensor,  # (N,) or (B, T)
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
     return_entropy: bool = False,
-    workspace_bytes: int | None = None,
-    backend: str | None = None,
+    valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
+    options: Options | Sequence[Options] = (),
+    **keywords: Unpack[HeadKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log pi of each target under an LM head, without ever holding the (N, V) logits; any loss may be built on top.
 
@@ -43,28 +46,16 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, what it got and what to do.
         RuntimeError: for a double backward.
     """
-    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    logprobs, entropy = call(
-        ops.linear_logprobs,
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        temperature,
-        softcap,
-        ignore_index,
-        return_entropy,
-        workspace_bytes,
-        backend,
-        shared,
-        compute_dtype,
-    )
-    if return_entropy:
-        return logprobs.view(target.shape), entropy.view(target.shape)
-    return logprobs.view(target.shape)
+    given = gather("linear_logprobs", (HeadOptions,), options, dict(keywords))
+    inputs = checked_inputs(hidden, weight, target, bias, group)
+    refuse_transforms("linear_logprobs", *inputs.flat())
+    arguments = arguments_of("linear_logprobs", inputs, given, valid_tokens, return_entropy)
+    logprobs, entropy = ops.linear_logprobs(*inputs.flat(), *arguments)
+    shape = inputs.target.shape
+    return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)
 
 
+@takes(HeadOptions)
 def linear_topk_logprobs(
     hidden: Tensor,  # (N, D) or (B, T, D)
     weight: Tensor,  # (V, D)
@@ -72,12 +63,10 @@ def linear_topk_logprobs(
     k: int,
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    workspace_bytes: int | None = None,
-    backend: str | None = None,
+    valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
+    options: Options | Sequence[Options] = (),
+    **keywords: Unpack[HeadKeywords],
 ) -> TopKTeacher:
     """The k most likely tokens of an LM head and their log-probs, without ever holding the (N, V) logits.
 
@@ -91,23 +80,26 @@ def linear_topk_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do.
     """
-    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    if shared is None:  # else the op knows the vocabulary
-        checks.check_k("k", k, weight.shape[0])
-    ids, logprobs = call(
-        ops.linear_topk_logprobs,
-        hidden.detach().reshape(-1, hidden.shape[-1]),
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        target.reshape(-1),
-        k,
-        temperature,
-        softcap,
-        ignore_index,
-        workspace_bytes,
-        backend,
-        shared,
-        compute_dtype,
+    given = gather("linear_topk_logprobs", (HeadOptions,), options, dict(keywords))
+    inputs = checked_inputs(hidden, weight, target, bias, group)
+    if inputs.group is None:  # else the op knows the vocabulary
+        checks.check_k("k", k, inputs.weight.shape[0])
+    flat = (None if tensor is None else tensor.detach() for tensor in inputs.flat())
+    ids, logprobs = ops.linear_topk_logprobs(
+        *flat, k, *arguments_of("linear_topk_logprobs", inputs, given, valid_tokens)
     )
-    return TopKTeacher(ids.view(*target.shape, k), logprobs.view(*target.shape, k))
+    shape = *inputs.target.shape, k
+    return TopKTeacher(ids.view(shape), logprobs.view(shape))
+
+
+def arguments_of(
+    name: str,
+    inputs: Inputs,
+    options: tuple[Options, ...],
+    valid_tokens: int | None,
+    return_entropy: bool = False,
+) -> tuple[Tensor, str, str | None]:
+    """What an op takes after its tensors: numbers, spec and group."""
+    options = *options, CallOptions(valid_tokens=valid_tokens)
+    spec, numbers = spec_and_numbers(name, (), inputs.compute_dtype, options, return_entropy)
+    return numbers, spec, inputs.group

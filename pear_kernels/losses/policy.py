@@ -1,15 +1,19 @@
 """RL: `linear_policy_loss`."""
 
+from collections.abc import Sequence
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from pear_kernels import checks, ops
-from pear_kernels.losses.shared import LossOutput, checked_head, divisor, flat, loss_output, wanted_gradients
-from pear_kernels.policy import OBJECTIVES, POLICY_DEFAULTS, POLICY_STATS, PolicyOptions
-from pear_kernels.scalars import call
-from pear_kernels.shards import local_head
+from pear_kernels import checks
+from pear_kernels.losses.shared import LossOutput, checked_inputs, flat, run
+from pear_kernels.options import HeadOptions, Options, PolicyKeywords, PolicyOptions, PolicyReduction, gather, takes
+
+CLASSES = PolicyOptions, PolicyReduction, HeadOptions
 
 
+@takes(*CLASSES)
 def linear_policy_loss(
     hidden: Tensor,  # (N, D) or (B, T, D)
     weight: Tensor,  # (V, D)
@@ -19,28 +23,14 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,  # (V,)
     cu_seqlens: Tensor | None = None,  # (S+1,)
-    objective: str = POLICY_DEFAULTS.objective,
     ref_logprobs: Tensor | None = None,  # (N,) or (B, T)
-    beta: float = POLICY_DEFAULTS.beta,
-    clip_low: float = POLICY_DEFAULTS.clip_low,
-    clip_high: float = POLICY_DEFAULTS.clip_high,
-    dual_clip: float | None = POLICY_DEFAULTS.dual_clip,
-    sapo_temperatures: tuple[float, float] = POLICY_DEFAULTS.sapo_temperatures,
     sampler_logprobs: Tensor | None = None,  # (N,) or (B, T)
-    sampler_clip: float | None = POLICY_DEFAULTS.sampler_clip,
-    sampler_level: str = POLICY_DEFAULTS.sampler_level,
-    entropy_coef: float = POLICY_DEFAULTS.entropy_coef,
-    max_length: int | None = POLICY_DEFAULTS.max_length,
-    unbiased_kl: bool = POLICY_DEFAULTS.unbiased_kl,
     sequence_scale: Tensor | None = None,  # (S,)
-    reduction: str | None = None,
     denominator: float | Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    workspace_bytes: int | None = None,
-    backend: str | None = None,
+    valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
+    options: Options | Sequence[Options] = (),
+    **keywords: Unpack[PolicyKeywords],
 ) -> LossOutput:
     """Policy-gradient loss of an LM head, head included, without ever holding the (N, V) logits.
 
@@ -65,81 +55,46 @@ def linear_policy_loss(
     1992.
 
     Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients. ("gspo" and "gspo_token": of sequences longer than a chunk, those after the first
-    cost up to a fourth product if the workspace has no room for a second (V, D) buffer; with beta or an entropy bonus,
-    or for "gspo_token" with numbers that differ within a sequence, so does the first.)
+    gradient, one without gradients. ("gspo" and "gspo_token": sequences longer than a chunk cost up to a fourth
+    product, after the first one of a call; with beta or an entropy bonus, or for "gspo_token" with advantages or
+    corrections that differ within a sequence, the first one too.)
 
     Args:
-        hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, temperature, softcap, ignore_index,
-            workspace_bytes, backend, group: see `linear_pear_loss`. All log-probs are at this `temperature`.
+        hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, valid_tokens, group: see
+            `linear_pear_loss`. All log-probs are at the call's `temperature`.
         old_logprobs: like target, float32 or float64: log-probs under the policy before the update. None: the policy
             in training itself, so that every ratio is exactly 1 and the gradient is the policy gradient.
-        advantages: (S,) or (B,), one of each sequence, or like target, one of each token. (Read as (S,) where a pack
-            has as many sequences as tokens.)
-        objective: a row of the table.
+        advantages: (S,) or (B,), one per sequence, or like target, one per token. (Read as (S,) where a pack has as
+            many sequences as tokens.)
         ref_logprobs: like target, under the reference policy. For statistics alone if beta is 0.
-        beta: factor of the KL to the reference policy, estimated by Schulman's k3. r_ref counts for exp(80) at most
-            (exp(700) in float64), in the loss and in the gradient, so that a token far from the reference leaves both
-            finite.
-        clip_low, clip_high: a ratio counts for no less than 1 - clip_low and no more than 1 + clip_high, by objective.
-        dual_clip: what a clipped ratio counts for at most where A < 0 (arXiv 1912.09729); None: no such bound.
-        sapo_temperatures: tau of "sapo" for A > 0 and for other A.
         sampler_logprobs: like target, under the engine that drew the tokens, where it is not pi_old to the last digit.
-        sampler_clip: cap of w = pi_old / pi_sampler, which has no gradient; None: no cap.
-        sampler_level: "token", or "sequence": w is the product over the sequence.
-        entropy_coef: factor of the entropy H_t.
-        max_length: the length of "constant_length"; None: that of the longest sequence here (of (B, T) rows: T).
-            Dr. GRPO wants one that is the same in every call.
-        unbiased_kl: multiply the KL term by the token's r = pi / pi_old, gradient included, which makes its gradient
-            that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556): r log(pi / pi_ref) in log pi, for any log-ratio.
-        reduction: "mean", "sum", "sequence_mean" (as in `linear_pear_loss`), or "constant_length", all sequences (empty
-            ones too) times `max_length`; None: the objective's.
+        options: objects of `PolicyOptions`, `PolicyReduction` and `HeadOptions`, in place of keywords.
+        keywords: fields of these classes, which say what each means and its default.
 
     Returns:
         LossOutput. `weights` are the policy gradient's factors: d loss_t / d(-log pi) before the divisor, KL included.
-        `stats` (`policy.POLICY_STATS`) wait for nothing on the device. All-ignored: loss 0 and zero gradients.
+        `stats` are `objectives.policy.POLICY_STATS`; they cause no host sync. All-ignored: loss 0 and zero gradients.
 
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    options = PolicyOptions(
-        objective, beta, clip_low, clip_high, dual_clip, sapo_temperatures, sampler_clip, sampler_level, entropy_coef,
-        max_length, unbiased_kl,
-    )  # fmt: skip
-    checks.check_policy_options(options, OBJECTIVES)
-    checks.check_reduction(reduction or "sum", denominator, checks.POLICY_REDUCTIONS)
-    if beta and ref_logprobs is None:
-        raise ValueError(f"beta is {beta!r}, but ref_logprobs is None: pass the reference policy's log-probs")
+    given = gather("linear_policy_loss", CLASSES, options, dict(keywords))
+    policy: PolicyOptions = given[0]
+    checks.check_denominator_kind(denominator)
+    if policy.beta and ref_logprobs is None:
+        raise ValueError(f"beta is {policy.beta!r}, but ref_logprobs is None: pass the reference policy's log-probs")
     if sampler_logprobs is not None and old_logprobs is None:
         raise ValueError("sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None")
-    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
-    compute_dtype = checked_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared)
-    columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-    checks.check_loss_arguments(hidden, target, columns, cu_seqlens, sequence_scale, denominator)
+    inputs = checked_inputs(hidden, weight, target, bias, group)
+    hidden, target = inputs.hidden, inputs.target
+    logprobs = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
+    checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
     checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)
-    found = call(
-        ops.linear_policy_loss,
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        flat(old_logprobs),
-        flat(advantages),
-        checks.sequence_bounds(target.shape, cu_seqlens, hidden.device),
-        flat(ref_logprobs),
-        flat(sampler_logprobs),
-        flat(sequence_scale),
-        divisor(denominator, hidden.device),
-        tuple(advantages.shape) == checks.sequence_count(target, cu_seqlens),
-        *options._replace(sapo_temperatures=[float(tau) for tau in sapo_temperatures]),
-        reduction,
-        temperature,
-        softcap,
-        ignore_index,
-        workspace_bytes,
-        backend,
-        shared,
-        compute_dtype,
-        wanted_gradients(hidden, weight, bias),
+    by_sequence = tuple(advantages.shape) == checks.sequence_count(target, cu_seqlens)
+    columns = {
+        **{name: flat(column) for name, column in logprobs.items()}, "sequence_scale": flat(sequence_scale),
+        "sequence_advantages" if by_sequence else "advantages": flat(advantages),
+    }  # fmt: skip
+    return run(
+        "linear_policy_loss", inputs, given, columns, cu_seqlens, valid_tokens=valid_tokens, denominator=denominator
     )
-    return loss_output(found, target, POLICY_STATS)

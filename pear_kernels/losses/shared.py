@@ -1,15 +1,19 @@
-"""What every loss does around its op: checked and flattened arguments go in, a `LossOutput` comes out."""
+"""What every loss does around its op: inputs are checked and flattened, a `LossOutput` comes out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.backend import check_backend
-from pear_kernels.distill import Teacher
-from pear_kernels.objectives import OF_ALL
-from pear_kernels.scalars import as_tensor
+from pear_kernels.objectives import LOSSES
+from pear_kernels.objectives.base import OF_ALL
+from pear_kernels.objectives.teachers import Teacher
+from pear_kernels.ops.arguments import refuse_transforms, spec_and_numbers
+from pear_kernels.ops.loss import linear_loss
+from pear_kernels.options import CallOptions, Options, TeacherOptions
+from pear_kernels.sharding import local_head
 
 
 class LossOutput(NamedTuple):
@@ -17,41 +21,74 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # (), float32 (float64 for float64 inputs)
     logprobs: Tensor  # target's shape, log pi of each target, 0 at ignored tokens
-    weights: (
-        Tensor  # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored ones
-    )
-    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.OF_ALL`, say what each is
+    # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored tokens
+    weights: Tensor
+    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.base.OF_ALL`, say what each is
     stats: dict[str, Tensor]
 
 
-def loss_output(found: tuple[Tensor, ...], target: Tensor, names: tuple[str, ...]) -> LossOutput:
-    """What an op returned, in target's shape, and its statistics by their names, `OF_ALL` last."""
-    loss, logprobs, weights, stats, *_ = found
-    names += OF_ALL
-    stats = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
-    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), stats)
+class Inputs(NamedTuple):
+    """The tensors of a call that every function takes, as this rank's own, checked."""
+
+    hidden: Tensor  # (N, D) or (B, T, D)
+    weight: Tensor  # (V, D) or (V_r, D)
+    target: Tensor  # (N,) or (B, T)
+    bias: Tensor | None  # (V,) or (V_r,)
+    group: str | None  # name of the process group whose ranks share the vocabulary
+    compute_dtype: torch.dtype  # operands of products are rounded to it
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """hidden (N, D), weight, bias and target (N,), as the ops take them."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias, self.target.reshape(-1)
 
 
-def checked_head(
-    hidden, weight, target, bias, temperature, softcap, workspace_bytes, backend, shared: str | None
-) -> torch.dtype:
-    """Checks the arguments that every function takes; returns the dtype that operands are rounded to.
-
-    `shared` is the name of the group whose ranks share the vocabulary.
-    """
+def checked_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    group: "torch.distributed.ProcessGroup | None",
+) -> Inputs:
+    hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     autocast = autocast_dtype(hidden, weight)
     checks.check_head(hidden, weight, target, bias, autocast is not None, 2 if shared is None else 0)
-    checks.check_head_options(temperature, softcap, workspace_bytes)
-    check_backend(backend)
-    return autocast or hidden.dtype
+    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype)
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What autocast rounds the operands of F.linear(hidden, weight) to; None where it leaves them alone, as it does
-    float64, and on a device such as "meta", which has no autocast."""
+    """What autocast rounds the operands of F.linear(hidden, weight) to. None where it rounds nothing: it is off, an
+    operand is float64, or the device (such as "meta") has no autocast."""
     device_type = hidden.device.type
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on and torch.float64 not in (hidden.dtype, weight.dtype) else None
+
+
+def run(
+    name: str,
+    inputs: Inputs,
+    options: Sequence[Options],
+    columns: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    *,
+    return_entropy: bool = False,
+    valid_tokens: int | None = None,
+    denominator: float | Tensor | None = None,
+) -> LossOutput:
+    """The op `linear_loss`, as the loss of this name, on `columns` of any shape; those that are None are not given."""
+    hidden, weight, target, bias, group, compute_dtype = inputs
+    bounds = checks.sequence_bounds(target.shape, cu_seqlens, hidden.device)
+    given = {key: column.detach() for key, column in columns.items() if column is not None}
+    if isinstance(denominator, Tensor):
+        given["denominator"], denominator = denominator.detach(), None
+    given["cu_seqlens"] = bounds
+    options = *options, CallOptions(valid_tokens=valid_tokens, denominator=denominator)
+    spec, numbers = spec_and_numbers(name, given, compute_dtype, options, return_entropy)
+    refuse_transforms(name, hidden, weight, bias, target, *given.values())
+    found = linear_loss(*inputs.flat(), list(given.values()), numbers, spec, group, wanted_gradients(inputs))
+    loss, logprobs, weights, stats, *_ = found
+    names = LOSSES[name].stats(tuple(given)) + OF_ALL
+    values = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
+    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), values)
 
 
 def flat(values: Tensor | None) -> Tensor | None:
@@ -59,24 +96,20 @@ def flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().reshape(-1)
 
 
-def flat_teacher(teacher: Teacher | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Hidden states (N, D'), weight and bias of a teacher in memory, which gets no gradient, as autocast has them."""
+def teacher_columns(teacher: Teacher | None) -> tuple[dict[str, Tensor | None], TeacherOptions]:
+    """Hidden states (N, D'), weight and bias of a teacher in memory, rounded by autocast, and its head's options."""
     if teacher is None:
-        return None, None, None
-    hidden, weight, bias, *_ = teacher
+        return {}, TeacherOptions()
+    hidden, weight, bias, temperature, softcap = teacher
     dtype = autocast_dtype(hidden, weight)
-    hidden, weight, bias = (x if x is None or dtype is None else x.to(dtype) for x in (hidden, weight, bias))
-    return hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), flat(bias)
+    if dtype is not None:
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    columns = {"teacher_hidden": hidden.reshape(-1, hidden.shape[-1]), "teacher_weight": weight, "teacher_bias": bias}
+    return columns, TeacherOptions(temperature=temperature, softcap=softcap)
 
 
-def divisor(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """A number as a 0-d tensor: the op takes any other one, and is compiled once for all of them."""
-    if denominator is None or isinstance(denominator, Tensor):
-        return denominator if denominator is None else denominator.detach()
-    return as_tensor(float(denominator), device)
-
-
-def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
-    """Whether each of them gets a gradient."""
+def wanted_gradients(inputs: Inputs) -> list[bool]:
+    """Whether hidden, weight and bias get a gradient."""
     grad = torch.is_grad_enabled()
-    return [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    tensors = inputs.hidden, inputs.weight, inputs.bias
+    return [grad and tensor is not None and tensor.requires_grad for tensor in tensors]

@@ -4,61 +4,55 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.backend import dense_head_class, head_class
-from pear_kernels.engine import DenseWalk, Walk
-from pear_kernels.memory import explain_out_of_memory
-from pear_kernels.objectives import FixedCoefficients
-from pear_kernels.ops.shared import forbid_double_backward, one_sequence, result_dtype
-from pear_kernels.packing import pack_tokens, unpack
-from pear_kernels.scalars import with_numbers, without_numbers
-from pear_kernels.schedule import Wanted
-from pear_kernels.shards import meet, sharded, sharded_topk, whole_vocabulary
+from pear_kernels.engine.memory import explain_out_of_memory
+from pear_kernels.engine.packing import pack_tokens, unpack
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.objectives.base import FixedCoefficients
+from pear_kernels.ops import backends
+from pear_kernels.ops.arguments import forbid_double_backward, parse
+from pear_kernels.options import CallOptions, HeadOptions
+from pear_kernels.sharding import meet, sharded, sharded_topk, whole_vocabulary
+
+NOTHING = Wanted(False, False, False)
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
-@with_numbers
 def linear_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    return_entropy: bool,
-    workspace_bytes: int | None,
-    backend: str | None,
-    group: str | None,  # the name of the one that shares the vocabulary
-    compute_dtype: torch.dtype,
+    numbers: Tensor,  # (k,) float64 on the CPU
+    spec: str,  # `arguments.Spec`
+    group: str | None,  # name of the process group whose ranks share the vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(logprobs (N,), entropy (N,) or empty)."""
-    size = target.numel()
-    valid = target != ignore_index
-    shard = meet(group, hidden, weight, target, workspace_bytes=workspace_bytes)
-    checks.check_target(target, valid, whole_vocabulary(weight, shard), ignore_index)
-    pack = pack_tokens(valid, one_sequence(target))
-    of_backend = head_class(backend, hidden.device, compute_dtype)
-    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
-    nothing = Wanted(False, False, False)
-    with explain_out_of_memory("linear_logprobs", hidden, head, nothing, workspace_bytes):
-        walk = Walk(hidden, head, target, pack, nothing, workspace_bytes, entropy=return_entropy)
+    given, size = parse(spec), target.numel()
+    options = given.decode(numbers)
+    own = options[HeadOptions]
+    shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
+    valid = target != own.ignore_index
+    checks.check_target(target, valid, whole_vocabulary(weight, shard), own.ignore_index)
+    pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
+    make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).head
+    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
+    head = sharded(own_head, shard, own.temperature, own.softcap)
+    with explain_out_of_memory("linear_logprobs", hidden, head, NOTHING, own.workspace_bytes):
+        walk = Walk(hidden, head, target, pack, NOTHING, own.workspace_bytes, entropy=given.return_entropy)
         walk.score_all(FixedCoefficients())
-    entropy = unpack(walk.entropy, pack, size) if return_entropy else walk.logprobs.new_empty(0)
+    entropy = walk.logprobs.new_empty(0) if walk.entropy is None else unpack(walk.entropy, pack, size)
     return unpack(walk.logprobs, pack, size).to(head.dtype), entropy.to(head.dtype)
 
 
 @linear_logprobs.register_fake
-@without_numbers
-def _(hidden, weight, bias, target, temperature, softcap, ignore_index, return_entropy, *options):
-    dtype = result_dtype(options[-1])
-    return (
-        hidden.new_empty(target.shape, dtype=dtype),
-        hidden.new_empty(target.shape if return_entropy else (0,), dtype=dtype),
-    )
+def _(hidden, weight, bias, target, numbers, spec, group):
+    given = parse(spec)
+    shapes = target.shape, target.shape if given.return_entropy else (0,)
+    return tuple(hidden.new_empty(shape, dtype=given.dtype) for shape in shapes)
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs_backward", mutates_args=())
-@with_numbers
 def linear_logprobs_backward(
     grad_logprobs: Tensor | None,  # (N,)
     grad_entropy: Tensor | None,  # (N,)
@@ -66,27 +60,29 @@ def linear_logprobs_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    workspace_bytes: int | None,
-    backend: str | None,
-    group: str | None,  # the name of the one that shares the vocabulary
-    compute_dtype: torch.dtype,
+    numbers: Tensor,
+    spec: str,
+    group: str | None,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
-    pack = pack_tokens(target != ignore_index, one_sequence(target))
-    dense = grad_entropy is not None
-    of_backend = (dense_head_class if dense else head_class)(backend, hidden.device, compute_dtype)
-    shard = meet(group, hidden, weight, target, wanted, workspace_bytes)
-    head = sharded(of_backend(weight, bias, temperature, softcap, compute_dtype), shard, temperature, softcap)
+    given = parse(spec)
+    options = given.decode(numbers)
+    own, gradients = options[HeadOptions], Wanted(*wanted)
+    valid_tokens = options[CallOptions].valid_tokens
+    pack = pack_tokens(target != own.ignore_index, one_sequence(target), tokens=valid_tokens)
+    on_logits = grad_entropy is not None
+    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
+    shard = meet(group, hidden, weight, target, wanted, own.workspace_bytes)
+    make_head = backend.logits_head if on_logits else backend.head
+    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
+    head = sharded(own_head, shard, own.temperature, own.softcap)
     known = [None if grad is None else pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
-    of_nll = None if known[0] is None else -known[0]
-    with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, Wanted(*wanted), workspace_bytes):
-        kind = DenseWalk if dense else Walk
-        walk = kind(hidden, head, target, pack, Wanted(*wanted), workspace_bytes, entropy=dense)
-        walk.run(FixedCoefficients(of_nll, known[1]) if dense else FixedCoefficients(of_nll))
+    nll = None if known[0] is None else -known[0]
+    with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, gradients, own.workspace_bytes):
+        kind = LogitsWalk if on_logits else Walk
+        walk = kind(hidden, head, target, pack, gradients, own.workspace_bytes, entropy=on_logits)
+        walk.run(FixedCoefficients(nll, known[1]) if on_logits else FixedCoefficients(nll))
         grads = walk.grads
         return (
             grads.hidden.to(hidden.dtype),
@@ -96,9 +92,8 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-@without_numbers
-def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
-    grad_hidden, grad_weight, grad_bias = options[-1]
+def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, numbers, spec, group, wanted):
+    grad_hidden, grad_weight, grad_bias = wanted
     return (
         hidden.new_empty(hidden.shape if grad_hidden else (0,)),
         weight.new_empty(weight.shape if grad_weight else (0,)),
@@ -106,63 +101,56 @@ def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, *options):
     )
 
 
-def _save_logprobs_inputs(ctx, inputs, output):
-    *inputs_of_op, numbers, places = inputs
-    ctx.return_entropy = inputs_of_op[7]
-    ctx.options = *inputs_of_op[4:7], *inputs_of_op[8:]
-    ctx.places = [place + 2 if i % 2 == 0 else place for i, place in enumerate(places)]  # behind two gradients
-    ctx.inputs = len(inputs)
+def save(ctx, inputs, output):
+    *tensors, spec, group = inputs
+    ctx.spec, ctx.group = spec, group
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs_of_op[:4], numbers)
+    ctx.save_for_backward(*tensors)
 
 
-def _logprobs_backward(ctx, grad_logprobs, grad_entropy):
+def backward(ctx, grad_logprobs, grad_entropy):
     forbid_double_backward("linear_logprobs")
-    if not ctx.return_entropy:
+    if not parse(ctx.spec).return_entropy:
         grad_entropy = None
-    wanted = ctx.needs_input_grad[:3]
-    if grad_logprobs is None and grad_entropy is None:
-        grads = None, None, None
-    else:
-        *tensors, numbers = ctx.saved_tensors
-        grads = linear_logprobs_backward(
-            grad_logprobs, grad_entropy, *tensors, *ctx.options, list(wanted), numbers, ctx.places
-        )
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * (ctx.inputs - 3)
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = None, None, None
+    if grad_logprobs is not None or grad_entropy is not None:
+        grads = linear_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.spec, ctx.group, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
-linear_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs_inputs)
+linear_logprobs.register_autograd(backward, setup_context=save)
 
 
 @torch.library.custom_op("pear_kernels::linear_topk_logprobs", mutates_args=())
-@with_numbers
 def linear_topk_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     k: int,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    workspace_bytes: int | None,
-    backend: str | None,
-    group: str | None,  # the name of the one that shares the vocabulary
-    compute_dtype: torch.dtype,
+    numbers: Tensor,  # (k,) float64 on the CPU
+    spec: str,  # `arguments.Spec`
+    group: str | None,  # name of the process group whose ranks share the vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(ids (N, k), logprobs (N, k)); at ignored tokens 0..k-1 and 0."""
-    shard = meet(group, hidden, weight, target, workspace_bytes=workspace_bytes)
-    checks.check_target(target, target != ignore_index, whole_vocabulary(weight, shard), ignore_index)
-    checks.check_k("k", k, whole_vocabulary(weight, shard))
-    pack = pack_tokens(target != ignore_index, one_sequence(target))
-    head = dense_head_class(backend, hidden.device, compute_dtype)(weight, bias, temperature, softcap, compute_dtype)
+    given = parse(spec)
+    options = given.decode(numbers)
+    own = options[HeadOptions]
+    shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
+    vocabulary, valid = whole_vocabulary(weight, shard), target != own.ignore_index
+    checks.check_target(target, valid, vocabulary, own.ignore_index)
+    checks.check_k("k", k, vocabulary)
+    pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
+    make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).logits_head
+    head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
     if shard is not None:
         shard.plan(head)
-    nothing, size = Wanted(False, False, False), target.numel()
+    size = target.numel()
     ids = torch.arange(k, device=target.device).repeat(size, 1)
     logprobs = torch.zeros(size, k, dtype=head.dtype, device=target.device)
-    with explain_out_of_memory("linear_topk_logprobs", hidden, head, nothing, workspace_bytes):
-        walk = DenseWalk(hidden, head, target, pack, nothing, workspace_bytes)
+    with explain_out_of_memory("linear_topk_logprobs", hidden, head, NOTHING, own.workspace_bytes):
+        walk = LogitsWalk(hidden, head, target, pack, NOTHING, own.workspace_bytes)
         for _, chunks in walk.start().steps:
             for begin, end in chunks:
                 x = walk.rows(begin, end)
@@ -181,7 +169,11 @@ def linear_topk_logprobs(
 
 
 @linear_topk_logprobs.register_fake
-@without_numbers
-def _(hidden, weight, bias, target, k, *options):
+def _(hidden, weight, bias, target, k, numbers, spec, group):
     shape = *target.shape, k
-    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=result_dtype(options[-1]))
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=parse(spec).dtype)
+
+
+def one_sequence(target: Tensor) -> Tensor:
+    """(2,) int64: the bounds of (N,) tokens as one sequence."""
+    return torch.arange(2, device=target.device) * target.numel()

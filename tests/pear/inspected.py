@@ -13,7 +13,7 @@ from pear.inspecting.statistics import summarize
 from pear.inspecting.suspicions import view
 from pear.inspecting.tokens import Tokens
 from pear.inspecting.ways_out import Case
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
 TOKENIZER = make_tokenizer()
 TEXT_IDS = [i for i in range(len(TOKENIZER)) if i not in special_ids(TOKENIZER)]

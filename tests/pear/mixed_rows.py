@@ -8,7 +8,7 @@ from tiny import make_tokenizer
 
 from pear.models import tokenizer_fingerprint
 from pear.rows import tokenize_row
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 OTHER_CORPUS = ["Zebras wander quietly homeward. " * 5, "It is 12 and it is 14, so let us think. Why? Well."]
 CLIP = (-0.8, 0.9)  # some spans inside and some outside

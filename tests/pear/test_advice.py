@@ -14,7 +14,7 @@ from inspected import advice, make_data, policy_logprobs, shifted
 from pear.cli import app
 from pear.outcome import outcome
 from pear.runs import write_run
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 ROOT = Path(__file__).resolve().parents[2] / "pear"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")

@@ -199,7 +199,7 @@ def loss_without_holes(student, row: dict, args: PEARSFTConfig) -> float:
     hidden = student.model(torch.tensor([row["input_ids"]])).last_hidden_state[0].double()
     loss, _, _ = naive_pear_loss(
         hidden[at - 1], student.get_output_embeddings().weight.double(), torch.tensor(row["input_ids"])[at],
-        torch.tensor(row["behavior_logprobs"])[at].double(), reduction="sum", **args.pear_options()._asdict(),
+        torch.tensor(row["behavior_logprobs"])[at].double(), reduction="sum", **args.pear_options().asdict(),
     )  # fmt: skip
     return loss.item()
 

@@ -15,7 +15,7 @@ from inspected import END, TEXT_IDS, TOKENIZER, advice, make_case, make_data, po
 from pear.inspecting.finding import SEVERITIES, listed, share
 from pear.inspecting.statistics import summarize
 from pear.inspecting.suspicions import FLOORS
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
 WORRYING = ("problem", "warning")
 
@@ -49,7 +49,9 @@ def test_no_false_alarm(seed, rows, length, mean, spread, level, high):
     rng = np.random.default_rng(seed)
     behavior = policy_logprobs(rng, rows, (max(1, length // 2), length))
     student = shifted([b - 0.1 for b in behavior], rng, mean, spread)  # away from 0, where noise has one side
-    found = advice(make_data([b - 0.1 for b in behavior]), student, PEAROptions(level, log_ratio_clip=(-0.08, high)))
+    found = advice(
+        make_data([b - 0.1 for b in behavior]), student, PEAROptions(level=level, log_ratio_clip=(-0.08, high))
+    )
     assert not worrying(found), {kind: finding.text for kind, finding in found.items()}
     assert list(found) == ["fine"] and "Looks fine" in found["fine"].text
 
@@ -99,7 +101,7 @@ def test_each_option_states_what_it_would_do():
     assert len(options) == 3
     for option in options:
         flag, *words = option.flags.split()
-        then = summarize(case.tokens, DEFAULTS._replace(**parse[flag](words)))
+        then = summarize(case.tokens, DEFAULTS.replace(**parse[flag](words)))
         assert (option.trains, option.ess) == (then.trains, then.ess)
         assert f"{share(then.trains)} of the tokens train (now {share(case.summary.trains)})" in option.effect
         assert f"effective sample size {share(then.ess)}" in option.effect
@@ -377,7 +379,7 @@ def test_rows_that_do_not_align():
     spans = np.full(len(student[0]), -1, np.int32)
     spans[::3] = np.arange(len(spans[::3]))
     rows = [data.rows[0]._replace(spans=spans, aligned=True), *data.rows[1:]]
-    finding = advice(data._replace(rows=rows), student, DEFAULTS._replace(clip_blocks=True))["few_shared"]
+    finding = advice(data._replace(rows=rows), student, DEFAULTS.replace(clip_blocks=True))["few_shared"]
     assert finding.severity == "warning" and "--roles" in finding.text and "line 1" in finding.text
 
 
@@ -386,7 +388,7 @@ def test_wrong_answers():
     wrong = {"right": False}
     few = data._replace(rows=[row._replace(**wrong) if i < 4 else row for i, row in enumerate(data.rows)])
     assert advice(few, student)["negatives_present"].severity == "note"
-    refused = advice(few, student, DEFAULTS._replace(normalize="batch"))["negatives_present"]
+    refused = advice(few, student, DEFAULTS.replace(normalize="batch"))["negatives_present"]
     assert "refuses --normalize batch beside --negatives" in refused.text
     many = data._replace(rows=[row._replace(**wrong) if i else row for i, row in enumerate(data.rows)])
     assert "--negative_lambda" in advice(many, student)["negatives"].text

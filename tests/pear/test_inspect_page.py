@@ -21,7 +21,7 @@ from pear.inspecting.page import RATIO_STEPS, page, step
 from pear.inspecting.report import HEAD, TAIL
 from pear.inspecting.text import one_line, token_texts, visible
 from pear.word_tokenizer import word_tokenizer
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 HOSTILE = [
     "</script><script>document.title='hacked'</script>",

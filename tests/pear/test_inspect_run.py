@@ -24,9 +24,9 @@ from pear.scored import load_scored
 from pear.scored_summary import Found
 from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
-OPTIONS = PEAROptions("token", 4, 0.97, (-0.08, 0.3), (-2.0, 1.5))
+OPTIONS = PEAROptions(gamma=0.97, log_weight_clip=(-2.0, 1.5))
 
 
 def texts(count: int, policy: str | None = None, start: int = 0) -> list[dict]:
@@ -98,22 +98,22 @@ def test_log_probs_are_the_models_own(student, files):
     ("name", "options"),
     [
         ("own", OPTIONS),
-        ("own", OPTIONS._replace(level="block")),
-        ("own", OPTIONS._replace(level="sequence")),
-        ("own", OPTIONS._replace(center=True)),
-        ("own", OPTIONS._replace(clip_length=5)),
-        ("own", OPTIONS._replace(normalize="sequence")),
-        ("own", OPTIONS._replace(normalize="batch")),
+        ("own", OPTIONS.replace(level="block")),
+        ("own", OPTIONS.replace(level="sequence")),
+        ("own", OPTIONS.replace(center=True)),
+        ("own", OPTIONS.replace(clip_length=5)),
+        ("own", OPTIONS.replace(normalize="sequence")),
+        ("own", OPTIONS.replace(normalize="batch")),
         ("mixed", OPTIONS),
-        ("mixed", OPTIONS._replace(level="block", clip_blocks=True)),
-        ("mixed", OPTIONS._replace(level="sequence")),
+        ("mixed", OPTIONS.replace(level="block", clip_blocks=True)),
+        ("mixed", OPTIONS.replace(level="sequence")),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(f"{v}" for v in x if v not in DEFAULTS),
 )
 def test_sft_logs_the_same_at_its_first_step(student, files, tmp_path, name, options):
     """One step over all rows: what the trainer's loss says of itself is what was foretold."""
     report = inspect(files[name], student, options=options)
-    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options._asdict().items()}
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.asdict().items()}
     args = make_config(tmp_path, per_device_train_batch_size=report["data"]["rows"], max_length=256, **given)
     tokenizer = make_tokenizer()
     trainer = PEARSFTTrainer(
@@ -241,8 +241,8 @@ def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"options": DEFAULTS._replace(gamma=1.5)}, "gamma"),
-        ({"options": DEFAULTS._replace(level="sequence", center=True)}, "center"),
+        ({"options": DEFAULTS.replace(gamma=1.5)}, "gamma"),
+        ({"options": DEFAULTS.replace(level="sequence", center=True)}, "center"),
         ({"rows": -1}, "rows must be at least 0"),
         ({"sample": 0}, "sample must be at least 1"),
         ({"max_length": 1}, "max_length"),
@@ -285,4 +285,4 @@ def test_help_is_quick_and_names_the_flags():
 def test_the_commands_defaults_are_the_papers():
     """They are typed out there, so that --help needs no torch."""
     parameters = {parameter.name: parameter.default for parameter in get_command(app).commands["inspect"].params}
-    assert {name: parameters[name] for name in PEAROptions._fields} == DEFAULTS._asdict()
+    assert {name: parameters[name] for name in PEAROptions.names()} == DEFAULTS.asdict()

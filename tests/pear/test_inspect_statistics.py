@@ -12,7 +12,7 @@ from pear.inspecting import statistics
 from pear.inspecting.statistics import along, at_level, by_following, grid, histogram, ratio_quantiles, summarize
 from pear.inspecting.tokens import log_ratios, weights
 from pear.inspecting.worst import choose, judge
-from pear_kernels.weights import DEFAULTS, PEAROptions
+from pear_kernels.options import DEFAULTS, PEAROptions
 
 NARROW = PEAROptions(gamma=0.98, log_ratio_clip=(-0.4, 0.5), log_weight_clip=(-1.0, 0.8), block_size=3)
 SETTINGS = [
@@ -108,14 +108,14 @@ def test_spans_have_one_ratio_which_is_clipped_as_a_whole():
     student = [[-0.2, -0.1, -1.0, -5.0, -0.5], [-0.35, -0.2]]
     tokens = tokens_of(data, student)
     assert log_ratios(tokens) == pytest.approx([0.15, 0.15, -0.8, np.nan, 0.4, -0.05, -0.1], nan_ok=True, abs=1e-6)
-    options = DEFAULTS._replace(gamma=0.9, clip_blocks=True)
+    options = DEFAULTS.replace(gamma=0.9, clip_blocks=True)
     found = summarize(tokens, options)
     assert found.delta_mean == pytest.approx((0.15 + 0.15 - 0.08 + 0.3 - 0.05 - 0.08) / 6, abs=1e-6)
     assert (found.clipped_low, found.clipped_high) == pytest.approx((2 / 6, 1 / 6))
     gamma = math.log(0.9)
     logs = [2 * gamma - 0.08 + 0.3] * 2 + [gamma + 0.3] * 2 + [0.0] + [gamma - 0.08, 0.0]
     assert np.log(weights(tokens, options)) == pytest.approx(logs, abs=1e-6)
-    at_block = np.log(weights(tokens, options._replace(level="block", block_size=2)))
+    at_block = np.log(weights(tokens, options.replace(level="block", block_size=2)))
     assert at_block == pytest.approx([*logs[:5], 0.0, 0.0], abs=1e-6)  # spans stay; own tokens are two a block
 
 

@@ -12,7 +12,7 @@ from inspected import TEXT_IDS, advice, make_data
 
 from pear.importing import import_logprobs, sampling
 from pear.io import read_jsonl, write_jsonl
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 WORDS = 60
 

@@ -25,12 +25,12 @@ from pear.rows import tokenize_row
 from pear.score import score
 from pear.scored import COLUMNS, load_scored
 from pear.seal import SEALED, seal, write_scored
-from pear_kernels.weights import PEAROptions
+from pear_kernels.options import PEAROptions
 
 LEVELS = {
-    "token": PEAROptions("token"),
-    "block": PEAROptions("block", 3, clip_blocks=True),
-    "sequence": PEAROptions("sequence"),
+    "token": PEAROptions(level="token"),
+    "block": PEAROptions(level="block", block_size=3, clip_blocks=True),
+    "sequence": PEAROptions(level="sequence"),
 }
 
 
@@ -290,8 +290,8 @@ def test_nobodys_row_with_a_column_of_the_students(tokenizer, other, rows, write
 
 def test_spans_at_level_block_ask_for_clip_blocks(tokenizer, rows, write):
     with pytest.raises(DataError, match=r"rows of another tokenizer than the student's \(lines 2, 3\).*--clip_blocks"):
-        load_scored(write(rows[:4]), tokenizer, options=PEAROptions("block", 3))
-    data = load_scored(write([rows[0], rows[3]]), tokenizer, options=PEAROptions("block", 3))
+        load_scored(write(rows[:4]), tokenizer, options=PEAROptions(level="block", block_size=3))
+    data = load_scored(write([rows[0], rows[3]]), tokenizer, options=PEAROptions(level="block", block_size=3))
     assert data["block_tokens"][:] == [3, None]
 
 

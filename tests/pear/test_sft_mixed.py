@@ -220,7 +220,7 @@ def test_wrong_answers_among_mixed_rows(tokenizer, rows, make_trainer):
         if labelled_row["label"]:
             total += naive(model, [row], options, clip_blocks=True)[0].item()
         else:
-            found, seen = naive(model, [row], options._replace(level="sequence"), clip_blocks=True)
+            found, seen = naive(model, [row], options.replace(level="sequence"), clip_blocks=True)
             total -= 0.4 * found.item()
     assert loss == pytest.approx(total / 100, rel=1e-4)
 

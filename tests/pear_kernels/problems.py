@@ -14,7 +14,12 @@ from pear_kernels import (
     linear_policy_loss,
     linear_weighted_loss,
 )
-from pear_kernels.cpu import Head
+from pear_kernels.backends.torch.head import Head
+from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.objectives.base import token_scale
+from pear_kernels.objectives.pear import PEARObjective
+from pear_kernels.ops.arguments import spec_and_numbers
+from pear_kernels.options import CallOptions
 from pear_kernels.reference import (
     naive_distill_loss,
     naive_logits,
@@ -274,3 +279,19 @@ def count_products(monkeypatch) -> dict[str, int]:
     counting("write_grad_hidden_", "hidden", 2)
     counting("add_grad_weight_", "weight", 1)
     return rows
+
+
+def pear_objective(
+    behavior, pack, options, reduction="mean", sequence_scale=None, block_ids=None, *, denominator=None,
+    weights=PEARWeights,
+):  # fmt: skip
+    """PEAR's objective of `behavior` (n,) and `block_ids` (n,), with the weights of a backend."""
+    scale = token_scale(pack, reduction, denominator, sequence_scale)
+    return PEARObjective(weights(behavior, pack, options, block_ids, scale))
+
+
+def op_arguments(name, columns, *options, dtype=torch.float32, return_entropy=False):
+    """What a custom op takes of `columns` by name and of options: the list, the numbers and the spec."""
+    given = {key: column for key, column in columns.items() if column is not None}
+    spec, numbers = spec_and_numbers(name, given, dtype, (*options, CallOptions()), return_entropy)
+    return list(given.values()), numbers, spec

@@ -31,8 +31,8 @@ from pear_kernels import (
     linear_pear_loss,
     linear_topk_logprobs,
     linear_weighted_loss,
-    packing,
 )
+from pear_kernels.engine import packing
 
 V = 37
 # rows of each rank: far from equal, one of a single row among them. What DTensor makes of 37 rows is a case of its own

@@ -11,18 +11,17 @@ from problems import gradients, make_problem
 
 from pear_kernels import (
     LinearPEARLoss,
-    backend,
-    cpu,
-    cpu_dense,
     linear_distill_loss,
     linear_logprobs,
     linear_pear_loss,
     linear_topk_logprobs,
     linear_weighted_loss,
-    objectives,
     pear_weights,
-    weights,
 )
+from pear_kernels.backends import choice as backend
+from pear_kernels.backends.torch import head as cpu
+from pear_kernels.backends.torch import logits_head as cpu_dense
+from pear_kernels.formulas import weights
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT = torch.float32
@@ -164,19 +163,14 @@ def watched(monkeypatch):
             super().__init__(*arguments)
             made.append("weights")
 
-    class PEARObjective(objectives.PEARObjective):
-        def __init__(self, *arguments, block_ids=None):
-            super().__init__(*arguments, PEARWeights, block_ids)
-
-    class DenseHead(cpu_dense.DenseHead):
+    class LogitsHead(cpu_dense.LogitsHead):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append("dense head")
 
-    for name, parts in (("head", [Head]), ("dense", [DenseHead]), ("weights", [PEARWeights, PEARObjective])):
-        module = types.ModuleType(f"pear_kernels.triton.{name}")
-        for part in parts:
-            setattr(module, part.__name__, part)
+    for name, part in (("head", Head), ("logits_head", LogitsHead), ("weights", PEARWeights)):
+        module = types.ModuleType(f"pear_kernels.backends.triton.{name}")
+        setattr(module, part.__name__, part)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backend, "interpreting", lambda: True)
     return made
@@ -227,6 +221,6 @@ def test_the_choice_reaches_every_op(watched, compiled, monkeypatch):
 
 def test_importing_the_package_imports_neither_triton_nor_the_compiler():
     """Which take longer than PyTorch itself."""
-    heavy = "pear_kernels.triton", "torch._dynamo", "torch._inductor"
+    heavy = "pear_kernels.backends.triton", "torch._dynamo", "torch._inductor"
     code = f"import pear_kernels, sys; print(*(m for m in sys.modules if m.startswith({heavy})))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -14,18 +14,21 @@ from problems import (
     gradients,
     make_distill_problem,
     make_problem,
+    pear_objective,
     random_blocks,
     relative_error,
     workspace,
 )
 from test_static import NoSync, as_on_a_device
 
-from pear_kernels import LinearDistillLoss, LinearPEARLoss, linear_pear_loss, packing, pear_weights
-from pear_kernels.engine import Walk
-from pear_kernels.packing import pack_tokens
+from pear_kernels import LinearDistillLoss, LinearPEARLoss, linear_pear_loss, pear_weights
+from pear_kernels.engine import packing
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import Walk
+from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.options import PEAROptions
 from pear_kernels.reference import naive_weights
-from pear_kernels.schedule import Wanted
-from pear_kernels.weights import PEAROptions, PEARWeights
 
 LEVELS = ["token", "block", "sequence"]
 OPTIONS = {
@@ -115,7 +118,7 @@ def test_walking_in_chunks_changes_nothing(lengths, cuts, longest, clip_blocks, 
     behavior = logprobs.roll(1)
     pack = pack_tokens(torch.ones(n, dtype=torch.bool), torch.tensor([0, *lengths]).cumsum(0))
     ids = random_blocks(lengths, seed=seed, longest=longest)
-    options = PEAROptions("block", clip_blocks=clip_blocks)
+    options = PEAROptions(level="block", clip_blocks=clip_blocks)
     whole = PEARWeights(behavior, pack, options, ids)
     whole.observe(0, n, logprobs)
     walk = PEARWeights(behavior, pack, options, ids)
@@ -382,9 +385,8 @@ def test_static_packs_keep_nan_from_tokens_that_do_not_count(name, monkeypatch):
 def test_nothing_between_the_kernels_waits_for_the_device(level, name, monkeypatch):
     # launches are recorded, not run: this looks at the host's side of them. (test_objective_ops has the PyTorch path)
     pytest.importorskip("triton")
-    from pear_kernels.triton import launch
-    from pear_kernels.triton.head import Head
-    from pear_kernels.triton.weights import PEARObjective
+    from pear_kernels.backends.triton import launch
+    from pear_kernels.backends.triton.head import Head
 
     problem = blocks_problem((40, 3, 0, 60), D=16, V=64, level=level, dtype=torch.float32, **OPTIONS[name])
     ids = problem.options.get("block_ids")
@@ -392,9 +394,9 @@ def test_nothing_between_the_kernels_waits_for_the_device(level, name, monkeypat
         as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
-        options, behavior = PEAROptions(level, **OPTIONS[name]), pack.take(problem.behavior_logprobs)
+        options, behavior = PEAROptions(level=level, **OPTIONS[name]), pack.take(problem.behavior_logprobs)
         ids = None if ids is None else pack.take(ids)
-        objective = PEARObjective(behavior, pack, options, "sequence_mean", None, torch.ones(4), ids)
+        objective = pear_objective(behavior, pack, options, "sequence_mean", torch.ones(4), ids)
         head = Head(problem.weight, None, 1.0, None, torch.float32)
         walk = Walk(problem.hidden, head, problem.target, pack, Wanted(True, True, False), 40 * 600)
         walk.run(objective)

@@ -12,7 +12,7 @@ from causal_lms import VOCABULARY, batch, gradients, make_lm
 from torch import Tensor, nn
 
 from pear_kernels import patch_causal_lm, unpatch_causal_lm
-from pear_kernels.positions import position_limit
+from pear_kernels.huggingface.positions import position_limit
 from pear_kernels.reference import naive_pear_loss, naive_weighted_loss
 
 LENGTHS = [4, 1, 6, 3]

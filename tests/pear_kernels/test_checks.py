@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pear_kernels import LinearPEARLoss, checks, cpu, linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels import LinearPEARLoss, checks, linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels.backends.torch import head as cpu
 
 N, D, V = 6, 4, 9
 

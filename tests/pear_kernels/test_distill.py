@@ -27,10 +27,10 @@ from pear_kernels import (
     linear_distill_loss,
     linear_pear_loss,
     linear_topk_logprobs,
-    packing,
 )
-from pear_kernels.objectives import STATS
-from pear_kernels.weightings import WEIGHTED_STATS
+from pear_kernels.engine import packing
+from pear_kernels.objectives.pear import STATS
+from pear_kernels.objectives.weighted import WEIGHTED_STATS
 
 DIVERGENCES = ["forward", "reverse", "js"]
 LEVELS = ["token", "block", "sequence"]

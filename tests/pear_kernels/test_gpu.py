@@ -19,10 +19,11 @@ from problems import (
     workspace,
 )
 
-from pear_kernels import backend, linear_logprobs, linear_pear_loss, pear_weights
-from pear_kernels.divergence import DIVERGENCES
+from pear_kernels import linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels.backends import choice as backend
+from pear_kernels.objectives.weighted import WEIGHTINGS
+from pear_kernels.options import DIVERGENCES
 from pear_kernels.reference import naive_logprobs, naive_pear_loss
-from pear_kernels.weightings import WEIGHTINGS
 
 GPU = torch.device("cuda")
 pytestmark = [

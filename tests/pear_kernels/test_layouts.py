@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem, gradients, make_problem
 
-from pear_kernels import backend, linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels import linear_logprobs, linear_pear_loss, pear_weights
+from pear_kernels.backends import choice as backend
 from pear_kernels.reference import naive_pear_loss
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ import torch
 from problems import categorical, gradients, make_problem, workspace
 
 from pear_kernels import linear_logprobs
-from pear_kernels.cpu import Head
+from pear_kernels.backends.torch.head import Head
 
 HEADS = [{}, {"bias": True}, {"temperature": 0.7}, {"softcap": 2.5}, {"bias": True, "temperature": 1.6, "softcap": 4.0}]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import count_products, gradients, make_distill_problem, make_problem, relative_error, workspace
 
 from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
-from pear_kernels.objectives import STATS
+from pear_kernels.objectives.pear import STATS
 
 LEVELS = ["token", "block", "sequence"]
 UPSTREAM = 3.7  # the loss is one term of many, so its upstream gradient is not 1

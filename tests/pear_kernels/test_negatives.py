@@ -17,8 +17,9 @@ from problems import (
     workspace,
 )  # fmt: skip
 
-from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss, packing
-from pear_kernels.objectives import STATS
+from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
+from pear_kernels.engine import packing
+from pear_kernels.objectives.pear import STATS
 
 LEVELS = ["token", "block", "sequence"]
 OF_WRONG = ("wrong_nll", "wrong_weight_mean", "wrong_below_floor", "wrong_tokens")

@@ -15,7 +15,10 @@ from problems import (
 from test_layouts import BACKENDS, HERE, expanded, misaligned, rows_apart, strided, transposed
 from torch.utils.checkpoint import checkpoint
 
-from pear_kernels import linear_logprobs, linear_topk_logprobs, linear_weighted_loss, ops, packing, pear_weights
+from pear_kernels import linear_logprobs, linear_topk_logprobs, linear_weighted_loss, pear_weights
+from pear_kernels.engine import packing
+from pear_kernels.losses import shared
+from pear_kernels.ops import logprobs as logprobs_ops
 
 BLOCKS = dict(level="block", block_ids=random_blocks((7, 1, 0, 12, 5)))
 OF_OURS = dict(clip_blocks=True, center=True, clip_length=5)
@@ -35,13 +38,15 @@ PROBLEMS = {
     "distill, js, top-k": (make_distill_problem, {"divergence": "js", "top_k": 5, "level": "block", "nll_coef": 0.1}),
 }
 CASES = pytest.mark.parametrize("make, options", PROBLEMS.values(), ids=PROBLEMS.keys())
-ALL_OPS = ("linear_weighted_loss", "linear_pear_loss", "linear_distill_loss", "linear_topk_logprobs")
+ALL_OPS = ((shared, "linear_loss"), (logprobs_ops, "linear_topk_logprobs"))
 
 
 def on_meta(value):
     """A tensor, or the tensors of a teacher, on device "meta"."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(on_meta, value))
+    if isinstance(value, list):
+        return [on_meta(each) for each in value]
     return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
@@ -57,8 +62,8 @@ def called(monkeypatch):
 
         return recorded
 
-    for name in ALL_OPS:
-        monkeypatch.setattr(ops, name, recording(getattr(ops, name)))
+    for module, name in ALL_OPS:
+        monkeypatch.setattr(module, name, recording(getattr(module, name)))
     return calls
 
 
@@ -83,18 +88,14 @@ def test_a_captured_pass_reads_no_value(make, options, reduction, rows, called, 
     """The whole of each op on tensors of device "meta", which have no values: reading one raises, as in a capture."""
     scale = torch.ones(5)
     problem = make(dtype=torch.float32, bias=True, temperature=0.7, softcap=3.0, sequence_scale=scale, **options)
-    problem.ours(reduction=reduction, denominator=torch.ones(()), workspace_bytes=rows and workspace(rows, 37, 4))
-    (op, args, kwargs), *_ = called
-    monkeypatch.setattr(packing, "capturing", lambda: True)
-
-    for divisor in (True, False):
-        given = [on_meta(value) for value in args]
-        named = {name: on_meta(value) for name, value in kwargs.items()}
-        if not divisor:  # the one 0-d tensor
-            given = [None if isinstance(v, torch.Tensor) and v.dim() == 0 else v for v in given]
-            named = {n: None if isinstance(v, torch.Tensor) and v.dim() == 0 else v for n, v in named.items()}
-        with torch.device("meta"):
-            loss, *_, dx, dw, db = op._init_fn(*given, **named)
+    for divisor in (torch.ones(()), None):
+        called.clear()
+        problem.ours(reduction=reduction, denominator=divisor, workspace_bytes=rows and workspace(rows, 37, 4))
+        (op, args, _), *_ = called
+        *tensors, numbers, spec, group, wanted = args
+        with monkeypatch.context() as patch, torch.device("meta"):
+            patch.setattr(packing, "capturing", lambda: True)
+            loss, *_, dx, dw, db = op._init_fn(*map(on_meta, tensors), numbers, spec, group, wanted)
         assert loss.is_meta and dx.shape == problem.hidden.shape and dw.shape == problem.weight.shape
         assert db.shape == problem.options["bias"].shape
 

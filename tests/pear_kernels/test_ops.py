@@ -4,24 +4,33 @@ import functools
 
 import pytest
 import torch
-from problems import gradients, make_distill_problem, make_policy_problem, make_problem, make_weighted_problem
+from problems import (
+    gradients,
+    make_distill_problem,
+    make_policy_problem,
+    make_problem,
+    make_weighted_problem,
+    op_arguments,
+)
 from torch.utils.checkpoint import checkpoint
 
 from pear_kernels import (
     LinearPolicyLoss,
     Teacher,
-    backend,
     linear_distill_loss,
     linear_logprobs,
     linear_pear_loss,
     linear_policy_loss,
     linear_weighted_loss,
-    ops,
-    packing,
     pear_weights,
 )
-from pear_kernels.weights import DEFAULTS, PEAROptions
-from pear_kernels.weights import _pear_weights_op as pear_weights_op
+from pear_kernels.engine import packing
+from pear_kernels.ops import backends
+from pear_kernels.ops import logprobs as logprobs_ops
+from pear_kernels.ops import loss as loss_op
+from pear_kernels.ops.loss import linear_loss
+from pear_kernels.ops.weights import pear_weights as pear_weights_op
+from pear_kernels.options import HeadOptions, LabelOptions, PEAROptions, Reduction
 
 
 def pear(problem):
@@ -244,8 +253,8 @@ def test_transforms_of_torch_func_are_refused_by_name(name):
 def test_the_backward_pass_keeps_to_the_calls_backend(monkeypatch):
     """On a GPU a weight of another dtype than its gradient is scaled by a kernel, unless the call says "torch"."""
     asked = []
-    monkeypatch.setattr(backend, "resolve", lambda chosen, device, dtype: asked.append(chosen) or "torch")
-    monkeypatch.setattr(ops.shared, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(backends, "resolve", lambda chosen, device, dtype: asked.append(chosen) or "torch")
+    monkeypatch.setattr(loss_op, "on_gpu", lambda tensor: True)
     for which in ("torch", None):
         problem = make_problem(dtype=torch.bfloat16, backend=which)
         out, leaves = problem.ours()
@@ -266,16 +275,17 @@ def test_gradients_accumulate_over_calls(problem):
 def test_torch_library_opcheck(problem):
     hidden, weight, bias = problem.leaves()
     bounds = problem.cu_seqlens
+    columns = {"behavior_logprobs": problem.behavior_logprobs, "cu_seqlens": bounds}
+    arguments = op_arguments("linear_pear_loss", columns, PEAROptions(), LabelOptions(), Reduction(), HeadOptions())
     torch.library.opcheck(
-        ops.linear_pear_loss,
-        (hidden, weight, bias, problem.target, None, problem.behavior_logprobs, None, bounds, None, None, 0.1, -5.0,
-         *DEFAULTS.arguments(), "mean", 1.0, None, -100, None, None, None, False, torch.float32, [True, True, True],
-         None, []),
+        linear_loss,
+        (hidden, weight, bias, problem.target, *arguments, None, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    )
+    _, *arguments = op_arguments("linear_logprobs", {}, HeadOptions(), return_entropy=True)
     torch.library.opcheck(
-        ops.linear_logprobs,
-        (hidden, weight, bias, problem.target, 1.0, None, -100, True, None, None, None, torch.float32, None, []),
+        logprobs_ops.linear_logprobs,
+        (hidden, weight, bias, problem.target, *arguments, None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -286,20 +296,29 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
     """The whole of each op on tensors of device "meta", which have no values: reading one raises, as in a capture."""
     monkeypatch.setattr(packing, "capturing", lambda: True)
     N, V, D = 40, 37, 16
-    head_options = 0.7, 3.0, -100
-    how = 9 * V * 4, "torch", None, torch.float32
+    head = HeadOptions(temperature=0.7, softcap=3.0, workspace_bytes=9 * V * 4, backend="torch")
     with torch.device("meta"):
         hidden, weight, bias, target = torch.randn(N, D), torch.randn(V, D), torch.randn(V), torch.zeros(N).long()
-        bounds, scale, denominator = torch.zeros(3, dtype=torch.int32), torch.ones(2), torch.ones(())
-        pear = PEAROptions(level).arguments()
-        for divisor in (None, denominator):
-            loss, *_, dx, dw, db = ops.linear_pear_loss._init_fn(
-                hidden, weight, bias, target, None, torch.zeros(N), None, bounds, scale, divisor, 0.1, -5.0, *pear,
-                reduction, *head_options, *how[:-1], False, how[-1], [True, True, True],
-            )  # fmt: skip
+        pear, behavior, bounds = PEAROptions(level=level), torch.zeros(N), torch.zeros(3, dtype=torch.int32)
+        columns = {"behavior_logprobs": behavior, "sequence_scale": torch.ones(2), "cu_seqlens": bounds}
+        for divisor in (None, torch.ones(())):
+            with torch.device("cpu"):
+                arguments = op_arguments(
+                    "linear_pear_loss", {**columns, "denominator": divisor}, pear, LabelOptions(),
+                    Reduction(reduction=reduction), head,
+                )  # fmt: skip
+            loss, *_, dx, dw, db = linear_loss._init_fn(
+                hidden, weight, bias, target, *arguments, None, [True, True, True]
+            )
             assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
-        both = ops.linear_logprobs._init_fn(hidden, weight, bias, target, *head_options, True, *how)
-        ops.linear_logprobs_backward._init_fn(*both, hidden, weight, bias, target, *head_options, *how, [True] * 3)
-        assert pear_weights_op._init_fn(both[0], both[0], None, target == 0, bounds, *pear, "torch").is_meta
+        with torch.device("cpu"):
+            _, *of_logprobs = op_arguments("linear_logprobs", {}, head, return_entropy=True)
+        both = logprobs_ops.linear_logprobs._init_fn(hidden, weight, bias, target, *of_logprobs, None)
+        logprobs_ops.linear_logprobs_backward._init_fn(
+            *both, hidden, weight, bias, target, *of_logprobs, None, [True] * 3
+        )
+        with torch.device("cpu"):
+            given = op_arguments("pear_weights", {"behavior_logprobs": both[0], "cu_seqlens": bounds}, pear, head)
+        assert pear_weights_op._init_fn(both[0], target == 0, *given).is_meta
         with pytest.raises(RuntimeError, match="meta"):
             loss.item()  # as it would there

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_kernels.packing import chunk_rows, cut, cut_at_sequences, pack_tokens, unpack
+from pear_kernels.engine.packing import chunk_rows, cut, cut_at_sequences, pack_tokens, unpack
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=9), min_size=1, max_size=7))

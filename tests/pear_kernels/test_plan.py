@@ -4,18 +4,18 @@ import itertools
 
 import pytest
 import torch
-from problems import count_products, make_problem, workspace
+from problems import count_products, make_problem, pear_objective, workspace
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from pear_kernels import linear_logprobs, linear_pear_loss, plan
-from pear_kernels.cpu import Head
-from pear_kernels.engine import Walk
-from pear_kernels.head import triton_row_bytes
-from pear_kernels.objectives import FixedCoefficients, PEARObjective
-from pear_kernels.packing import pack_tokens
-from pear_kernels.schedule import Wanted
-from pear_kernels.weights import PEAROptions
+from pear_kernels.backends.torch.head import Head
+from pear_kernels.engine.head import triton_row_bytes
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import Walk
+from pear_kernels.objectives.base import FixedCoefficients
+from pear_kernels.options import PEAROptions
 
 PACKS = [(100,), (10, 100, 5), (100, 100, 100), (1,) * 60, (0, 3, 90, 0, 40, 7)]
 
@@ -25,7 +25,7 @@ def counted_walk(problem, level, wanted, workspace_bytes, static=False, **option
     head = Head(problem.weight, None, 1.0, None, torch.float64)
     pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static)
     behavior = pack.take(problem.behavior_logprobs)
-    objective = PEARObjective(behavior, pack, PEAROptions(level or "token", **options), "mean", None, None)
+    objective = pear_objective(behavior, pack, PEAROptions(level=level or "token", **options))
     if level is None:
         objective = FixedCoefficients(torch.ones(pack.tokens))
     scored, original = [], Walk.softmax
@@ -145,7 +145,7 @@ def test_workspace_is_what_the_head_reserves(gradient):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(151936, 4096), (32003, 1024)])
 def test_workspace_is_what_the_kernels_allocate(dtype, shape):
-    triton_head = pytest.importorskip("pear_kernels.triton.head", exc_type=ImportError)
+    triton_head = pytest.importorskip("pear_kernels.backends.triton.head", exc_type=ImportError)
     head = triton_head.Head(torch.empty(shape, dtype=dtype, device="meta"), None, 1.0, None, dtype)
     planned = plan(9000, *shape, dtype=dtype)
     rows = max(end - begin for begin, end in planned.chunks)
@@ -163,7 +163,7 @@ def test_workspace_is_what_the_kernels_allocate(dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_variant_of_the_kernels_is_planned_as_the_head_runs_it(dtype, gradient, product, monkeypatch):
     """float16 has the plain variant for gradients alone, float32 for all, bfloat16 for gradients if it is asked for."""
-    triton_head = pytest.importorskip("pear_kernels.triton.head", reason="triton is not installed")
+    triton_head = pytest.importorskip("pear_kernels.backends.triton.head", reason="triton is not installed")
     if product is not None:
         monkeypatch.setenv("PEAR_KERNELS_PRODUCT", product)
     head = triton_head.Head(torch.empty(32001, 512, dtype=dtype, device="meta"), None, 1.0, None, dtype)

@@ -16,13 +16,17 @@ from problems import (
 )  # fmt: skip
 from test_static import NoSync, as_on_a_device
 
-from pear_kernels import LinearPolicyLoss, LossOutput, linear_policy_loss, packing
-from pear_kernels.cpu import Head
-from pear_kernels.cpu_dense import DenseHead
-from pear_kernels.engine import DenseWalk, Walk
-from pear_kernels.packing import pack_tokens
-from pear_kernels.policy import OBJECTIVES, POLICY_STATS, EntropyBonus, PolicyObjective, PolicyOptions, policy_scale
-from pear_kernels.schedule import Wanted, schedule
+from pear_kernels import LinearPolicyLoss, LossOutput, linear_policy_loss
+from pear_kernels.backends.torch.head import Head
+from pear_kernels.backends.torch.logits_head import LogitsHead
+from pear_kernels.engine import packing
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.engine.schedule import Wanted, schedule
+from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.formulas.weights import PEARWeights as TorchWeights
+from pear_kernels.objectives.base import Problem as LossProblem
+from pear_kernels.objectives.policy import POLICY_STATS, EntropyBonus, PolicyObjective
+from pear_kernels.options import OBJECTIVES, CallOptions, PolicyOptions, PolicyReduction
 
 OF_SEQUENCES = ["gspo", "gspo_token"]
 CLIPPED = ["ppo", "grpo", "dapo", "bnpo", "dr_grpo", *OF_SEQUENCES]
@@ -537,32 +541,44 @@ def test_a_token_far_from_the_reference(dtype, bound, far, unbiased_kl):
     assert all(value.isfinite() for value in out.stats.values())
 
 
+def policy_columns(problem, ref, sampler):
+    return {
+        "old_logprobs": problem.behavior_logprobs, "ref_logprobs": ref, "sampler_logprobs": sampler,
+        "advantages": problem.options["advantages"], "cu_seqlens": problem.cu_seqlens,
+        "sequence_scale": torch.ones(4, dtype=torch.float64),
+    }  # fmt: skip
+
+
+def policy_problem(pack, options, columns, weights=TorchWeights):
+    given = {type(each): each for each in (options, PolicyReduction(), CallOptions())}
+    return LossProblem(pack, given, columns, weights, torch.float64)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("rows", [5, 400])
 def test_no_step_waits_for_the_device(objective, train_head, rows, monkeypatch):
     problem = make_policy_problem((40, 3, 0, 60), by_token=True, bias=True, ref=True, sampler=True)
-    columns = problem.behavior_logprobs, problem.options["ref_logprobs"], problem.options["sampler_logprobs"]
-    scale = torch.ones(4, dtype=torch.float64)
-    for options in (PolicyOptions(objective), PolicyOptions(objective, beta=0.1, sampler_level="sequence")):
+    columns = policy_columns(problem, problem.options["ref_logprobs"], problem.options["sampler_logprobs"])
+    for options in (
+        PolicyOptions(objective=objective),
+        PolicyOptions(objective=objective, beta=0.1, sampler_level="sequence"),
+    ):
         with NoSync(), monkeypatch.context() as patch:
             as_on_a_device(patch)
             pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
-            policy = PolicyObjective(
-                pack, options, pack.take(problem.options["advantages"]), *(pack.take(column) for column in columns),
-                policy_scale(pack, problem.cu_seqlens, options, None, None, scale), one_advantage=False,
-            )  # fmt: skip
+            policy = PolicyObjective(policy_problem(pack, options, columns))
             head = Head(problem.weight, problem.options["bias"], 0.7, 3.0, torch.float64)
             wanted = Wanted(True, train_head, train_head)
             walk = Walk(problem.hidden, head, problem.target, pack, wanted, workspace(rows, 37), entropy=True)
             walk.run(policy)
-            loss, _, _ = policy.finish(walk.entropy)
-            dense_head = DenseHead(problem.weight, problem.options["bias"], 0.7, 3.0, torch.float64)
-            dense = DenseWalk(
+            loss, _, _ = policy.finish(walk.logprobs, walk.entropy)
+            dense_head = LogitsHead(problem.weight, problem.options["bias"], 0.7, 3.0, torch.float64)
+            dense = LogitsWalk(
                 problem.hidden, dense_head, problem.target, pack, wanted, workspace(rows, 37), entropy=True
             )
             dense.run(EntropyBonus(policy))
-        (exact, _), _ = problem.naive(temperature=0.7, softcap=3.0, **options._asdict())
+        (exact, _), _ = problem.naive(temperature=0.7, softcap=3.0, **options.asdict())
         torch.testing.assert_close(loss, exact.detach(), rtol=1e-11, atol=1e-14)
 
 
@@ -571,29 +587,28 @@ def test_no_step_waits_for_the_device(objective, train_head, rows, monkeypatch):
 def test_nothing_between_the_kernels_waits_for_the_device(objective, rows, monkeypatch):
     # launches are recorded, not run: this looks at the host's side of them
     pytest.importorskip("triton")
-    from pear_kernels.triton import launch
-    from pear_kernels.triton.dense import DenseHead
-    from pear_kernels.triton.head import Head
-    from pear_kernels.triton.weights import PEARWeights
+    from pear_kernels.backends.triton import launch
+    from pear_kernels.backends.triton.head import Head
+    from pear_kernels.backends.triton.logits_head import LogitsHead
+    from pear_kernels.backends.triton.weights import PEARWeights
 
     problem = make_policy_problem((40, 3, 0, 60), D=16, V=64, by_token=True, bias=True, dtype=torch.bfloat16)
     head_options = problem.weight, problem.options["bias"], 0.7, 3.0, torch.bfloat16
-    head, dense_head = Head(*head_options), DenseHead(*head_options)
+    head, dense_head = Head(*head_options), LogitsHead(*head_options)
     with NoSync(), monkeypatch.context() as patch:
         as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
-        logprobs = pack.take(problem.behavior_logprobs)
-        for options in (PolicyOptions(objective), PolicyOptions(objective, beta=0.1, sampler_level="sequence")):
+        columns = policy_columns(problem, problem.behavior_logprobs, problem.behavior_logprobs)
+        for options in (
+            PolicyOptions(objective=objective),
+            PolicyOptions(objective=objective, beta=0.1, sampler_level="sequence"),
+        ):
             for wanted in (Wanted(True, True, True), Wanted(True, False, False)):
-                policy = PolicyObjective(
-                    pack, options, pack.take(problem.options["advantages"]), logprobs, logprobs, logprobs,
-                    policy_scale(pack, problem.cu_seqlens, options, None, None, torch.ones(4)), one_advantage=False,
-                    weights=PEARWeights,
-                )  # fmt: skip
+                policy = PolicyObjective(policy_problem(pack, options, columns, PEARWeights))
                 walk = Walk(problem.hidden, head, problem.target, pack, wanted, rows * 600, entropy=True)
                 walk.run(policy)
-                policy.finish(walk.entropy)
-                dense = DenseWalk(problem.hidden, dense_head, problem.target, pack, wanted, rows * 600, entropy=True)
+                policy.finish(walk.logprobs, walk.entropy)
+                dense = LogitsWalk(problem.hidden, dense_head, problem.target, pack, wanted, rows * 600, entropy=True)
                 dense.run(EntropyBonus(policy))
         assert launch.recorder

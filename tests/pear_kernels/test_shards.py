@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import make_problem, relative_error, workspace
+from problems import make_problem, op_arguments, relative_error, workspace
 from shard_cases import SIZES, UPSTREAM, Case, V, answer, cases, everything
 
-from pear_kernels import linear_topk_logprobs, ops, packing, shards
-from pear_kernels.weights import PEAROptions
+from pear_kernels import linear_topk_logprobs
+from pear_kernels import sharding as shards
+from pear_kernels.engine import packing
+from pear_kernels.ops.loss import linear_loss
+from pear_kernels.options import HeadOptions, LabelOptions, PEAROptions, Reduction
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -198,11 +201,13 @@ def test_a_captured_call_reads_no_value(level, monkeypatch):
         bounds = torch.zeros(3, dtype=torch.int32)
 
         def call():
-            return ops.linear_pear_loss._init_fn(
-                hidden, weight, bias, target, None, torch.zeros(40), None, bounds, None, None, 0.1, -5.0,
-                *PEAROptions(level).arguments(), "mean", 0.7, 3.0, -100, workspace(9, 30, 4), "torch", "a group",
-                False, torch.float32, [True, True, True],
-            )  # fmt: skip
+            columns = {"behavior_logprobs": torch.zeros(40), "cu_seqlens": bounds}
+            head = HeadOptions(temperature=0.7, softcap=3.0, workspace_bytes=workspace(9, 30, 4), backend="torch")
+            with torch.device("cpu"):
+                arguments = op_arguments(
+                    "linear_pear_loss", columns, PEAROptions(level=level), LabelOptions(), Reduction(), head
+                )
+            return linear_loss._init_fn(hidden, weight, bias, target, *arguments, "a group", [True, True, True])
 
         with pytest.raises(RuntimeError, match="sizes are not known yet: make the call once before it is captured"):
             call()

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from problems import gradients, make_problem, workspace
+from problems import gradients, make_problem, pear_objective, workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pear_kernels import linear_logprobs, linear_pear_loss, packing
-from pear_kernels.cpu import Head
-from pear_kernels.engine import DenseWalk, Walk
-from pear_kernels.objectives import FixedCoefficients, PEARObjective
-from pear_kernels.packing import pack_tokens, unpack
-from pear_kernels.schedule import Wanted
-from pear_kernels.weights import PEAROptions
+from pear_kernels import linear_logprobs, linear_pear_loss
+from pear_kernels.backends.torch.head import Head
+from pear_kernels.engine import packing
+from pear_kernels.engine.packing import pack_tokens, unpack
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.objectives.base import FixedCoefficients
+from pear_kernels.options import PEAROptions
 
 LEVELS = ["token", "block", "sequence"]
 
@@ -114,7 +115,7 @@ def refuse_tolist(self):
 def as_on_a_device(patch):
     """A CPU's tensors stand for a device's: nothing may be read back."""
     patch.setattr(torch.Tensor, "tolist", refuse_tolist)
-    patch.setattr("pear_kernels.cpu.may_wait", lambda tensor: False)
+    patch.setattr("pear_kernels.backends.torch.head.may_wait", lambda tensor: False)
 
 
 def test_the_guard_sees_what_waits(monkeypatch):
@@ -137,7 +138,7 @@ def test_no_step_waits_for_the_device(level, train_head, rows, monkeypatch):
         head = Head(problem.weight, problem.options["bias"], 0.7, 3.0, torch.float64)
         behavior = pack.take(problem.behavior_logprobs)
         for reduction in ("mean", "sequence_mean"):
-            objective = PEARObjective(behavior, pack, PEAROptions(level), reduction, None, scale)
+            objective = pear_objective(behavior, pack, PEAROptions(level=level), reduction, scale)
             wanted = Wanted(True, train_head, train_head)
             walk = Walk(problem.hidden, head, problem.target, pack, wanted, workspace(rows, 37))
             walk.run(objective)
@@ -160,25 +161,24 @@ def test_no_step_waits_for_the_device(level, train_head, rows, monkeypatch):
 def test_nothing_between_the_kernels_waits_for_the_device(level, dtype, rows, monkeypatch):
     # launches are recorded, not run: this looks at the host's side of them
     pytest.importorskip("triton")
-    from pear_kernels.triton import launch
-    from pear_kernels.triton.dense import DenseHead
-    from pear_kernels.triton.head import Head
-    from pear_kernels.triton.weights import PEARObjective
+    from pear_kernels.backends.triton import launch
+    from pear_kernels.backends.triton.head import Head
+    from pear_kernels.backends.triton.logits_head import LogitsHead
 
     problem = make_problem((40, 3, 0, 60), D=16, V=64, level=level, bias=True, dtype=dtype)
     head_options = problem.weight, problem.options["bias"], 0.7, 3.0, dtype
-    options, dense_options = ((problem.hidden, kind(*head_options), problem.target) for kind in (Head, DenseHead))
+    options, dense_options = ((problem.hidden, kind(*head_options), problem.target) for kind in (Head, LogitsHead))
     with NoSync(), monkeypatch.context() as patch:
         as_on_a_device(patch)
         patch.setattr(launch, "recorder", [])
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static=True)
         behavior, ones = pack.take(problem.behavior_logprobs), torch.ones(pack.tokens)
-        objective = PEARObjective(behavior, pack, PEAROptions(level), "sequence_mean", None, torch.ones(4))
+        objective = pear_objective(behavior, pack, PEAROptions(level=level), "sequence_mean", torch.ones(4))
         for wanted in (Wanted(True, True, True), Wanted(True, False, False)):
             walk = Walk(*options, pack, wanted, rows * 600)
             walk.run(objective)
             objective.finish(walk.logprobs)
-            dense = DenseWalk(*dense_options, pack, wanted, rows * 600, entropy=True)
+            dense = LogitsWalk(*dense_options, pack, wanted, rows * 600, entropy=True)
             dense.run(FixedCoefficients(ones, ones))
         Walk(*options, pack, Wanted(False, False, False), rows * 600, entropy=True).score_all(FixedCoefficients())
         assert launch.recorder
@@ -224,10 +224,8 @@ def test_targets_kept_apart_end_in_the_gradient(level, wanted, D, static):
         pack = pack_tokens(problem.target != -100, problem.cu_seqlens, static)
         head = kind(problem.weight, problem.options["bias"], 1.3, None, torch.float64)
         scale = problem.options["sequence_scale"]
-        objective = PEARObjective(
-            pack.take(problem.behavior_logprobs), pack, PEAROptions(level, log_ratio_clip=(-0.03, 0.03)), "mean", None,
-            scale,
-        )  # fmt: skip
+        options = PEAROptions(level=level, log_ratio_clip=(-0.03, 0.03))
+        objective = pear_objective(pack.take(problem.behavior_logprobs), pack, options, "mean", scale)
         walk = Walk(problem.hidden, head, problem.target, pack, wanted, workspace(20, 37))
         walk.run(objective)
         found.append([walk.logprobs, walk.grads.hidden, walk.grads.weight, walk.grads.bias])

@@ -5,7 +5,8 @@ import torch
 from accuracy import KINDS, expected, hit_and_miss
 from problems import gradients, make_problem, workspace
 
-from pear_kernels import Teacher, TopKTeacher, linear_distill_loss, linear_weighted_loss, packing
+from pear_kernels import Teacher, TopKTeacher, linear_distill_loss, linear_weighted_loss
+from pear_kernels.engine import packing
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "temperature": 0.7, "softcap": 4.0}], ids=["plain", "head"])

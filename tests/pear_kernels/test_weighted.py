@@ -26,10 +26,10 @@ from pear_kernels import (
     linear_distill_loss,
     linear_logprobs,
     linear_weighted_loss,
-    packing,
     pear_weights,
-)  # fmt: skip
-from pear_kernels.weightings import WEIGHTED_STATS
+)
+from pear_kernels.engine import packing  # fmt: skip
+from pear_kernels.objectives.weighted import WEIGHTED_STATS
 
 NAMES = ["none", "dft", "iw-sft", "psft", "asft", "idft"]
 WEIGHTINGS = ["tensor", *NAMES]

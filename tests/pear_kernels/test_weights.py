@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_kernels import pear_weights
-from pear_kernels.packing import pack_tokens
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.options import PEAROptions
 from pear_kernels.reference import naive_weights
-from pear_kernels.weights import PEAROptions, PEARWeights
 
 LEVELS = ["token", "block", "sequence"]
 

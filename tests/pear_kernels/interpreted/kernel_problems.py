@@ -8,14 +8,14 @@ import torch
 from problems import Problem, gradients, make_problem, relative_error
 from torch import Tensor
 
-from pear_kernels import backend
+from pear_kernels.backends import choice as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not backend.interpreting() else "cpu")
 OBSTACLE = backend.triton_obstacle(DEVICE)
 if OBSTACLE is not None:
     pytest.skip(f"the kernels do not run here: {OBSTACLE}", allow_module_level=True)
 
-from pear_kernels.triton.head import Head  # noqa: E402  (only now that triton is known to be there)
+from pear_kernels.backends.triton.head import Head  # noqa: E402  (only now that triton is known to be there)
 
 LEVELS = ["token", "block", "sequence"]
 PRODUCTS = ["fused", "plain"]

@@ -17,8 +17,8 @@ from kernel_problems import (
 from problems import Problem, gradients, relative_error
 
 from pear_kernels import linear_logprobs
+from pear_kernels.backends.triton import tiles
 from pear_kernels.reference import naive_weights
-from pear_kernels.triton import tiles
 
 UNWEIGHTED = dict(gamma=1.0, log_ratio_clip=(0.0, 0.0))  # every weight is exactly 1
 

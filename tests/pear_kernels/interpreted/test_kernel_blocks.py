@@ -12,9 +12,9 @@ from problems import gradients, make_distill_problem, random_blocks
 from test_kernel_weights import assert_same, both, random_logprobs, sequences
 
 from pear_kernels import pear_weights
-from pear_kernels.triton import tiles
-from pear_kernels.triton import weights as triton_weights
-from pear_kernels.weights import PEAROptions
+from pear_kernels.backends.triton import tiles
+from pear_kernels.backends.triton import weights as triton_weights
+from pear_kernels.options import PEAROptions
 
 B = triton_weights.BLOCK
 OPTIONS = {
@@ -62,7 +62,14 @@ def test_random_packs(lengths, ignored, static, case, by_ids, longest, without, 
     if by_ids and level != "token":
         ids = compact.take(random_blocks(lengths, valid, seed=seed % 1000, longest=longest, without=without).to(DEVICE))
         behavior[ids < 0] = math.nan
-    options = PEAROptions(level, longest, 0.97, ratio_clip, (-9.0, 4.0), **OPTIONS[name])
+    options = PEAROptions(
+        level=level,
+        block_size=longest,
+        gamma=0.97,
+        log_ratio_clip=ratio_clip,
+        log_weight_clip=(-9.0, 4.0),
+        **OPTIONS[name],
+    )
     scale = torch.linspace(-1, 2, len(lengths), dtype=torch.float64, device=DEVICE)
     chunks = edges_to_chunks(compact.tokens, cuts) or None
     found, expected = both(
@@ -89,7 +96,7 @@ def test_blocks_longer_than_a_program_takes_at_a_time(level, name, chunk):
     for hole in (2, 2 + B, begin, begin + B - 1, begin + B, begin + 3 * B, n - 2):
         ids[hole] = -1
     logprobs, behavior = random_logprobs(n)
-    options = PEAROptions(level, 4, 0.999, (-0.02, 0.03), (-40.0, 40.0), **OPTIONS[name])
+    options = PEAROptions(level=level, log_ratio_clip=(-0.02, 0.03), log_weight_clip=(-40.0, 40.0), **OPTIONS[name])
     chunks = edges_to_chunks(n, range(0, n, chunk))
     found, expected = both(pack, options, logprobs, behavior, chunks, block_ids=ids.to(DEVICE))
     assert_same(found, expected)
@@ -102,7 +109,7 @@ def test_infinities_are_clipped_and_nan_stays_in_its_sequence(name):
     ids = random_blocks(lengths, longest=30).to(DEVICE)
     ids[60] = ids[59].clamp(min=0) if ids[59] >= 0 else ids[30:60].amax()
     logprobs, behavior = random_logprobs(140)
-    options = PEAROptions("block", **OPTIONS[name])
+    options = PEAROptions(level="block", **OPTIONS[name])
     for value in (-math.inf, math.nan):
         logprobs[60] = value
         found, expected = both(pack, options, logprobs, behavior, [(100, 140), (45, 100), (0, 45)], block_ids=ids)

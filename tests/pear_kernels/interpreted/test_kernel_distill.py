@@ -19,8 +19,8 @@ from problems import gradients, make_distill_problem, relative_error
 from torch import Tensor
 
 from pear_kernels import Teacher, TopKTeacher, linear_topk_logprobs
-from pear_kernels.triton import tiles
-from pear_kernels.triton.dense import DenseHead
+from pear_kernels.backends.triton import tiles
+from pear_kernels.backends.triton.logits_head import LogitsHead
 
 DIVERGENCES = ["forward", "reverse", "js"]
 TOP_K = [None, 5]
@@ -47,7 +47,7 @@ def distill_problem(lengths=LENGTHS, *, D: int = 24, V: int = 75, dtype=torch.fl
 
 def chunk_bytes(problem, rows: int) -> int:
     """The workspace_bytes of chunks of that many rows, more or less: a teacher's rows are beside them."""
-    return rows * 2 * DenseHead(problem.weight, None, 1.0, None, problem.hidden.dtype).row_bytes(True)
+    return rows * 2 * LogitsHead(problem.weight, None, 1.0, None, problem.hidden.dtype).row_bytes(True)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

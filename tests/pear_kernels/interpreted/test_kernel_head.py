@@ -7,9 +7,9 @@ import torch
 from kernel_problems import DEVICE, HEADS, PRODUCTS, TOLERANCE, Head
 from problems import relative_error
 
-from pear_kernels.triton import head as triton_head
-from pear_kernels.triton import tiles
-from pear_kernels.triton.dense import DenseHead
+from pear_kernels.backends.triton import head as triton_head
+from pear_kernels.backends.triton import tiles
+from pear_kernels.backends.triton.logits_head import LogitsHead
 
 R, V, D = 21, 75, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -93,7 +93,7 @@ def test_the_workspace_is_written_where_the_rows_are_and_nowhere_else(dtype, pro
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropy_gradient_is_that_of_the_raw_logits(name, dtype):
-    head, x, raw, activate = make_head(name, dtype, kind=DenseHead)
+    head, x, raw, activate = make_head(name, dtype, kind=LogitsHead)
     of_nll, of_entropy = randn(R, seed=3).double(), randn(R, seed=4).double()
     of_nll[:3], of_entropy[2:5] = 0.0, 0.0
     scores = head.scores(x, TARGETS, entropy=True)
@@ -283,10 +283,10 @@ def test_the_targets_term_rounds_hidden_states_as_the_products_do():
 def test_operands_are_contiguous_and_aligned_and_copied_only_if_they_were_not(dtype):
     head = Head(randn(V, D, dtype=dtype), None, 1.0, None, dtype)
     x = randn(R, D, dtype=dtype)
-    assert head.widen(x) is x or head.widen(x).data_ptr() == x.data_ptr()
+    assert head.as_operand(x) is x or head.as_operand(x).data_ptr() == x.data_ptr()
     flat = torch.cat([x.new_zeros(1), x.flatten()])
     for odd in (flat[1:].view(R, D), x.T.contiguous().T, rows_apart(x), x[:1].expand(R, D)):
-        widened = head.widen(odd)
+        widened = head.as_operand(odd)
         assert widened.is_contiguous() and widened.data_ptr() % triton_head.ALIGNMENT == 0
         assert torch.equal(widened, odd)
 
@@ -311,7 +311,7 @@ def test_one_row_of_a_wider_tensor():
     head = Head(randn(40, 16, seed=1), None, 1.0, None, torch.float32)
     head.reserve(1, True)
     target = torch.tensor([7], device=DEVICE)
-    x = head.widen(wide[2:3, :16])
+    x = head.as_operand(wide[2:3, :16])
     logits = x.double() @ head.weight.double().T
     found = head.softmax(x, target, gradient=True).logprobs
     assert (found - torch.log_softmax(logits, 1)[0, 7]).abs().item() < 1e-6

@@ -16,11 +16,11 @@ from problems import categorical, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pear_kernels import linear_logprobs
-from pear_kernels.engine import Walk
-from pear_kernels.objectives import FixedCoefficients
-from pear_kernels.packing import pack_tokens
-from pear_kernels.schedule import Wanted
-from pear_kernels.triton import tiles
+from pear_kernels.backends.triton import tiles
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import Walk
+from pear_kernels.objectives.base import FixedCoefficients
 
 
 @pytest.fixture(params=PRODUCTS)

@@ -18,14 +18,15 @@ from kernel_problems import (
 )  # fmt: skip
 from problems import gradients, relative_error
 
-from pear_kernels import linear_pear_loss, packing
-from pear_kernels.engine import Walk
+from pear_kernels import linear_pear_loss
+from pear_kernels.backends.triton import gradients as gradient_kernels
+from pear_kernels.backends.triton import head as triton_head
+from pear_kernels.backends.triton import rows, tiles
+from pear_kernels.backends.triton import weights as triton_weights
+from pear_kernels.backends.triton.product import exp_product
+from pear_kernels.engine import packing
+from pear_kernels.engine.walk import Walk
 from pear_kernels.reference import naive_logprobs
-from pear_kernels.triton import gradients as gradient_kernels
-from pear_kernels.triton import head as triton_head
-from pear_kernels.triton import rows, tiles
-from pear_kernels.triton import weights as triton_weights
-from pear_kernels.triton.product import exp_product
 
 SCALE = torch.tensor([0.5, 2.0, 7.0, 0.8, 0.0], device=DEVICE)
 REDUCTION = {"token": "mean", "block": "sum", "sequence": "sequence_mean"}

@@ -17,7 +17,7 @@ from kernel_problems import (
 )  # fmt: skip
 from problems import gradients, relative_error
 
-from pear_kernels.triton import tiles
+from pear_kernels.backends.triton import tiles
 
 LENGTHS = (9, 1, 0, 13, 5)
 RIGHT = (True, False, True, False, True)

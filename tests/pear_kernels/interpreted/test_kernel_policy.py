@@ -5,9 +5,10 @@ import torch
 from kernel_problems import DEVICE, HEADS, PRODUCTS, TOLERANCE, chunk_bytes, naive, on_device
 from problems import gradients, make_policy_problem, relative_error
 
-from pear_kernels.engine import Walk
-from pear_kernels.policy import OBJECTIVES, POLICY_STATS
-from pear_kernels.triton import tiles
+from pear_kernels.backends.triton import tiles
+from pear_kernels.engine.walk import Walk
+from pear_kernels.objectives.policy import POLICY_STATS
+from pear_kernels.options import OBJECTIVES
 
 OPTIONS = dict(clip_low=0.1, clip_high=0.15)  # a sequence's ratio leaves these too
 

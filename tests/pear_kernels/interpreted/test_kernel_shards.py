@@ -10,8 +10,8 @@ from kernel_problems import DEVICE, PRODUCTS, TOLERANCE, Head
 from problems import make_policy_problem, make_problem, relative_error
 from shard_cases import Case, answer, attempt, extreme
 
-from pear_kernels.triton import tiles
-from pear_kernels.triton.dense import DenseHead
+from pear_kernels.backends.triton import tiles
+from pear_kernels.backends.triton.logits_head import LogitsHead
 
 V, R = 75, 21
 ROWS = [slice(0, 48), slice(48, 75)]  # of each rank
@@ -43,7 +43,7 @@ def test_a_softmax_of_a_ranks_columns_and_the_target(rows, height, product, monk
     log_p = parts(logits, target, rows)
     here = (target >= rows.start) & (target < rows.stop)
     own_target, logit = (target - rows.start).where(here, -1), logits.gather(1, target[:, None])[:, 0]
-    head = (DenseHead if product == "dense" else Head)(weight[rows], bias[rows], 1.0, None, torch.float32)
+    head = (LogitsHead if product == "dense" else Head)(weight[rows], bias[rows], 1.0, None, torch.float32)
     head.reserve(R, True)
     torch.testing.assert_close(
         head.target_logits(x, own_target.clamp(min=0)).where(here, logit), logit, rtol=1e-12, atol=1e-12

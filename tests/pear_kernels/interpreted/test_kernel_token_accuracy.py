@@ -6,7 +6,7 @@ from accuracy import expected, hit_and_miss
 from kernel_problems import DEVICE, PRODUCTS, on_device
 
 from pear_kernels import linear_weighted_loss
-from pear_kernels.triton import tiles
+from pear_kernels.backends.triton import tiles
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from kernel_problems import (
 )  # fmt: skip
 from problems import WeightedProblem, gradients, make_weighted_problem, relative_error
 
-from pear_kernels.engine import Walk
-from pear_kernels.triton import tiles
-from pear_kernels.weightings import WEIGHTED_STATS
+from pear_kernels.backends.triton import tiles
+from pear_kernels.engine.walk import Walk
+from pear_kernels.objectives.weighted import WEIGHTED_STATS
 
 NAMES = ["none", "dft", "iw-sft", "psft", "asft", "idft"]
 WEIGHTINGS = ["tensor", *NAMES]

@@ -1,4 +1,4 @@
-"""The scan kernel against pear_kernels.weights and pear_kernels.objectives, which the paper's formula checks."""
+"""The scan kernel against formulas.weights and objectives.pear, which the paper's formula checks."""
 
 import math
 
@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_problems import DEVICE, LEVELS
+from problems import pear_objective
 
-from pear_kernels import objectives, pear_weights
-from pear_kernels.packing import pack_tokens
-from pear_kernels.triton import weights as triton_weights
-from pear_kernels.weights import PEAROptions
+from pear_kernels import pear_weights
+from pear_kernels.backends.triton import weights as triton_weights
+from pear_kernels.engine.packing import pack_tokens
+from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.objectives import pear as objectives
+from pear_kernels.options import PEAROptions
 
 LONG = 3 * triton_weights.BLOCK + 7  # more than a program takes at a time
 
@@ -30,16 +33,16 @@ def sequences(lengths, valid=None, static=False):
 
 
 def both(pack, options, logprobs, behavior, chunks=None, **scales):
-    """The two PEARObjectives after the same walk: [(loss, weights, stats), log-weights, coefficients] of each."""
+    """The two backends' objectives after the same walk: [(loss, weights, stats), log-weights, coefficients] of each."""
     arguments = {"reduction": "mean", "denominator": None, "sequence_scale": None, **scales}
     results = []
-    for objective_class in (triton_weights.PEARObjective, objectives.PEARObjective):
-        objective = objective_class(behavior, pack, options, **arguments)
+    for made in (triton_weights.PEARWeights, PEARWeights):
+        objective = pear_objective(behavior, pack, options, **arguments, weights=made)
         for begin, end in chunks or [(0, pack.tokens)]:
             objective.observe(begin, end, logprobs[begin:end])
         coefficients = objective.coefficients(0, pack.tokens).clone()
         finished = objective.finish(logprobs)
-        results.append([*finished, objective.walk.log_weights(0, pack.tokens), coefficients])
+        results.append([*finished, objective.weights.log_weights(0, pack.tokens), coefficients])
     return results
 
 
@@ -69,7 +72,9 @@ def test_random_packs(pack, static, level, block_size, gamma, ratio_clip, weight
     compact = sequences([len(sequence) for sequence in pack], valid, static)
     n = compact.tokens
     logprobs, behavior = random_logprobs(n, seed)
-    options = PEAROptions(level, block_size, gamma, ratio_clip, weight_clip)
+    options = PEAROptions(
+        level=level, block_size=block_size, gamma=gamma, log_ratio_clip=ratio_clip, log_weight_clip=weight_clip
+    )
     edges = sorted({0, n, *(cut for cut in cuts if cut < n)})
     chunks = list(zip(edges[:-1], edges[1:], strict=True))[::-1]
     scale = torch.linspace(-1, 2, len(pack), dtype=torch.float64, device=DEVICE)
@@ -92,7 +97,9 @@ def test_sums_are_carried_from_block_to_block_and_from_chunk_to_chunk(level, chu
     pack = sequences(lengths)
     n = pack.tokens
     logprobs, behavior = random_logprobs(n)
-    options = PEAROptions(level, 5, 0.99, (-0.2, 0.2), (-40.0, 40.0))
+    options = PEAROptions(
+        level=level, block_size=5, gamma=0.99, log_ratio_clip=(-0.2, 0.2), log_weight_clip=(-40.0, 40.0)
+    )
     edges = [*range(0, n, chunk), n]
     found, expected = both(pack, options, logprobs, behavior, list(zip(edges[:-1], edges[1:], strict=True))[::-1])
     assert_same(found, expected)
@@ -119,7 +126,7 @@ def test_against_sums_that_are_exact(level, block_size):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_one_token_none_and_only_empty_sequences(level):
-    options = PEAROptions(level)
+    options = PEAROptions(level=level)
     for lengths in ((1,), (0, 1, 0), (0, 0), (1, 1, 1)):
         pack = sequences(lengths)
         logprobs, behavior = random_logprobs(pack.tokens)
@@ -135,7 +142,7 @@ def test_nan_stays_in_its_sequence(level):
     pack = sequences(lengths)
     logprobs, behavior = random_logprobs(140)
     logprobs[60] = math.nan
-    options = PEAROptions(level, 4)
+    options = PEAROptions(level=level)
     found, expected = both(pack, options, logprobs, behavior, [(100, 140), (45, 100), (0, 45)])
     assert_same(found[1], expected[1])
     assert_same(found[3:], expected[3:])
@@ -149,7 +156,7 @@ def test_statistics_on_the_edges_of_their_clips():
     pack = sequences((4, 3))
     ratio = torch.tensor([-0.25, -0.5, 0.5, 0.25, 0.75, 0.5, -0.75], dtype=torch.float64, device=DEVICE)
     logprobs = torch.full_like(ratio, -2.0)
-    options = PEAROptions("token", 1, 1.0, (-0.5, 0.5), (-0.5, 0.25))
+    options = PEAROptions(block_size=1, gamma=1.0, log_ratio_clip=(-0.5, 0.5), log_weight_clip=(-0.5, 0.25))
     found, expected = both(pack, options, logprobs, logprobs - ratio)
     assert_same(found, expected)
     # log G: 0.25 0.75 0.25 0 | 0 -0.5 0
@@ -164,13 +171,13 @@ def test_tokens_are_counted_once():
     pack = sequences((9, 20))
     logprobs, behavior = random_logprobs(29)
     for level in LEVELS:
-        objective = triton_weights.PEARObjective(behavior, pack, PEAROptions(level), "mean", None, None)
+        objective = pear_objective(behavior, pack, PEAROptions(level=level), "mean", weights=triton_weights.PEARWeights)
         for begin, end in [(20, 29), (9, 20), (0, 9)]:
             objective.observe(begin, end, logprobs[begin:end])
             if level != "sequence":
                 objective.coefficients(begin, end)
         objective.coefficients(9, 29)
-        objective.walk.weights(0, 29)
+        objective.weights.weights(0, 29)
         stats = objective.finish(logprobs)[2]
         assert stats[0].item() == pytest.approx(-logprobs.mean().item(), rel=1e-12)
         assert torch.equal(objective.finish(logprobs)[2], stats)

@@ -1,0 +1,149 @@
+"""The operations of a `LogitsWalk` on an NVIDIA GPU: products by cuBLAS, and kernels over rows between them.
+
+`pear_kernels.backends.torch.logits_head` explains the arithmetic; `triton/divergence.py` has the kernels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels.backends.triton import head
+from pear_kernels.backends.triton.divergence import gradient_rows, log_softmax_rows, score_rows
+from pear_kernels.backends.triton.head import ROW_BLOCK
+from pear_kernels.backends.triton.launch import launch
+from pear_kernels.engine.head import Scores, TeacherRows, triton_row_bytes
+from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
+from pear_kernels.options import DIVERGENCES, DivergenceOptions
+
+# Of a row's gradient below its coefficients: for float16, whose small numbers lose digits below 6e-5, and which still
+# has room for the largest that p (log(p / q) - KL) can be, a quarter of MIN_LOG
+HEADROOM = 1 / 16
+
+
+class _Rows(NamedTuple):
+    """Of a chunk whose raw logits are in the workspace."""
+
+    target: Tensor  # (R,)
+    sums: Tensor  # (10, R) float64, score_rows' out
+    entropy: Tensor | None  # (R,) float64
+    teacher: TeacherRows | None
+    buckets: Buckets | None
+
+
+class LogitsHead(head.Head):
+    """`triton.head.Head` for gradients that are no row scale times E."""
+
+    def row_bytes(self, gradient: bool) -> int:
+        """Of float32 logits, and what a gradient takes beside, always: one chunk size for both."""
+        itemsize = self.compute_dtype.itemsize
+        return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=True, plain=True)
+
+    def reserve(self, rows: int, gradient: bool) -> None:
+        device = self.weight.device
+        self.workspace = torch.empty(rows, self.padded, dtype=self.dtype, device=device)
+        if gradient:
+            self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
+            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
+
+    def scores(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        entropy: bool = False,
+        teacher: TeacherRows | None = None,
+        logit: Tensor | None = None,
+    ) -> Scores:
+        R = len(x)
+        target_logit = self.target_logits(x, target) if logit is None else logit
+        logits, _ = self._logits(x)
+        known = teacher is not None and teacher.ids is not None
+        if known:
+            ids_logits = self._activate(logits.gather(1, teacher.ids), teacher.ids)
+            logits.scatter_(1, teacher.ids, -torch.inf)
+        sums = torch.empty(10, R, dtype=torch.float64, device=x.device)
+        entropies = torch.empty_like(target_logit) if entropy else None
+        log_q = None if teacher is None else teacher.log_q
+        launch(
+            score_rows, (R,),
+            logits, logits.stride(0), self.bias, target, target_logit, log_q, 0 if log_q is None else log_q.stride(0),
+            sums, entropies, R, self.vocabulary, *self._numbers(teacher), **self._constants(teacher),
+            BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        if not known:
+            divergence = None if teacher is None else sums[7]
+            top1 = sums[9] == target
+            if logit is not None:  # of a shard: a target elsewhere has no logit among these
+                top1 = torch.where(target < 0, target_logit > sums[1], top1)
+            return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None), top1)
+        buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
+        top1 = is_first_of_both(teacher.ids, ids_logits, sums[1], sums[9], target)
+        return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets), top1)
+
+    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
+        sums = scores.rows.sums
+        sums[0], sums[4] = logprobs, logit - sums[1] - logprobs  # log p of the target, and log_z
+        return Scores(logprobs, entropy, None, scores.rows._replace(entropy=entropy), top1)
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        target, sums, entropies, teacher, buckets = scores.rows
+        R = len(target)
+        logits, dz = self._views(R)
+        zero = torch.zeros_like(scores.logprobs)
+        given = [zero if factor is None else factor.double() for factor in (nll, entropy, divergence)]
+        size = sum(factor.abs() for factor in given) * HEADROOM
+        unit = torch.where(size > 0, size, 1.0)
+        if buckets is None:
+            factors = torch.stack(given) / unit
+        else:
+            *factors, of_ids = buckets.gradient(given[0], given[2])
+            factors = torch.stack(factors) / unit
+        log_q = None if teacher is None else teacher.log_q
+        launch(
+            gradient_rows, (R,),
+            logits, dz, logits.stride(0), dz.stride(0), self.bias, target, log_q,
+            0 if log_q is None else log_q.stride(0), sums, entropies if buckets is None else None, factors,
+            R, self.vocabulary, *self._numbers(teacher), **self._constants(teacher), BUCKETS=buckets is not None,
+            BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        if buckets is not None:
+            of_ids = of_ids / unit[:, None]
+            if self.activation["SOFTCAP"]:
+                logit = buckets.ids_logits + sums[1][:, None]
+                of_ids = of_ids * (1 - (logit / (self.softcap * self.inverse_temperature)).square())
+            dz.scatter_(1, teacher.ids, of_ids.to(dz.dtype))
+        return dz, size * self.inverse_temperature
+
+    def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
+        logits, _ = self._logits(x)
+        launch(
+            log_softmax_rows, (len(x),),
+            logits, logits.stride(0), self.bias, self.vocabulary, self.softcap, self.inverse_temperature,
+            1.0 / temperature, **self.activation, BLOCK_V=ROW_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return logits
+
+    def _activate(self, raw: Tensor, ids: Tensor) -> Tensor:
+        """Logits (R, K) of some tokens, as kernels make them of raw ones."""
+        if self.bias is not None:
+            raw = raw + self.bias[ids].float()
+        if self.activation["SOFTCAP"]:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw * self.inverse_temperature
+
+    def _numbers(self, teacher: TeacherRows | None) -> tuple[float, ...]:
+        """What score_rows and gradient_rows take behind V."""
+        options = DivergenceOptions() if teacher is None else teacher.options
+        of_p = 1.0 - options.js_beta
+        shares = of_p, math.log(of_p), math.log(options.js_beta)
+        return self.softcap, self.inverse_temperature, 1.0 / options.distill_temperature, *shares
+
+    def _constants(self, teacher: TeacherRows | None) -> dict[str, object]:
+        options = DivergenceOptions() if teacher is None else teacher.options
+        # one code for all kinds where the kernels do not compute the divergence
+        kind = 0 if teacher is None or teacher.log_q is None else DIVERGENCES.index(options.divergence)
+        return {**self.activation, "SOFT": options.distill_temperature != 1.0, "KIND": kind}

@@ -1,0 +1,132 @@
+"""Which tokens count, where each stands in its response, and where the walk cuts them into chunks.
+
+Everything after this file works on the *compact* order: the tokens that count (target is not `ignore_index`), sequence
+after sequence, without prompt, padding or anything else that is ignored. That is why padding, prompts and the
+neighbours in a pack cannot change a result, and why ignored tokens never reach a matrix product.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROW_MULTIPLE = 128  # chunks are a multiple of this many rows, which suits every matrix unit
+
+
+class Pack(NamedTuple):
+    """The tokens that count, in order. `start[i] <= i < stop[i]` are the compact bounds of token i's sequence.
+
+    A *static* pack has as many rows as the caller has tokens, whatever `valid` holds, so that making it and walking it
+    ask the device nothing: after the tokens that count come the ignored ones as ghosts. A ghost is a sequence of its
+    own, and whatever is taken for it, or unpacked from it, is 0.
+    """
+
+    index: Tensor  # (n,) int64, where each token stands in the caller's flat (N,) tensors
+    sequence: Tensor  # (n,) int64, which sequence it belongs to
+    start: Tensor  # (n,) int64, compact index of the first token of its sequence
+    stop: Tensor  # (n,) int64, one past the last token of its sequence
+    lengths: Tensor  # (S,) int64, tokens that count in each sequence
+    counts: Tensor | None = None  # (n,) bool, False at ghosts; None where there are none: the pack is not static
+
+    @property
+    def tokens(self) -> int:
+        """n, the rows of the pack, ghosts included."""
+        return self.index.numel()
+
+    @property
+    def counted(self) -> int | Tensor:
+        """How many tokens count; in a static pack () int64, which only the device knows."""
+        return self.tokens if self.counts is None else self.counts.sum()
+
+    def take(self, values: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows [begin, end) in compact order of the caller's `values` (N, ...); a view where that is their order."""
+        if self.counts is not None:
+            counts = self.counts[begin:end].view(-1, *[1] * (values.dim() - 1))
+            return values[self.index[begin:end]].masked_fill_(~counts, 0)  # not a product: a ghost may hold NaN
+        return values[begin:end] if self.tokens == len(values) else values[self.index[begin:end]]
+
+    def zero_ghosts(self, compact: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """`compact` (end - begin,), values of these rows, with 0 for ghosts."""
+        return compact if self.counts is None else compact.masked_fill(~self.counts[begin:end], 0)
+
+
+def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, tokens: int | None = None) -> Pack:
+    """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,).
+
+    To list the tokens that count, the host waits for their number once: it saves the ignored ones' products. A `static`
+    pack waits for nothing and drops nothing; None: static while a CUDA graph is captured, where waiting is an error.
+    """
+    size = valid.numel()
+    before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
+    edges = before[cu_seqlens.long()]  # (S+1,): the sequences' bounds in compact order
+    counts = None
+    if capturing() if static is None else static:
+        token = torch.arange(size, device=valid.device)
+        place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts behind the last that counts
+        index = torch.empty_like(token).scatter_(0, place, token)
+        counts = token < before[-1]
+    else:
+        index = (valid.nonzero() if tokens is None else valid.nonzero_static(size=tokens)).squeeze(1)
+    sequence = torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True)
+    start, stop = edges[sequence], edges[sequence + 1]
+    if counts is not None:
+        start, stop = torch.where(counts, start, token), torch.where(counts, stop, token + 1)
+    return Pack(index, sequence, start, stop, edges.diff(), counts)
+
+
+def capturing() -> bool:
+    """Whether the current CUDA stream records a graph, so that nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def unpack(compact: Tensor, pack: Pack, size: int) -> Tensor:
+    """(n,) in compact order -> (size,) in the caller's order, 0 at the tokens that do not count."""
+    return compact.new_zeros(size).index_copy_(0, pack.index, pack.zero_ghosts(compact))
+
+
+def chunk_rows(workspace_bytes: int, bytes_per_row: int) -> int:
+    """Most rows a workspace of that many bytes holds: a multiple of 128 wherever 128 fit, and at least 1."""
+    rows = max(1, workspace_bytes // bytes_per_row)
+    return rows - rows % ROW_MULTIPLE if rows >= ROW_MULTIPLE else rows
+
+
+def cut(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
+    """[begin, end) in chunks of at most `rows`, nearly equal, so that no product runs on a sliver at the tail."""
+    if end == begin:
+        return []
+    pieces = -(-(end - begin) // rows)
+    size = -(-(end - begin) // pieces)
+    if size > ROW_MULTIPLE:
+        size += -size % ROW_MULTIPLE
+        size = min(size, rows)
+    return [(left, min(left + size, end)) for left in range(begin, end, size)]
+
+
+def cut_at_sequences(
+    lengths: Sequence[int], rows: int, coupled: Sequence[bool] | None = None
+) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+    """For weights that need their whole sequence: chunks of whole sequences, and the sequences longer than a chunk.
+
+    Returns `(whole, long)`: `whole` are chunks [begin, end) that end where sequences end; each entry of `long` is the
+    list of chunks of one sequence of more than `rows` tokens. A long one that is not coupled (by
+    `coupled`, one flag per sequence) has its chunks in `whole`.
+    """
+    whole: list[tuple[int, int]] = []
+    long: list[list[tuple[int, int]]] = []
+    begin = end = 0  # the open chunk
+    for i, length in enumerate(lengths):
+        if end + length - begin > rows:
+            if end > begin:
+                whole.append((begin, end))
+            begin = end
+        end += length
+        if length > rows:
+            if coupled is None or coupled[i]:
+                long.append(cut(begin, end, rows))
+            else:
+                whole += cut(begin, end, rows)
+            begin = end
+    if end > begin:
+        whole.append((begin, end))
+    return whole, long

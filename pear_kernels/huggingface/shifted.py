@@ -1,0 +1,78 @@
+"""From what models are called with, where row t is about token t, to the losses, where it is about token t + 1."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_kernels.losses import LossOutput, linear_distill_loss, linear_pear_loss, linear_weighted_loss
+from pear_kernels.objectives.teachers import TopKTeacher
+
+IGNORE = -100
+TOP_K = ("top_k_ids", "top_k_logprobs")
+
+
+def first_tokens_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
+    """Labels (B, T) with `ignore_index` where no earlier token of the same sequence can predict them."""
+    labels = torch.nn.functional.pad(labels, (0, 1))  # an empty sequence at the end of a pack begins at T
+    labels[:, 0] = ignore_index
+    if cu_seqlens is not None:
+        labels[0, cu_seqlens[:-1].long().clamp(0, labels.shape[1] - 1)] = ignore_index
+    return labels[:, :-1].contiguous()
+
+
+def first_flags(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,) or (S,): the flag (B, T) at the first token of each sequence; that of an empty one means nothing."""
+    if cu_seqlens is None:
+        return flags[:, 0]
+    return flags[0, cu_seqlens[:-1].long().clamp(0, flags.shape[1] - 1)]
+
+
+def shift_left(x: Tensor, fill: float) -> Tensor:
+    """(B, T) or (B, T, K): what stands at t + 1, to meet the hidden state at t that predicts it."""
+    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], dim=1)
+
+
+def shift_right(x: Tensor) -> Tensor:
+    """(B, T) or (B, T, K): back from the position that predicts to the token that is predicted."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def supervised_loss(
+    hidden: Tensor,  # (B, T, D), or (1, T, D) with cu_seqlens
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (B, T), shifted
+    columns: dict[str, Tensor],  # (B, T) or (B, T, K), shifted
+    cu_seqlens: Tensor | None,  # (S+1,)
+    options: dict[str, Any],
+) -> LossOutput:
+    """The loss that the keys of `options` speak of, in target's shape; of `columns`, top-k log-probs are a teacher."""
+    columns, options = dict(columns), dict(options)
+    if cu_seqlens is not None:
+        hidden, target = hidden[0], target[0]
+        columns = {name: column[0] for name, column in columns.items()}
+        options["cu_seqlens"] = cu_seqlens.to(weight.device)
+        for name in ("teacher", "reference"):
+            if (held := options.get(name)) is not None:
+                options[name] = held._replace(hidden=held.hidden[0])
+    if TOP_K[0] in columns:
+        options["teacher"] = TopKTeacher(*(columns.pop(name) for name in TOP_K))
+    loss = linear_pear_loss
+    if "weighting" in options:
+        loss = linear_weighted_loss
+    elif "divergence" in options:
+        loss = linear_distill_loss
+    output = loss(hidden, weight, target=target, bias=bias, **columns, **options)
+    if cu_seqlens is not None:
+        output = output._replace(logprobs=output.logprobs[None], weights=output.weights[None])
+    return output
+
+
+def bounds(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """(S+1,) of a row (1, T) whose positions begin anew where a sequence does; None of other shapes, and
+    on the meta device, where there are no values to read."""
+    if position_ids is None or position_ids.shape != shape or shape[0] != 1 or position_ids.is_meta:
+        return None
+    starts = (position_ids[0].diff() != 1).nonzero()[:, 0] + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), shape[1])])

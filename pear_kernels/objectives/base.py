@@ -1,0 +1,124 @@
+"""What all losses share: how the custom op makes one (`Loss`, `Problem`), its divisor, and statistics over tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels.engine.head import LogitsHead
+from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
+from pear_kernels.engine.packing import Pack
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.formulas import blocks
+from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.options import CallOptions, Options, Reduction
+
+OF_ALL = (  # statistics that every loss adds: means over the tokens that count (with labels, over the right ones)
+    "token_accuracy",  # share of tokens that no other token is likelier than
+    "entropy",  # of the distribution over the vocabulary, in nats; only where it was asked for
+)
+
+
+class Problem(NamedTuple):
+    """One call of a loss: what its objective is made of."""
+
+    pack: Pack
+    options: dict[type[Options], Any]  # by their classes
+    columns: dict[str, Tensor]  # the caller's tensors by name, flat: (N,), (S,), (S+1,) or (); only those given
+    weights: Callable[..., PEARWeights]  # the class of the call's backend
+    dtype: torch.dtype  # of results: float32, or float64 for float64 inputs
+
+    def take(self, name: str) -> Tensor | None:
+        """(n,) the column of that name in compact order; None where it was not given."""
+        return self.pack.take(self.columns[name]) if name in self.columns else None
+
+    @property
+    def denominator(self) -> Tensor | float | None:
+        """() or a number: what replaces the divisor; None for nothing."""
+        return self.columns.get("denominator", self.options[CallOptions].denominator)
+
+    def scale(self) -> Tensor:
+        """(n,) float64: what multiplies each token's weighted loss."""
+        reduction = self.options[Reduction].reduction
+        return token_scale(self.pack, reduction, self.denominator, self.columns.get("sequence_scale"))
+
+
+class Loss:
+    """How the custom op makes a loss. One object of a subclass for each loss, in `objectives.LOSSES`."""
+
+    logprobs: tuple[str, ...] = ()  # columns whose values must be log-probs
+
+    def stats(self, given: Sequence[str]) -> tuple[str, ...]:
+        """Names of the statistics of a call with these columns, in order; the op appends `OF_ALL`."""
+        raise NotImplementedError
+
+    def check_values(self, columns: dict[str, Tensor], valid: Tensor, vocabulary: int) -> None:
+        """Checks of values of this loss's own columns; `valid` (N,) bool says which tokens count."""
+
+    def objective(self, problem: Problem, on_logits: bool) -> Objective:
+        """The objective of one call, which runs `on_logits` (by `needs_logits`) or on E."""
+        raise NotImplementedError
+
+    def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
+        """Whether the objective is made of the tokens' entropies."""
+        return False
+
+    def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
+        """Whether the call runs as a `LogitsWalk`: its gradient in the logits is no per-row scalar times E."""
+        return False
+
+    def teacher(self, problem: Problem, student: LogitsHead) -> TeacherSource | None:
+        """What a `LogitsWalk` compares the head with."""
+        return None
+
+
+class FixedCoefficients(Objective):
+    """Coefficients known beforehand: the backward pass of `linear_logprobs`; or none, where nothing has a gradient."""
+
+    def __init__(self, *coefficients: Tensor | None):  # (n,) each: one, or the fields of `Coefficients`
+        self.known = coefficients
+
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
+        """Nothing depends on them."""
+
+    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients | None:
+        parts = [None if part is None else part[begin:end] for part in self.known]
+        return parts[0] if len(parts) == 1 else Coefficients(*parts)
+
+
+def block_ids_of(problem: Problem) -> Tensor | None:
+    """(n,) the caller's block ids in compact order, after a check of their values; None without any."""
+    return blocks.checked_ids(problem.pack, problem.columns.get("block_ids"))
+
+
+def token_scale(
+    pack: Pack, reduction: str | None, denominator: Tensor | float | None, sequence_scale: Tensor | None
+) -> Tensor:
+    """(n,) float64: what multiplies each token's weighted loss.
+
+    The divisor is the number of tokens ("mean"), 1 ("sum"), or, on top of each token's own 1 / T_s, the number of
+    sequences with a token that counts ("sequence_mean"). `denominator` replaces it.
+    """
+    scale = torch.ones(pack.tokens, dtype=torch.float64, device=pack.index.device)
+    if reduction == "sequence_mean":
+        scale = scale / (pack.stop - pack.start)
+    if sequence_scale is not None:
+        scale = scale * sequence_scale[pack.sequence]
+    divisor: Tensor | float = 1
+    if denominator is not None:
+        divisor = denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
+    elif reduction == "mean":
+        divisor = at_least_one(pack.counted)
+    elif reduction == "sequence_mean":
+        divisor = (pack.lengths > 0).sum().clamp(min=1)
+    return pack.zero_ghosts(scale / divisor)
+
+
+def effective_sample_size(total: Tensor, squares: Tensor, tokens: int | Tensor) -> Tensor:
+    """(): (sum w)^2 / (n sum w^2), the share of n tokens that carry the gradient; 0 without weights."""
+    return total.square() / (tokens * squares).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,0 +1,79 @@
+"""Teachers: what the caller passes, and what the engine takes its distribution from, chunk by chunk."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels.engine.head import LogitsHead, TeacherRows
+from pear_kernels.engine.packing import Pack
+from pear_kernels.objectives.base import Problem
+from pear_kernels.options import DivergenceOptions, TeacherOptions
+
+
+class Teacher(NamedTuple):
+    """A teacher in memory: its hidden states before its own LM head. It gets no gradient."""
+
+    hidden: Tensor  # (N, D') or (B, T, D'), of any D' and floating-point dtype
+    weight: Tensor  # (V, D'), the student's vocabulary
+    bias: Tensor | None = None  # (V,)
+    temperature: float = 1.0  # of its own head: divides its logits
+    softcap: float | None = None  # of its own head: bounds them
+
+
+class TopKTeacher(NamedTuple):
+    """An offline teacher: its K most likely tokens at each position. The rest of the vocabulary is one outcome."""
+
+    ids: Tensor  # (N, K) or (B, T, K), int64 or int32
+    logprobs: Tensor  # like ids, float32 or float64, descending, at the divergence's temperature
+
+
+class LoadedTeacher:
+    """`TeacherSource` of a `Teacher`: its logits are made beside ours, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: LogitsHead, pack: Pack, options: DivergenceOptions):
+        self.hidden, self.head, self.pack, self.options = hidden, head, pack, options
+
+    def row_bytes(self) -> int:
+        return self.head.row_bytes(True)
+
+    def reserve(self, rows: int) -> None:
+        self.head.reserve(rows, True)
+
+    def rows(self, begin: int, end: int) -> TeacherRows:
+        x = self.head.as_operand(self.pack.take(self.hidden, begin, end))
+        return TeacherRows(self.options, self.head.log_softmax(x, self.options.distill_temperature))
+
+
+class OfflineTeacher:
+    """`TeacherSource` of a `TopKTeacher`."""
+
+    def __init__(self, ids: Tensor, logprobs: Tensor, pack: Pack, options: DivergenceOptions):
+        self.ids, self.logprobs, self.pack, self.options = ids, logprobs, pack, options
+
+    def row_bytes(self) -> int:
+        return 64 * self.ids.shape[1]  # eight numbers a token and outcome
+
+    def reserve(self, rows: int) -> None:
+        """What a chunk takes is made with it."""
+
+    def rows(self, begin: int, end: int) -> TeacherRows:
+        ids = self.pack.take(self.ids, begin, end).long()
+        if self.pack.counts is not None:  # a ghost's are 0, and ids must be distinct
+            ghost = ~self.pack.counts[begin:end, None]
+            ids = torch.where(ghost, torch.arange(ids.shape[1], device=ids.device), ids)
+        given = self.pack.take(self.logprobs, begin, end)
+        top = given.double()
+        # no less than the log-probs' own rounding: 0 would make a reverse KL infinite where they only sum up to 1
+        rest = (1 - top.exp().sum(1)).clamp(min=torch.finfo(given.dtype).eps)
+        return TeacherRows(self.options, None, ids, top, rest)
+
+
+def loaded_teacher(problem: Problem, student: LogitsHead, options: DivergenceOptions) -> LoadedTeacher:
+    """The teacher in memory of a call, on the student's backend, with a head as exact as the student's."""
+    columns, own = problem.columns, problem.options[TeacherOptions]
+    hidden = columns["teacher_hidden"]
+    dtype = torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
+    dtype = torch.float64 if student.dtype == torch.float64 else dtype
+    head = type(student)(columns["teacher_weight"], columns.get("teacher_bias"), own.temperature, own.softcap, dtype)
+    return LoadedTeacher(hidden, head, problem.pack, options)

@@ -1,0 +1,37 @@
+"""What each backend is made of. The only place that loads the Triton kernels, when a call first runs on them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels.backends.choice import resolve
+from pear_kernels.backends.torch.head import Head
+from pear_kernels.backends.torch.logits_head import LogitsHead
+from pear_kernels.formulas.weights import PEARWeights
+
+
+class Backend(NamedTuple):
+    """The classes of one backend; tensors lie on one device."""
+
+    head: type  # `engine.head.Head`
+    logits_head: type  # `engine.head.LogitsHead`
+    weights: type[PEARWeights]
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a call whose products run in `dtype` on `device`; see `backends.choice.resolve`."""
+    if resolve(backend, device, dtype) == "torch":
+        return Backend(Head, LogitsHead, PEARWeights)
+    from pear_kernels.backends.triton import head, logits_head, weights
+
+    return Backend(head.Head, logits_head.LogitsHead, weights.PEARWeights)
+
+
+def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
+    """gradient * upstream on a GPU, in one pass: a gradient of another dtype than the tensor it belongs to."""
+    if gradient.is_contiguous() and resolve(backend, gradient.device, gradient.dtype) == "triton":
+        from pear_kernels.backends.triton.head import scale_and_round as by_kernel
+
+        return by_kernel(gradient, upstream, dtype)
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))

@@ -1,0 +1,164 @@
+"""The custom op of all losses: what autograd and `torch.compile` see of the engine, with its shapes and gradients."""
+
+import torch
+from torch import Tensor
+
+from pear_kernels import checks
+from pear_kernels.engine.memory import explain_out_of_memory
+from pear_kernels.engine.packing import Pack, pack_tokens, unpack
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.formulas.blocks import carrying
+from pear_kernels.objectives import LOSSES, Loss
+from pear_kernels.objectives.base import OF_ALL, Problem
+from pear_kernels.ops import backends
+from pear_kernels.ops.arguments import forbid_double_backward, parse
+from pear_kernels.options import CallOptions, HeadOptions
+from pear_kernels.sharding import meet, sharded, whole_vocabulary
+
+
+@torch.library.custom_op("pear_kernels::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D), or (V_r, D) with a group
+    bias: Tensor | None,  # (V,) or (V_r,)
+    target: Tensor,  # (N,)
+    columns: list[Tensor],  # (N,), (S,), (S+1,) or (), by their names in spec
+    numbers: Tensor,  # (k,) float64 on the CPU
+    spec: str,  # `arguments.Spec`
+    group: str | None,  # name of the process group whose ranks share the vocabulary
+    wanted: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted."""
+    given = parse(spec)
+    options, named, loss = given.decode(numbers), dict(zip(given.columns, columns, strict=True)), LOSSES[given.name]
+    own, gradients = options[HeadOptions], Wanted(*wanted)
+    shard = meet(group, hidden, weight, target, wanted, own.workspace_bytes)
+    pack = checked_pack(
+        loss, named, target, whole_vocabulary(weight, shard), own.ignore_index, options[CallOptions].valid_tokens
+    )
+    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
+    problem = Problem(pack, options, named, backend.weights, given.dtype)
+    on_logits = loss.needs_logits(problem, gradients)
+    make_head = backend.logits_head if on_logits else backend.head
+    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
+    head = sharded(own_head, shard, own.temperature, own.softcap)
+    objective = loss.objective(problem, on_logits)
+    with explain_out_of_memory(given.name, hidden, head, gradients, own.workspace_bytes):
+        entropy = given.return_entropy or loss.needs_entropy(options)
+        arguments = hidden, head, target, pack, gradients, own.workspace_bytes
+        if on_logits:
+            walk: Walk = LogitsWalk(*arguments, teacher=loss.teacher(problem, own_head), entropy=entropy)
+        else:
+            walk = Walk(*arguments, entropy=entropy)
+        walk.run(objective)
+    found = objective.finish(walk.logprobs, walk.entropy, walk.divergence)
+    stats = torch.cat([found[2], means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
+    size, grads = target.numel(), walk.grads
+    # never a view, to which a caller could add nothing in place
+    results = found[0].clone(), unpack(walk.logprobs, pack, size), unpack(found[1], pack, size), stats
+    one, two, three, four = (result.to(head.dtype) for result in results)
+    return one, two, three, four, grads.hidden, grads.weight, grads.bias
+
+
+def checked_pack(
+    loss: Loss,
+    columns: dict[str, Tensor],
+    target: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    valid_tokens: int | None,
+) -> Pack:
+    """The tokens that count, after checks of all values."""
+    valid = target != ignore_index
+    checks.check_cu_seqlens(columns["cu_seqlens"], target.numel())
+    checks.check_target(target, valid, vocabulary, ignore_index)
+    for name in loss.logprobs:
+        if name in columns:  # a log-prob of a token without a log-ratio is not checked
+            checks.check_logprobs(name, columns[name], carrying(valid, columns.get("block_ids")))
+    for name, check in (
+        ("sequence_scale", checks.check_sequence_scale),
+        ("denominator", checks.check_denominator),
+    ):
+        if name in columns:
+            check(columns[name])
+    loss.check_values(columns, valid, vocabulary)
+    return pack_tokens(valid, columns["cu_seqlens"], tokens=valid_tokens)
+
+
+def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tensor:
+    """(1 or 2,) float64 `OF_ALL`: means over the tokens that count, or over those `among` (n,) bool them."""
+    of_all = torch.stack([walk.top1, *([walk.entropy] if return_entropy else [])])  # (1 or 2, n)
+    counted = walk.pack.zero_ghosts(torch.ones_like(walk.logprobs))
+    counted = counted if among is None else counted * among
+    # a ghost's entropy may be anything
+    return torch.where(counted > 0, of_all, 0.0).sum(1) / counted.sum().clamp(min=1)
+
+
+@linear_loss.register_fake
+def _(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
+    given = parse(spec)
+    stats = len(LOSSES[given.name].stats(given.columns)) + len(OF_ALL) - (not given.return_entropy)
+    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    shapes = (), target.shape, target.shape, (stats,)
+    grads = hidden.shape, weight.shape, weight.shape[:1]
+    dtypes = hidden_dtype, given.dtype, given.dtype
+    return (
+        *(hidden.new_empty(shape, dtype=given.dtype) for shape in shapes),
+        *(
+            hidden.new_empty(shape if want else (0,), dtype=dtype)
+            for shape, dtype, want in zip(grads, dtypes, wanted, strict=True)
+        ),
+    )
+
+
+def save(ctx, inputs, output):
+    hidden, weight, bias, _, columns, _, spec, _, wanted = inputs
+    ctx.spec, ctx.wanted, ctx.columns = spec, wanted, len(columns)
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.shared = not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+
+
+def backward(ctx, upstream, *_):
+    """All gradients were made in the op; the backward pass scales them."""
+    given = parse(ctx.spec)
+    forbid_double_backward(given.name)
+    grads = [
+        scaled(gradient, upstream, dtype, given.backend, ctx.shared) if wanted and upstream is not None else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return *grads, None, [None] * ctx.columns, None, None, None, None
+
+
+linear_loss.register_autograd(backward, setup_context=save)
+
+
+def scaled(
+    gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str | None = None, shared: object = False
+) -> Tensor:
+    """gradient * upstream in the dtype of the tensor it belongs to, by kernels if the call's backend is not "torch".
+
+    In place where this backward pass is the graph's last, as autograd drops the saved gradient right after it: a copy
+    of dW would be the largest tensor of the whole pass. Not in place if the gradient is `shared` with a saved-tensor
+    hook, which may keep it, nor for a batch of upstream gradients (`is_grads_batched`).
+    """
+    plain = type(gradient) is Tensor and not torch.compiler.is_compiling() and not is_batch(upstream)
+    if plain and on_gpu(gradient) and gradient.dtype != dtype:
+        return backends.scale_and_round(gradient, upstream, dtype, backend)
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if not plain or shared or keep_graph():
+        return (gradient * upstream).to(dtype)
+    return gradient.mul_(upstream).to(dtype)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def is_batch(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, as upstream gradients do under `is_grads_batched` and vmap."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor)

@@ -1,0 +1,40 @@
+"""The custom op of `pear_weights`."""
+
+import torch
+from torch import Tensor
+
+from pear_kernels import checks
+from pear_kernels.engine.packing import pack_tokens, unpack
+from pear_kernels.formulas import blocks
+from pear_kernels.ops import backends
+from pear_kernels.ops.arguments import parse
+from pear_kernels.options import HeadOptions, PEAROptions
+
+
+@torch.library.custom_op("pear_kernels::pear_weights", mutates_args=())
+def pear_weights(
+    logprobs: Tensor,  # (N,)
+    mask: Tensor,  # (N,) bool
+    columns: list[Tensor],  # behavior_logprobs (N,), cu_seqlens (S+1,), and block_ids (N,) where given
+    numbers: Tensor,  # (k,) float64 on the CPU
+    spec: str,  # `arguments.Spec`
+) -> Tensor:
+    """(N,) weights in the dtype of `logprobs`."""
+    given = parse(spec)
+    options, named = given.decode(numbers), dict(zip(given.columns, columns, strict=True))
+    behavior, cu_seqlens, block_ids = (named.get(n) for n in ("behavior_logprobs", "cu_seqlens", "block_ids"))
+    checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
+    checks.check_logprobs("behavior_logprobs", behavior, blocks.carrying(mask, block_ids))
+    pack = pack_tokens(mask, cu_seqlens)
+    ids = blocks.checked_ids(pack, block_ids)
+    backend = backends.choose(options[HeadOptions].backend, logprobs.device, logprobs.dtype)
+    made = backend.weights(pack.take(behavior), pack, options[PEAROptions], ids)
+    made.observe(0, pack.tokens, pack.take(logprobs))
+    weights, scale = made.weights(0, pack.tokens), made.rescale()
+    weights = weights if scale is None else weights * scale
+    return unpack(weights, pack, logprobs.numel()).to(logprobs.dtype)
+
+
+@pear_weights.register_fake
+def _(logprobs, *_):
+    return logprobs.new_empty(logprobs.shape)
