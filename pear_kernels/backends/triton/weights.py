@@ -3,8 +3,8 @@
 `formulas.weights` has the formulas and explains them; tests hold the two together. One program goes through a chunk's
 tokens from right to left, a block at a time. Within a block the sums of the log-ratios are a segmented scan, which a
 sequence's last token starts anew. From block to block and from chunk to chunk, a sequence that goes on finds its sum so
-far in `suffix`. A NaN in one sequence stays there. Where blocks of response tokens are clipped as a whole, a scan of the
-same kind within those comes first.
+far in `suffix`. A NaN in one sequence stays there. Where blocks of response tokens are clipped as a whole, a scan of
+the same kind within those comes first.
 """
 
 import functools
