@@ -1,5 +1,7 @@
 """The custom op of all losses: what autograd and `torch.compile` see of the engine, with its shapes and gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,7 @@ from pear_kernels.options import CallOptions, HeadOptions
 from pear_kernels.sharding import meet, sharded, whole_vocabulary
 
 
-@torch.library.custom_op("pear_kernels::linear_loss", mutates_args=())
-def linear_loss(
+def compute(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D), or (V_r, D) with a group
     bias: Tensor | None,  # (V,) or (V_r,)
@@ -95,8 +96,18 @@ def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tens
     return torch.where(counted > 0, of_all, 0.0).sum(1) / counted.sum().clamp(min=1)
 
 
-@linear_loss.register_fake
-def _(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
+def fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    columns: list[Tensor],
+    numbers: Tensor,
+    spec: str,
+    group: str | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The shapes and dtypes of what `compute` returns."""
     given = parse(spec)
     stats = len(LOSSES[given.name].stats(given.columns)) + len(OF_ALL) - (not given.return_entropy)
     hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -112,28 +123,48 @@ def _(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
     )
 
 
-def save(ctx, inputs, output):
-    hidden, weight, bias, _, columns, _, spec, _, wanted = inputs
-    ctx.spec, ctx.wanted, ctx.columns = spec, wanted, len(columns)
-    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    ctx.shared = not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[4:])
+class LinearLoss(torch.autograd.Function):
+    """All gradients are made in the op; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, *_, spec, _, wanted = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            found = linear_loss.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        ctx.spec, ctx.wanted = spec, wanted
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        ctx.shared = not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True)
+        ctx.mark_non_differentiable(*found[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*found[4:])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        given = parse(ctx.spec)
+        forbid_double_backward(given.name)
+        grads = [
+            scaled(gradient, upstream, dtype, given.backend, ctx.shared) if wanted and upstream is not None else None
+            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        ]
+        return None, *grads, *[None] * 6
 
 
-def backward(ctx, upstream, *_):
-    """All gradients were made in the op; the backward pass scales them."""
-    given = parse(ctx.spec)
-    forbid_double_backward(given.name)
-    grads = [
-        scaled(gradient, upstream, dtype, given.backend, ctx.shared) if wanted and upstream is not None else None
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    ]
-    return *grads, None, [None] * ctx.columns, None, None, None, None
+def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:3]):
+        return LinearLoss.apply(keyset, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear_loss.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-linear_loss.register_autograd(backward, setup_context=save)
+# Not by torch.library.custom_op: its autograd flattens and unflattens a list of tensors in both passes, which takes as
+# long as all else of a call's way to `compute` (docs/engine.md has the figures). The columns have no gradient.
+library = torch.library.Library("pear_kernels", "FRAGMENT")
+library.define("linear_loss" + torch.library.infer_schema(compute, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+library.impl("linear_loss", compute, "CompositeExplicitAutograd")
+library.impl("linear_loss", autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("pear_kernels::linear_loss", fake, lib=library)
+linear_loss = torch.ops.pear_kernels.linear_loss.default
 
 
 def scaled(

@@ -28,7 +28,7 @@ from pear_kernels.engine import packing
 from pear_kernels.ops import backends
 from pear_kernels.ops import logprobs as logprobs_ops
 from pear_kernels.ops import loss as loss_op
-from pear_kernels.ops.loss import linear_loss
+from pear_kernels.ops.loss import compute, linear_loss
 from pear_kernels.ops.weights import pear_weights as pear_weights_op
 from pear_kernels.options import HeadOptions, LabelOptions, PEAROptions, Reduction
 
@@ -307,9 +307,7 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
                     "linear_pear_loss", {**columns, "denominator": divisor}, pear, LabelOptions(),
                     Reduction(reduction=reduction), head,
                 )  # fmt: skip
-            loss, *_, dx, dw, db = linear_loss._init_fn(
-                hidden, weight, bias, target, *arguments, None, [True, True, True]
-            )
+            loss, *_, dx, dw, db = compute(hidden, weight, bias, target, *arguments, None, [True, True, True])
             assert loss.is_meta and (dx.shape, dw.shape, db.shape) == (hidden.shape, weight.shape, bias.shape)
         with torch.device("cpu"):
             _, *of_logprobs = op_arguments("linear_logprobs", {}, head, return_entropy=True)

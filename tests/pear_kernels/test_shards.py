@@ -16,7 +16,7 @@ from shard_cases import SIZES, UPSTREAM, Case, V, answer, cases, everything
 from pear_kernels import linear_topk_logprobs
 from pear_kernels import sharding as shards
 from pear_kernels.engine import packing
-from pear_kernels.ops.loss import linear_loss
+from pear_kernels.ops.loss import compute
 from pear_kernels.options import HeadOptions, LabelOptions, PEAROptions, Reduction
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -207,7 +207,7 @@ def test_a_captured_call_reads_no_value(level, monkeypatch):
                 arguments = op_arguments(
                     "linear_pear_loss", columns, PEAROptions(level=level), LabelOptions(), Reduction(), head
                 )
-            return linear_loss._init_fn(hidden, weight, bias, target, *arguments, "a group", [True, True, True])
+            return compute(hidden, weight, bias, target, *arguments, "a group", [True, True, True])
 
         with pytest.raises(RuntimeError, match="sizes are not known yet: make the call once before it is captured"):
             call()
