@@ -152,5 +152,4 @@ def weights(options: PEAROptions, *, static: bool = False, block_ids: bool = Fal
     for begin in (ROWS, 0):
         walk.observe(begin, begin + ROWS, meta(ROWS, dtype=torch.float64))
         walk.weights(begin, begin + ROWS)
-    if walk.plain:
-        walk.count_all()
+    walk.sums(walk.logprobs, walk.weights(0, 2 * ROWS))
