@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pear_kernels.options import is_number, positive
 
@@ -41,15 +42,6 @@ def check_weighting(weights, weighting: str | None, weightings: Collection[str])
         raise ValueError(f"give one of weights and weighting, got {got}")
     if weighting is not None and weighting not in weightings:
         raise ValueError(f"weighting must be one of {', '.join(map(repr, weightings))}, got {weighting!r}")
-
-
-def check_denominator_kind(denominator: float | Tensor | None) -> None:
-    """One positive number, or a tensor of one; `check_denominator` checks the value of the latter."""
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
-    elif denominator is not None and not positive(denominator):
-        raise ValueError(f"denominator must be a positive number, got {denominator!r}")
 
 
 # ---- shapes and dtypes
@@ -116,9 +108,12 @@ def check_loss_arguments(
     check_cu_seqlens_kind(cu_seqlens, target.dim(), "hidden is (B, T, D)")
     if sequence_scale is not None:
         same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", sequence_count(target, cu_seqlens))
-    if not isinstance(denominator, Tensor):
-        denominator = None
-    same_device(hidden, **logprobs, cu_seqlens=cu_seqlens, sequence_scale=sequence_scale, denominator=denominator)
+    others = {**logprobs, "cu_seqlens": cu_seqlens, "sequence_scale": sequence_scale}
+    if isinstance(denominator, Tensor):  # a number is checked by `CallOptions`
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
+        others["denominator"] = denominator
+    same_device(hidden, **others)
 
 
 def sequence_count(target: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
@@ -475,3 +470,37 @@ def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor, vocabulary: int) -
         "teacher.logprobs must have a sum of probabilities of at most 1",
         lambda t: f"{logprobs[t].double().exp().sum().item()}",
     )
+
+
+# ---- what autograd may not ask
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Gradients are made in the forward pass, which a transform of torch.func would have to transform too.
+
+    Raises:
+        RuntimeError: naming the function and what to do.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return
+
+    def transformed(x: Tensor) -> bool:
+        return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+
+    if any(transformed(tensor) for tensor in tensors if tensor is not None):
+        raise RuntimeError(
+            f"{name} does not work under the transforms of torch.func (grad, vjp, jvp, vmap, jacrev, ...) and in "
+            "forward mode: take gradients by loss.backward() or torch.autograd.grad, and give a batch as (B, T) or "
+            "with cu_seqlens"
+        )
+
+
+def forbid_double_backward(name: str) -> None:
+    """Gradients are recorded inside a backward pass only under create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative: its gradients are made in the forward pass. Call backward without "
+            "create_graph=True, or use pear_kernels.reference for a double backward"
+        )

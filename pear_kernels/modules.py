@@ -31,7 +31,7 @@ class LinearLoss(nn.Module):
 
     def _set(self, options: Options | Sequence[Options], keywords: Any) -> None:
         classes = type(self).function.option_classes  # type: ignore[attr-defined]
-        self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, dict(keywords))
+        self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, keywords)
 
     def forward(self, *arguments: Any, **named: Any) -> LossOutput:
         """The tensors of the function, and its other arguments that are no options, in its order."""

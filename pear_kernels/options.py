@@ -8,9 +8,10 @@ it."""
 import ast
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypedDict, TypeVar
 
@@ -511,23 +512,22 @@ class DistillKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=Fa
 
 
 def takes(*classes: type[Options]) -> Callable[[F], F]:
-    """Of a function with `**keywords` and `options`: its keywords are the fields of `classes`.
+    """Decorator of a function with `**keywords` and `options`: the keywords are the fields of `classes`.
 
-    The signature that `help` and `inspect` show has them with their defaults.
+    The signature that `help` and `inspect` show has them, with their defaults.
     """
 
     def decorate(function: F) -> F:
-        import inspect
-
         signature = inspect.signature(function)
-        fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        fields = [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for cls in classes
-            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if field.name not in signature.parameters
-        ]
-        function.__signature__ = signature.replace(parameters=[*fixed, *fields])  # type: ignore[attr-defined]
+        parameters = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+        for field in (field for cls in classes for field in cls.__dataclass_fields__.values()):
+            parameters.setdefault(
+                field.name,
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+                ),
+            )
+        function.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
         function.option_classes = classes  # type: ignore[attr-defined]
         return function
 
@@ -538,7 +538,7 @@ def gather(
     name: str,
     classes: tuple[type[Options], ...],
     options: Options | Sequence[Options],
-    keywords: dict[str, Any],
+    keywords: Mapping[str, object],
 ) -> tuple[Any, ...]:
     """One object of each of `classes`, from the objects and the keywords of a call of the function `name`.
 
@@ -548,27 +548,41 @@ def gather(
         ValueError: by the field's check.
     """
     objects = (options,) if isinstance(options, Options) else tuple(options)
+    given = tuple((key, as_tuple(value)) for key, value in keywords.items())
+    if torch.compiler.is_compiling():
+        return _gather(name, classes, objects, given, ())
+    types = tuple(type(value) for _, value in given)  # True == 1 == 1.0 to a cache
+    try:
+        hash((objects, given))
+    except TypeError:  # a value that no field takes, or a NumPy array: no cache
+        return _gather(name, classes, objects, given, types)
+    return _cached(name, classes, objects, given, types)
+
+
+def _gather(name: str, classes: tuple, objects: tuple, keywords: tuple, types: tuple) -> tuple[Any, ...]:
     given = {type(each): each for each in objects}
-    for each in objects:
-        if type(each) not in classes or len(given) < len(objects):
-            wanted = ", ".join(cls.__name__ for cls in classes)
-            raise TypeError(f"options of {name} must be one object of each of {wanted} at most, got {options!r}")
+    if len(given) < len(objects) or any(type(each) not in classes for each in objects):
+        wanted = ", ".join(cls.__name__ for cls in classes)
+        raise TypeError(f"options of {name} must be at most one object of each of {wanted}, got {objects!r}")
     rest, found = dict(keywords), []
     for cls in classes:
         own = {field: rest.pop(field) for field in cls.names() if field in rest}
         if own and cls in given:
             raise TypeError(f"{name}: {next(iter(own))} is given, and {cls.__name__} too, whose field it is: use one")
-        found.append(given[cls] if cls in given else cls(**{key: as_tuple(value) for key, value in own.items()}))
+        found.append(given[cls] if cls in given else cls(**own))
     if rest:
         raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(rest))!r}")
     return tuple(found)
 
 
-def as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+_cached = functools.lru_cache(maxsize=256)(_gather)
 
 
 # ---- options as arguments of a custom op
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def encode(options: Iterable[Options]) -> tuple[str, list[float]]:

@@ -79,13 +79,11 @@ def linear_distill_loss(
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    given = gather("linear_distill_loss", CLASSES, options, dict(keywords))
-    checks.check_denominator_kind(denominator)
-    inputs = checked_inputs(hidden, weight, target, bias, group)
+    given = gather("linear_distill_loss", CLASSES, options, keywords)
+    logprobs = {"behavior_logprobs": behavior_logprobs}
+    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
     refuse(inputs.group, "linear_distill_loss")
     hidden, target = inputs.hidden, inputs.target
-    logprobs = {"behavior_logprobs": behavior_logprobs}
-    checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
     checks.check_block_ids_kind(target, "target's shape", block_ids, given[1].level)
     if block_ids is not None and behavior_logprobs is None:
         raise ValueError(
@@ -99,17 +97,14 @@ def linear_distill_loss(
                 "False, or take it from linear_logprobs(..., return_entropy=True)"
             )
         of_teacher, head = teacher_columns(None)
-        of_teacher["teacher_ids"], of_teacher["teacher_logprobs"] = (part.flatten(0, -2) for part in teacher)
+        of_teacher["teacher_ids"], of_teacher["teacher_logprobs"] = (part.detach().flatten(0, -2) for part in teacher)
     elif isinstance(teacher, Teacher):
         checks.check_teacher(hidden, inputs.weight, target, teacher, autocast_dtype)
         of_teacher, head = teacher_columns(teacher)
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
-    columns = {
-        "behavior_logprobs": flat(behavior_logprobs), "block_ids": flat(block_ids),
-        "sequence_scale": flat(sequence_scale), **of_teacher,
-    }  # fmt: skip
+    columns = {"block_ids": flat(block_ids), **of_teacher}
+    options = *given, head
     return run(
-        "linear_distill_loss", inputs, (*given, head), columns, cu_seqlens,
-        return_entropy=return_entropy, valid_tokens=valid_tokens, denominator=denominator,
-    )  # fmt: skip
+        "linear_distill_loss", inputs, options, columns, return_entropy=return_entropy, valid_tokens=valid_tokens
+    )

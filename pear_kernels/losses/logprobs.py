@@ -10,7 +10,7 @@ from pear_kernels import checks
 from pear_kernels.losses.shared import Inputs, checked_inputs
 from pear_kernels.objectives.teachers import TopKTeacher
 from pear_kernels.ops import logprobs as ops
-from pear_kernels.ops.arguments import refuse_transforms, spec_and_numbers
+from pear_kernels.ops.arguments import spec_and_numbers
 from pear_kernels.options import CallOptions, HeadKeywords, HeadOptions, Options, gather, takes
 
 
@@ -46,11 +46,11 @@ def linear_logprobs(
         ValueError, TypeError: naming the argument, what it got and what to do.
         RuntimeError: for a double backward.
     """
-    given = gather("linear_logprobs", (HeadOptions,), options, dict(keywords))
+    given = gather("linear_logprobs", (HeadOptions,), options, keywords)
     inputs = checked_inputs(hidden, weight, target, bias, group)
-    refuse_transforms("linear_logprobs", *inputs.flat())
+    checks.refuse_transforms("linear_logprobs", *inputs.flat)
     arguments = arguments_of("linear_logprobs", inputs, given, valid_tokens, return_entropy)
-    logprobs, entropy = ops.linear_logprobs(*inputs.flat(), *arguments)
+    logprobs, entropy = ops.linear_logprobs(*inputs.flat, *arguments)
     shape = inputs.target.shape
     return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)
 
@@ -80,11 +80,11 @@ def linear_topk_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what to do.
     """
-    given = gather("linear_topk_logprobs", (HeadOptions,), options, dict(keywords))
+    given = gather("linear_topk_logprobs", (HeadOptions,), options, keywords)
     inputs = checked_inputs(hidden, weight, target, bias, group)
     if inputs.group is None:  # else the op knows the vocabulary
         checks.check_k("k", k, inputs.weight.shape[0])
-    flat = (None if tensor is None else tensor.detach() for tensor in inputs.flat())
+    flat = (None if tensor is None else tensor.detach() for tensor in inputs.flat)
     ids, logprobs = ops.linear_topk_logprobs(
         *flat, k, *arguments_of("linear_topk_logprobs", inputs, given, valid_tokens)
     )

@@ -88,25 +88,16 @@ def linear_pear_loss(
         torch.OutOfMemoryError: naming the workspace's size. (On a CPU, where torch raises that, RuntimeError.)
         RuntimeError: for a double backward.
     """
-    given = gather("linear_pear_loss", CLASSES, options, dict(keywords))
+    given = gather("linear_pear_loss", CLASSES, options, keywords)
     pear: PEAROptions = given[0]
-    checks.check_denominator_kind(denominator)
-    inputs = checked_inputs(hidden, weight, target, bias, group)
-    hidden, target = inputs.hidden, inputs.target
-    logprobs = {"behavior_logprobs": behavior_logprobs}
-    checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
-    checks.check_block_ids_kind(target, "target's shape", block_ids, pear.level)
-    checks.check_sequence_label(hidden, target, sequence_label, cu_seqlens)
+    logprobs: dict[str, Tensor | None] = {"behavior_logprobs": behavior_logprobs}
+    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
+    checks.check_block_ids_kind(inputs.target, "target's shape", block_ids, pear.level)
+    checks.check_sequence_label(inputs.hidden, inputs.target, sequence_label, cu_seqlens)
     if sequence_label is not None and pear.normalize == "batch":
         raise ValueError(
             "normalize must not be 'batch' beside sequence_label, as one factor of the whole call would scale wrong "
             "sequences too: use 'sequence', which is of right ones alone"
         )
-    columns = {
-        "behavior_logprobs": flat(behavior_logprobs), "block_ids": flat(block_ids),
-        "sequence_label": flat(sequence_label), "sequence_scale": flat(sequence_scale),
-    }  # fmt: skip
-    return run(
-        "linear_pear_loss", inputs, given, columns, cu_seqlens,
-        return_entropy=return_entropy, valid_tokens=valid_tokens, denominator=denominator,
-    )  # fmt: skip
+    columns = {"block_ids": flat(block_ids), "sequence_label": flat(sequence_label)}
+    return run("linear_pear_loss", inputs, given, columns, return_entropy=return_entropy, valid_tokens=valid_tokens)

@@ -78,23 +78,15 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    given = gather("linear_policy_loss", CLASSES, options, dict(keywords))
+    given = gather("linear_policy_loss", CLASSES, options, keywords)
     policy: PolicyOptions = given[0]
-    checks.check_denominator_kind(denominator)
     if policy.beta and ref_logprobs is None:
         raise ValueError(f"beta is {policy.beta!r}, but ref_logprobs is None: pass the reference policy's log-probs")
     if sampler_logprobs is not None and old_logprobs is None:
         raise ValueError("sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None")
-    inputs = checked_inputs(hidden, weight, target, bias, group)
-    hidden, target = inputs.hidden, inputs.target
     logprobs = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-    checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
-    checks.check_policy_arguments(hidden, target, advantages, cu_seqlens)
-    by_sequence = tuple(advantages.shape) == checks.sequence_count(target, cu_seqlens)
-    columns = {
-        **{name: flat(column) for name, column in logprobs.items()}, "sequence_scale": flat(sequence_scale),
-        "sequence_advantages" if by_sequence else "advantages": flat(advantages),
-    }  # fmt: skip
-    return run(
-        "linear_policy_loss", inputs, given, columns, cu_seqlens, valid_tokens=valid_tokens, denominator=denominator
-    )
+    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
+    checks.check_policy_arguments(inputs.hidden, inputs.target, advantages, cu_seqlens)
+    by_sequence = tuple(advantages.shape) == checks.sequence_count(inputs.target, cu_seqlens)
+    columns = {"sequence_advantages" if by_sequence else "advantages": flat(advantages)}
+    return run("linear_policy_loss", inputs, given, columns, valid_tokens=valid_tokens)

@@ -10,7 +10,7 @@ from pear_kernels import checks
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL
 from pear_kernels.objectives.teachers import Teacher
-from pear_kernels.ops.arguments import refuse_transforms, spec_and_numbers
+from pear_kernels.ops.arguments import spec_and_numbers
 from pear_kernels.ops.loss import linear_loss
 from pear_kernels.options import CallOptions, Options, TeacherOptions
 from pear_kernels.sharding import local_head
@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call that every function takes, as this rank's own, checked."""
+    """What every function takes, as this rank's own tensors, checked."""
 
     hidden: Tensor  # (N, D) or (B, T, D)
     weight: Tensor  # (V, D) or (V_r, D)
@@ -36,7 +36,10 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # (V,) or (V_r,)
     group: str | None  # name of the process group whose ranks share the vocabulary
     compute_dtype: torch.dtype  # operands of products are rounded to it
+    columns: dict[str, Tensor | None]  # of the op, flat; those that are None were not given
+    denominator: float | None
 
+    @property
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """hidden (N, D), weight, bias and target (N,), as the ops take them."""
         return self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias, self.target.reshape(-1)
@@ -48,11 +51,23 @@ def checked_inputs(
     target: Tensor,
     bias: Tensor | None,
     group: "torch.distributed.ProcessGroup | None",
+    logprobs: dict[str, Tensor | None] | None = None,  # by their names, of a loss
+    cu_seqlens: Tensor | None = None,
+    sequence_scale: Tensor | None = None,
+    denominator: float | Tensor | None = None,
 ) -> Inputs:
     hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     autocast = autocast_dtype(hidden, weight)
     checks.check_head(hidden, weight, target, bias, autocast is not None, 2 if shared is None else 0)
-    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype)
+    columns: dict[str, Tensor | None] = {}
+    if logprobs is not None:
+        checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
+        columns = {name: flat(column) for name, column in logprobs.items()}
+        columns["sequence_scale"] = flat(sequence_scale)
+        columns["cu_seqlens"] = checks.sequence_bounds(target.shape, cu_seqlens, hidden.device)
+        if isinstance(denominator, Tensor):
+            columns["denominator"], denominator = denominator.detach(), None
+    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, columns, denominator)
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -67,28 +82,23 @@ def run(
     name: str,
     inputs: Inputs,
     options: Sequence[Options],
-    columns: dict[str, Tensor | None],
-    cu_seqlens: Tensor | None,
+    columns: dict[str, Tensor | None] | None = None,  # flat, of this loss alone
     *,
     return_entropy: bool = False,
     valid_tokens: int | None = None,
-    denominator: float | Tensor | None = None,
 ) -> LossOutput:
-    """The op `linear_loss`, as the loss of this name, on `columns` of any shape; those that are None are not given."""
-    hidden, weight, target, bias, group, compute_dtype = inputs
-    bounds = checks.sequence_bounds(target.shape, cu_seqlens, hidden.device)
-    given = {key: column.detach() for key, column in columns.items() if column is not None}
-    if isinstance(denominator, Tensor):
-        given["denominator"], denominator = denominator.detach(), None
-    given["cu_seqlens"] = bounds
-    options = *options, CallOptions(valid_tokens=valid_tokens, denominator=denominator)
-    spec, numbers = spec_and_numbers(name, given, compute_dtype, options, return_entropy)
-    refuse_transforms(name, hidden, weight, bias, target, *given.values())
-    found = linear_loss(*inputs.flat(), list(given.values()), numbers, spec, group, wanted_gradients(inputs))
+    """The op `linear_loss`, as the loss of this name."""
+    given = {key: column for key, column in (inputs.columns | (columns or {})).items() if column is not None}
+    call = CallOptions(valid_tokens=valid_tokens, denominator=inputs.denominator)
+    spec, numbers = spec_and_numbers(name, given, inputs.compute_dtype, (*options, call), return_entropy)
+    checks.refuse_transforms(name, *inputs.flat, *given.values())
+    wanted = wanted_gradients(inputs.hidden, inputs.weight, inputs.bias)
+    found = linear_loss(*inputs.flat, [*given.values()], numbers, spec, inputs.group, wanted)
     loss, logprobs, weights, stats, *_ = found
     names = LOSSES[name].stats(tuple(given)) + OF_ALL
     values = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
-    return LossOutput(loss, logprobs.view(target.shape), weights.view(target.shape), values)
+    shape = inputs.target.shape
+    return LossOutput(loss, logprobs.view(shape), weights.view(shape), values)
 
 
 def flat(values: Tensor | None) -> Tensor | None:
@@ -104,12 +114,12 @@ def teacher_columns(teacher: Teacher | None) -> tuple[dict[str, Tensor | None], 
     dtype = autocast_dtype(hidden, weight)
     if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    columns = {"teacher_hidden": hidden.reshape(-1, hidden.shape[-1]), "teacher_weight": weight, "teacher_bias": bias}
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+    columns = {"teacher_hidden": hidden, "teacher_weight": weight.detach(), "teacher_bias": flat(bias)}
     return columns, TeacherOptions(temperature=temperature, softcap=softcap)
 
 
-def wanted_gradients(inputs: Inputs) -> list[bool]:
-    """Whether hidden, weight and bias get a gradient."""
+def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Whether each of them gets a gradient."""
     grad = torch.is_grad_enabled()
-    tensors = inputs.hidden, inputs.weight, inputs.bias
     return [grad and tensor is not None and tensor.requires_grad for tensor in tensors]

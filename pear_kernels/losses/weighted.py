@@ -92,7 +92,7 @@ def linear_weighted_loss(
     """
     if isinstance(weights, str) and keywords.get("weighting") is None:
         weights, keywords["weighting"] = None, weights
-    given = gather("linear_weighted_loss", CLASSES, options, dict(keywords))
+    given = gather("linear_weighted_loss", CLASSES, options, keywords)
     weighting = given[0].weighting
     checks.check_weighting(weights, weighting, WEIGHTINGS)
     if reference is not None and weighting != "asft":
@@ -102,10 +102,9 @@ def linear_weighted_loss(
             f"weighting is {weighting!r}, but ref_logprobs is None: pass the targets' log-probs under "
             f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
         )
-    checks.check_denominator_kind(denominator)
-    inputs = checked_inputs(hidden, weight, target, bias, group)
+    logprobs: dict[str, Tensor | None] = {"ref_logprobs": ref_logprobs}
+    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
     hidden, target = inputs.hidden, inputs.target
-    checks.check_loss_arguments(hidden, target, {"ref_logprobs": ref_logprobs}, cu_seqlens, sequence_scale, denominator)
     if weights is not None and not callable(weights):
         checks.check_given_weights(hidden, target, weights)
     if reference is not None:
@@ -114,16 +113,13 @@ def linear_weighted_loss(
         refuse(inputs.group, "reference")
         checks.check_teacher(hidden, inputs.weight, target, reference, autocast_dtype, "reference")
     of_teacher, teacher = teacher_columns(reference)
-    columns = {
-        "weights": None if callable(weights) else flat(weights), "ref_logprobs": flat(ref_logprobs),
-        "sequence_scale": flat(sequence_scale), **of_teacher,
-    }  # fmt: skip
+    columns = {"weights": None if callable(weights) else flat(weights), **of_teacher}
 
     def call() -> LossOutput:
+        options = *given, teacher
         return run(
-            "linear_weighted_loss", inputs, (*given, teacher), columns, cu_seqlens,
-            return_entropy=return_entropy, valid_tokens=valid_tokens, denominator=denominator,
-        )  # fmt: skip
+            "linear_weighted_loss", inputs, options, columns, return_entropy=return_entropy, valid_tokens=valid_tokens
+        )
 
     def call_by(function: Callable[..., Tensor]) -> LossOutput:
         with weights_by(function):

@@ -50,7 +50,7 @@ def pear_weights(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it should be.
     """
-    (pear,) = gather("pear_weights", (PEAROptions,), options, dict(keywords))
+    (pear,) = gather("pear_weights", (PEAROptions,), options, keywords)
     checks.check_weight_arguments(logprobs, behavior_logprobs, mask, cu_seqlens)
     checks.check_block_ids_kind(logprobs, "logprobs' shape", block_ids, pear.level)
     head = HeadOptions(backend=backend)

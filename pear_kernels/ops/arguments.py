@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pear_kernels.options import Options, decode, encode
 
@@ -55,20 +54,13 @@ def spec_and_numbers(
         encoded, values = encode(options)
         numbers = torch.stack([as_tensor(float(value)) for value in values])
     else:
-        encoded, values = _encoded(tuple(options), tuple(map(_types, options)))
+        encoded, values = _encoded(tuple(options))
         # never kept for the next call, which may run under another mode: fake tensors, inference mode
         numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
     return f"{name}|{','.join(columns)}|{compute_dtype}|{int(return_entropy)}|{encoded}", numbers
 
 
-def _types(options: Options) -> tuple[type, ...]:
-    return tuple(type(value) for value in options.asdict().values())
-
-
-@functools.lru_cache(maxsize=256)
-def _encoded(options: tuple[Options, ...], types: tuple[tuple[type, ...], ...]) -> tuple[str, list[float]]:
-    """`types`, because True == 1 == 1.0 to a cache."""
-    return encode(options)
+_encoded = functools.lru_cache(maxsize=256)(encode)
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,34 +75,3 @@ def as_tensor(number: float, device: torch.device | str = "cpu") -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device=device) * number
     return torch.full((), number, dtype=torch.float64, device=device)
-
-
-def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
-    """Gradients are made in the forward pass, which a transform of torch.func would have to transform too.
-
-    Raises:
-        RuntimeError: naming the function and what to do.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
-        return
-
-    def transformed(x: Tensor) -> bool:
-        return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
-
-    if any(transformed(tensor) for tensor in tensors if tensor is not None):
-        raise RuntimeError(
-            f"{name} does not work under the transforms of torch.func (grad, vjp, jvp, vmap, jacrev, ...) and in "
-            "forward mode: take gradients by loss.backward() or torch.autograd.grad, and give a batch as (B, T) or "
-            "with cu_seqlens"
-        )
-
-
-def forbid_double_backward(name: str) -> None:
-    """Gradients are recorded inside a backward pass only under create_graph=True."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name} has no second derivative: its gradients are made in the forward pass. Call backward without "
-            "create_graph=True, or use pear_kernels.reference for a double backward"
-        )

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
+from pear_kernels.checks import forbid_double_backward
 from pear_kernels.engine.memory import explain_out_of_memory
 from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.objectives.base import FixedCoefficients
 from pear_kernels.ops import backends
-from pear_kernels.ops.arguments import forbid_double_backward, parse
+from pear_kernels.ops.arguments import parse
 from pear_kernels.options import CallOptions, HeadOptions
 from pear_kernels.sharding import meet, sharded, sharded_topk, whole_vocabulary
 

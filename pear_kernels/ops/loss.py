@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
+from pear_kernels.checks import forbid_double_backward
 from pear_kernels.engine.memory import explain_out_of_memory
 from pear_kernels.engine.packing import Pack, pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
@@ -14,7 +15,7 @@ from pear_kernels.formulas.blocks import carrying
 from pear_kernels.objectives import LOSSES, Loss
 from pear_kernels.objectives.base import OF_ALL, Problem
 from pear_kernels.ops import backends
-from pear_kernels.ops.arguments import forbid_double_backward, parse
+from pear_kernels.ops.arguments import parse
 from pear_kernels.options import CallOptions, HeadOptions
 from pear_kernels.sharding import meet, sharded, whole_vocabulary
 
