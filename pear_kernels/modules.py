@@ -1,6 +1,6 @@
 """The losses as `nn.Module`s, with their options set once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from torch import nn
@@ -29,13 +29,14 @@ class LinearLoss(nn.Module):
 
     function: ClassVar[Callable[..., LossOutput]]
 
-    def _set(self, options: Options | Sequence[Options], keywords: Any) -> None:
-        classes = type(self).function.option_classes  # type: ignore[attr-defined]
+    def __init__(self, options: Options | Sequence[Options], keywords: Mapping[str, object]):
+        super().__init__()
+        classes = self.function.option_classes  # type: ignore[attr-defined]
         self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, keywords)
 
     def forward(self, *arguments: Any, **named: Any) -> LossOutput:
         """The tensors of the function, and its other arguments that are no options, in its order."""
-        return type(self).function(*arguments, options=self.options, **named)
+        return self.function(*arguments, options=self.options, **named)
 
     def extra_repr(self) -> str:
         fields = {name: value for each in self.options for name, value in each.asdict().items()}
@@ -43,18 +44,17 @@ class LinearLoss(nn.Module):
 
 
 class LinearPEARLoss(LinearLoss):
-    """`linear_pear_loss` (arXiv 2602.01058) as a module; see there for what each option means."""
+    """`linear_pear_loss` (arXiv 2602.01058) as a module, with its keywords."""
 
     function = staticmethod(linear_pear_loss)
 
     @takes(*linear_pear_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PEARKeywords]):
-        super().__init__()
-        self._set(options, keywords)
+        super().__init__(options, keywords)
 
 
 class LinearWeightedLoss(LinearLoss):
-    """`linear_weighted_loss` as a module, by a named weighting or with weights given to each call."""
+    """`linear_weighted_loss` as a module, with its keywords: by a named weighting, or with weights in each call."""
 
     function = staticmethod(linear_weighted_loss)
 
@@ -66,27 +66,24 @@ class LinearWeightedLoss(LinearLoss):
         options: Options | Sequence[Options] = (),
         **keywords: Unpack[WeightingConstants],
     ):
-        super().__init__()
-        self._set(options, keywords if weighting is None else {"weighting": weighting, **keywords})
+        super().__init__(options, keywords if weighting is None else {"weighting": weighting, **keywords})
 
 
 class LinearDistillLoss(LinearLoss):
-    """`linear_distill_loss` as a module; see there for what each option means."""
+    """`linear_distill_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_distill_loss)
 
     @takes(*linear_distill_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[DistillKeywords]):
-        super().__init__()
-        self._set(options, keywords)
+        super().__init__(options, keywords)
 
 
 class LinearPolicyLoss(LinearLoss):
-    """`linear_policy_loss` as a module; see there for what each option means."""
+    """`linear_policy_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_policy_loss)
 
     @takes(*linear_policy_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PolicyKeywords]):
-        super().__init__()
-        self._set(options, keywords)
+        super().__init__(options, keywords)

@@ -24,6 +24,8 @@ WEIGHTINGS = ("none", "dft", "iw-sft", "psft", "asft", "idft")
 NEEDS_REF = ("iw-sft", "psft", "asft")  # the weightings that are made of ref_logprobs
 OBJECTIVES = ("ppo", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "reinforce")
 DIVERGENCES = ("forward", "reverse", "js")
+REDUCTIONS: tuple[str, ...] = ("mean", "sum", "sequence_mean")
+POLICY_REDUCTIONS = (*REDUCTIONS, "constant_length")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,7 +94,7 @@ class Options:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in these fields, checked again."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)
 
     def asdict(self) -> dict[str, Any]:
         """Values by their fields' names."""
@@ -399,7 +401,7 @@ class Reduction(Options):
             token of their token means.
     """
 
-    choices = ("mean", "sum", "sequence_mean")
+    choices = REDUCTIONS
 
     reduction: str | None = "mean"
 
@@ -416,7 +418,7 @@ class PolicyReduction(Reduction):
             objective's own.
     """
 
-    choices = (*Reduction.choices, "constant_length")
+    choices = POLICY_REDUCTIONS
 
     reduction: str | None = None
 
@@ -559,7 +561,13 @@ def gather(
     return _cached(name, classes, objects, given, types)
 
 
-def _gather(name: str, classes: tuple, objects: tuple, keywords: tuple, types: tuple) -> tuple[Any, ...]:
+def _gather(
+    name: str,
+    classes: tuple[type[Options], ...],
+    objects: tuple[Options, ...],
+    keywords: tuple[tuple[str, Any], ...],
+    types: tuple[type, ...],
+) -> tuple[Any, ...]:
     given = {type(each): each for each in objects}
     if len(given) < len(objects) or any(type(each) not in classes for each in objects):
         wanted = ", ".join(cls.__name__ for cls in classes)
@@ -590,7 +598,8 @@ def encode(options: Iterable[Options]) -> tuple[str, list[float]]:
 
     Every number is left out, also integers: `torch.compile` guards on a string, and would compile anew for each value.
     """
-    parts, values = [], []
+    parts: list[str] = []
+    values: list[float] = []
     for each in options:
         fields = []
         for name in each.names():

@@ -90,8 +90,10 @@ def linear_weighted_loss(
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    if isinstance(weights, str) and keywords.get("weighting") is None:
-        weights, keywords["weighting"] = None, weights
+    if isinstance(weights, str):
+        if keywords.get("weighting") is None:
+            keywords["weighting"] = weights
+            weights = None
     given = gather("linear_weighted_loss", CLASSES, options, keywords)
     weighting = given[0].weighting
     checks.check_weighting(weights, weighting, WEIGHTINGS)

@@ -62,5 +62,5 @@ def pear_weights(
     }  # fmt: skip
     given = {name: column for name, column in columns.items() if column is not None}
     spec, numbers = spec_and_numbers("pear_weights", given, logprobs.dtype, (pear, head))
-    found = op(logprobs.detach().reshape(-1), mask.reshape(-1), list(given.values()), numbers, spec)
+    found: Tensor = op(logprobs.detach().reshape(-1), mask.reshape(-1), list(given.values()), numbers, spec)
     return found.view(logprobs.shape)

@@ -22,7 +22,7 @@ def pear_weights(
     """(N,) weights in the dtype of `logprobs`."""
     given = parse(spec)
     options, named = given.decode(numbers), dict(zip(given.columns, columns, strict=True))
-    behavior, cu_seqlens, block_ids = (named.get(n) for n in ("behavior_logprobs", "cu_seqlens", "block_ids"))
+    behavior, cu_seqlens, block_ids = named["behavior_logprobs"], named["cu_seqlens"], named.get("block_ids")
     checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
     checks.check_logprobs("behavior_logprobs", behavior, blocks.carrying(mask, block_ids))
     pack = pack_tokens(mask, cu_seqlens)
