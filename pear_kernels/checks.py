@@ -11,7 +11,8 @@ values is then undefined.
 import functools
 import numbers
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch.autograd import forward_ad
 from pear_kernels.options import is_number, positive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = "float32, bfloat16, float16 or float64"
+LOGPROBS = (torch.float32, torch.float64)
+IDS = (torch.int32, torch.int64)
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
 NO_RATIO = -1  # the block id of a token without a log-ratio
 MAX_IDS = 2**31  # block ids are below this, so that a key of sequence and id is an int64
@@ -35,16 +39,37 @@ VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 # ---- what options say together with arguments
 
 
-def check_weighting(weights, weighting: str | None, weightings: Collection[str]) -> None:
+def check_weighting(weights: object, weighting: str | None) -> None:
     """One of the two: weights, as a tensor or a function, or the name of a weighting."""
     if (weights is None) == (weighting is None):
         got = "neither" if weights is None else f"both, weighting being {weighting!r}"
         raise ValueError(f"give one of weights and weighting, got {got}")
-    if weighting is not None and weighting not in weightings:
-        raise ValueError(f"weighting must be one of {', '.join(map(repr, weightings))}, got {weighting!r}")
 
 
 # ---- shapes and dtypes
+
+
+def same_shape(name: str, tensor: Tensor, like: str, shape: Sequence[int]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have {like} {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def same_device(hidden: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of the other arguments, {hidden.device}, got {tensor.device}: "
+                f"move it with {name}.to({str(hidden.device)!r})"
+            )
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], wanted: str, remedy: str = "") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}{remedy}")
 
 
 def check_head(
@@ -68,19 +93,15 @@ def check_head(
     if weight.shape[0] < least_rows:
         raise ValueError(f"weight must have a vocabulary of at least 2 rows, got shape {tuple(weight.shape)}")
     same_shape("target", target, "hidden's leading shape", hidden.shape[:-1])
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be torch.int64 token ids, got {target.dtype}: call target.long()")
+    check_dtype("target", target, (torch.int64,), "torch.int64 token ids", ": call target.long()")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        check_dtype(name, tensor, DTYPES, FLOATS)
     if bias is not None:
         same_shape("bias", bias, "(V,)", weight.shape[:1])
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != hidden.dtype and not autocast:
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None and operand.dtype != hidden.dtype and not autocast:
             raise TypeError(
-                f"hidden and {name} must have one dtype outside autocast, got {hidden.dtype} and {tensor.dtype}: "
+                f"hidden and {name} must have one dtype outside autocast, got {hidden.dtype} and {operand.dtype}: "
                 "cast one of them, or run under torch.autocast"
             )
     same_device(hidden, weight=weight, target=target, bias=bias)
@@ -92,24 +113,30 @@ def sharded_away(weight: Tensor, least_rows: int) -> bool:
         return True
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_meta:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # whose storage nobody may ask for
+    if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # it refuses to give its storage
         return False
     return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
 def check_loss_arguments(
-    hidden: Tensor, target: Tensor, logprobs: dict[str, Tensor | None], cu_seqlens, sequence_scale, denominator
+    hidden: Tensor,
+    target: Tensor,
+    logprobs: dict[str, Tensor | None],  # by their names; None where one may be left out and is
+    cu_seqlens: Tensor | None,
+    sequence_scale: Tensor | None,
+    denominator: float | Tensor | None,
 ) -> None:
-    """What losses take beside the head; `logprobs` by their names, None where one may be left out and is."""
+    """What losses take beside the head."""
     for name, given in logprobs.items():
         if given is not None:
             same_shape(name, given, "target's shape", target.shape)
             check_logprobs_dtype(name, given)
     check_cu_seqlens_kind(cu_seqlens, target.dim(), "hidden is (B, T, D)")
     if sequence_scale is not None:
-        same_shape("sequence_scale", sequence_scale, "(S,), a number a sequence", sequence_count(target, cu_seqlens))
+        count = sequence_count(target, cu_seqlens)
+        same_shape("sequence_scale", sequence_scale, "(S,), one number per sequence", count)
     others = {**logprobs, "cu_seqlens": cu_seqlens, "sequence_scale": sequence_scale}
-    if isinstance(denominator, Tensor):  # a number is checked by `CallOptions`
+    if isinstance(denominator, Tensor):  # `CallOptions` checks a number
         if denominator.numel() != 1:
             raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
         others["denominator"] = denominator
@@ -117,46 +144,42 @@ def check_loss_arguments(
 
 
 def sequence_count(target: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
-    """(S,): rows of (B, T), or what is between the bounds of a pack."""
+    """(S,): rows of (B, T), or the sequences between the bounds of a pack."""
     return (target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1),)
 
 
-def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, cu_seqlens) -> None:
-    """`advantages`, a number a sequence or a token. (`check_loss_arguments` has seen to the rest.)"""
+def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, cu_seqlens: Tensor | None) -> None:
+    """`advantages`, one per sequence or per token. (`check_loss_arguments` has checked the rest.)"""
     if not isinstance(advantages, Tensor):
         raise TypeError(f"advantages must be a tensor, got {type(advantages).__name__}")
     count = sequence_count(target, cu_seqlens)
     if tuple(advantages.shape) not in (count, tuple(target.shape)):
         raise ValueError(
-            f"advantages must be (S,) = {count}, a number a sequence, or have target's shape {tuple(target.shape)}, "
-            f"a number a token, got {tuple(advantages.shape)}"
+            f"advantages must be (S,) = {count}, one per sequence, or have target's shape {tuple(target.shape)}, "
+            f"one per token, got {tuple(advantages.shape)}"
         )
     if not advantages.is_floating_point():
         raise TypeError(f"advantages must be floating-point, got {advantages.dtype}: call advantages.float()")
     same_device(hidden, advantages=advantages)
 
 
-def check_sequence_label(hidden: Tensor, target: Tensor, sequence_label: Tensor | None, cu_seqlens) -> None:
-    """A flag a sequence."""
+def check_sequence_label(
+    hidden: Tensor, target: Tensor, sequence_label: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     if sequence_label is None:
         return
-    count = sequence_count(target, cu_seqlens)
-    same_shape("sequence_label", sequence_label, "(S,), a flag a sequence", count)
-    if sequence_label.dtype != torch.bool:
-        raise TypeError(
-            f"sequence_label must be torch.bool, True where the response is right, got {sequence_label.dtype}: call "
-            "sequence_label.bool()"
-        )
+    same_shape("sequence_label", sequence_label, "(S,), one flag per sequence", sequence_count(target, cu_seqlens))
+    wanted, remedy = "torch.bool, True where the response is right", ": call sequence_label.bool()"
+    check_dtype("sequence_label", sequence_label, (torch.bool,), wanted, remedy)
     same_device(hidden, sequence_label=sequence_label)
 
 
 def check_block_ids_kind(like: Tensor, what: str, block_ids: Tensor | None, level: str) -> None:
-    """The block of each token, where there are blocks at all."""
+    """The block of each token, at the levels that have blocks."""
     if block_ids is None:
         return
     same_shape("block_ids", block_ids, what, like.shape)
-    if block_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"block_ids must be torch.int32 or torch.int64, got {block_ids.dtype}: call block_ids.int()")
+    check_dtype("block_ids", block_ids, IDS, "torch.int32 or torch.int64", ": call block_ids.int()")
     same_device(like, block_ids=block_ids)
     if level == "token":
         raise ValueError(
@@ -165,57 +188,55 @@ def check_block_ids_kind(like: Tensor, what: str, block_ids: Tensor | None, leve
 
 
 def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None:
-    """Weights of the caller's, a number a token."""
+    """The caller's weights, one per token."""
     same_shape("weights", weights, "target's shape", target.shape)
-    if weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weights must be float32 (or float64), got {weights.dtype}: call weights.float()")
+    check_dtype("weights", weights, LOGPROBS, "float32 (or float64)", ": call weights.float()")
     same_device(hidden, weights=weights)
 
 
 def check_teacher(
-    hidden: Tensor, weight: Tensor, target: Tensor, teacher, autocast: Callable, of: str = "teacher"
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: Any,  # `objectives.teachers.Teacher`
+    autocast: Callable[[Tensor, Tensor], torch.dtype | None],  # to which dtype operands are rounded, if to any
+    argument: str = "teacher",
 ) -> None:
-    """A `Teacher`: hidden states and a head over the student's vocabulary.
-
-    `autocast` says to which dtype its operands are rounded, if to any.
-    """
+    """A teacher in memory: hidden states and a head over the student's vocabulary."""
     x, w, bias, temperature, softcap = teacher
-    for name, tensor in ((f"{of}.hidden", x), (f"{of}.weight", w)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    for name, tensor in ((f"{argument}.hidden", x), (f"{argument}.weight", w)):
+        check_dtype(name, tensor, DTYPES, FLOATS)
     if x.dim() != hidden.dim() or x.shape[:-1] != target.shape:
         raise ValueError(
-            f"{of}.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
+            f"{argument}.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
             f"{tuple(x.shape)}"
         )
     if w.dim() != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"{of}.weight must be (V, D') with its hidden states' D' = {x.shape[-1]}, got {tuple(w.shape)}"
+            f"{argument}.weight must be (V, D') with its hidden states' D' = {x.shape[-1]}, got {tuple(w.shape)}"
         )
     if w.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"{of}.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
+            f"{argument}.weight has a vocabulary of {w.shape[0]}, and weight one of {weight.shape[0]}: a divergence "
             "needs the same tokens. If the longer one only has padding rows at its end, cut these off; else use "
             "another model"
         )
     if x.dtype != w.dtype and autocast(x, w) is None:
         raise TypeError(
-            f"{of}.hidden and {of}.weight must have one dtype outside autocast, got {x.dtype} and {w.dtype}: cast one "
-            "of them, or run under torch.autocast"
+            f"{argument}.hidden and {argument}.weight must have one dtype outside autocast, got {x.dtype} and "
+            f"{w.dtype}: cast one of them, or run under torch.autocast"
         )
     if bias is not None:
-        same_shape(f"{of}.bias", bias, "(V,)", w.shape[:1])
+        same_shape(f"{argument}.bias", bias, "(V,)", w.shape[:1])
     if not positive(temperature):
-        raise ValueError(f"{of}.temperature must be a positive number, got {temperature!r}")
+        raise ValueError(f"{argument}.temperature must be a positive number, got {temperature!r}")
     if softcap is not None and not positive(softcap):
-        raise ValueError(f"{of}.softcap must be a positive number, or None, got {softcap!r}")
-    same_device(hidden, **{f"{of}.hidden": x, f"{of}.weight": w, f"{of}.bias": bias})
+        raise ValueError(f"{argument}.softcap must be a positive number, or None, got {softcap!r}")
+    same_device(hidden, **{f"{argument}.hidden": x, f"{argument}.weight": w, f"{argument}.bias": bias})
 
 
-def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher, vocabulary: int) -> None:
-    """A `TopKTeacher`: K tokens at each position."""
+def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher: tuple[Tensor, Tensor], vocabulary: int) -> None:
+    """A teacher known by its K most likely tokens at each position."""
     ids, logprobs = teacher
     for name, tensor in (("teacher.ids", ids), ("teacher.logprobs", logprobs)):
         if not isinstance(tensor, Tensor):
@@ -225,8 +246,7 @@ def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher, vocabulary: int
                 f"{name} must have target's shape {tuple(target.shape)} and K last, got {tuple(tensor.shape)}"
             )
     same_shape("teacher.logprobs", logprobs, "the shape of teacher.ids", ids.shape)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"teacher.ids must be torch.int64 or torch.int32, got {ids.dtype}")
+    check_dtype("teacher.ids", ids, IDS, "torch.int64 or torch.int32")
     check_logprobs_dtype("teacher.logprobs", logprobs)
     check_k("teacher.ids", ids.shape[-1], vocabulary)
     same_device(hidden, **{"teacher.ids": ids, "teacher.logprobs": logprobs})
@@ -239,7 +259,9 @@ def check_k(name: str, k: int, vocabulary: int) -> None:
         )
 
 
-def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu_seqlens) -> None:
+def check_weight_arguments(
+    logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     """What pear_weights takes."""
     if logprobs.dim() not in (1, 2):
         raise ValueError(f"logprobs must be (N,) or (B, T), got shape {tuple(logprobs.shape)}")
@@ -248,18 +270,16 @@ def check_weight_arguments(logprobs: Tensor, behavior_logprobs: Tensor, mask, cu
     same_shape("behavior_logprobs", behavior_logprobs, "logprobs' shape", logprobs.shape)
     if mask is not None:
         same_shape("mask", mask, "logprobs' shape", logprobs.shape)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool, True at response tokens, got {mask.dtype}: call mask.bool()")
+        check_dtype("mask", mask, (torch.bool,), "torch.bool, True at response tokens", ": call mask.bool()")
     check_cu_seqlens_kind(cu_seqlens, logprobs.dim(), "logprobs is (B, T)")
     same_device(logprobs, behavior_logprobs=behavior_logprobs, mask=mask, cu_seqlens=cu_seqlens)
 
 
 def check_logprobs_dtype(name: str, logprobs: Tensor) -> None:
-    """float32 or float64: in half precision a log-prob is off by 4e-3, and the errors add up along the suffix."""
-    if logprobs.dtype not in (torch.float32, torch.float64):
-        why = ": half precision is too coarse for ratios, so score again in float32 rather than cast"
-        half = logprobs.dtype in (torch.bfloat16, torch.float16)
-        raise TypeError(f"{name} must be float32 (or float64), got {logprobs.dtype}{why if half else ''}")
+    """float32 or float64: half precision rounds a log-prob by 4e-3, and the errors add up along the suffix."""
+    half = isinstance(logprobs, Tensor) and logprobs.dtype in (torch.bfloat16, torch.float16)
+    remedy = ": half precision is too coarse for ratios, so score again in float32 rather than cast" if half else ""
+    check_dtype(name, logprobs, LOGPROBS, "float32 (or float64)", remedy)
 
 
 def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> None:
@@ -269,31 +289,16 @@ def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> 
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor (S+1,) of int32 or int64, got {type(cu_seqlens).__name__}")
     if dims == 2:
-        raise ValueError(f"cu_seqlens is for packs, but {padded}, a sequence a row: leave it out, or flatten to a pack")
+        raise ValueError(
+            f"cu_seqlens is for packs, but {padded}, one sequence per row: leave it out, or flatten to a pack"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be (S+1,) with S >= 1, got shape {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    check_dtype("cu_seqlens", cu_seqlens, IDS, "torch.int32 or torch.int64")
 
 
-def same_shape(name: str, tensor: Tensor, like: str, shape) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have {like} {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def same_device(hidden: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} must be on the device of the other arguments, {hidden.device}, got {tensor.device}: "
-                f"move it with {name}.to({str(hidden.device)!r})"
-            )
-
-
-def sequence_bounds(shape, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """(S+1,) bounds of the flat tokens: the pack's own, a sequence a row for (B, T), or one sequence for (N,)."""
+def sequence_bounds(shape: Sequence[int], cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """(S+1,) bounds of the flat tokens: the pack's own, one sequence per row for (B, T), or one sequence for (N,)."""
     if cu_seqlens is not None:
         return cu_seqlens.contiguous()
     rows, length = shape if len(shape) == 2 else (1, shape[0])

@@ -65,9 +65,10 @@ def checked_inputs(
         columns = {name: flat(column) for name, column in logprobs.items()}
         columns["sequence_scale"] = flat(sequence_scale)
         columns["cu_seqlens"] = checks.sequence_bounds(target.shape, cu_seqlens, hidden.device)
-        if isinstance(denominator, Tensor):
-            columns["denominator"], denominator = denominator.detach(), None
-    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, columns, denominator)
+    number = denominator
+    if isinstance(number, Tensor):
+        columns["denominator"], number = number.detach(), None
+    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, columns, number)
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:

@@ -1,5 +1,6 @@
 """Any weights per token: `linear_weighted_loss`."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
@@ -12,7 +13,6 @@ from pear_kernels.objectives.teachers import Teacher
 from pear_kernels.objectives.weighted import weights_by
 from pear_kernels.options import (
     NEEDS_REF,
-    WEIGHTINGS,
     HeadOptions,
     Options,
     Reduction,
@@ -90,13 +90,11 @@ def linear_weighted_loss(
     Raises:
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
-    if isinstance(weights, str):
-        if keywords.get("weighting") is None:
-            keywords["weighting"] = weights
-            weights = None
-    given = gather("linear_weighted_loss", CLASSES, options, keywords)
-    weighting = given[0].weighting
-    checks.check_weighting(weights, weighting, WEIGHTINGS)
+    own, *others = gather("linear_weighted_loss", CLASSES, options, keywords)
+    if isinstance(weights, str) and own.weighting is None:
+        own, weights = own.replace(weighting=weights), None
+    weighting = own.weighting
+    checks.check_weighting(weights, weighting)
     if reference is not None and weighting != "asft":
         raise ValueError(f"reference is for weighting 'asft', whose KL is to a whole distribution, got {weighting!r}")
     if weighting in NEEDS_REF and ref_logprobs is None and reference is None:
@@ -107,27 +105,25 @@ def linear_weighted_loss(
     logprobs: dict[str, Tensor | None] = {"ref_logprobs": ref_logprobs}
     inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
     hidden, target = inputs.hidden, inputs.target
-    if weights is not None and not callable(weights):
-        checks.check_given_weights(hidden, target, weights)
+    column = None if callable(weights) or isinstance(weights, str) else weights
+    if column is not None:
+        checks.check_given_weights(hidden, target, column)
     if reference is not None:
         if not isinstance(reference, Teacher):
             raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
         refuse(inputs.group, "reference")
         checks.check_teacher(hidden, inputs.weight, target, reference, autocast_dtype, "reference")
     of_teacher, teacher = teacher_columns(reference)
-    columns = {"weights": None if callable(weights) else flat(weights), **of_teacher}
+    columns = {"weights": flat(column), **of_teacher}
 
     def call() -> LossOutput:
-        options = *given, teacher
-        return run(
-            "linear_weighted_loss", inputs, options, columns, return_entropy=return_entropy, valid_tokens=valid_tokens
-        )
+        with weights_by(weights) if callable(weights) else contextlib.nullcontext():
+            return run(
+                "linear_weighted_loss", inputs, (own, *others, teacher), columns,
+                return_entropy=return_entropy, valid_tokens=valid_tokens,
+            )  # fmt: skip
 
-    def call_by(function: Callable[..., Tensor]) -> LossOutput:
-        with weights_by(function):
-            return call()
-
-    if not callable(weights):
-        return call()
-    # to be called, not traced; and not by a decorator, which would import torch._dynamo, a second, with this file
-    return (torch.compiler.disable(call_by) if torch.compiler.is_compiling() else call_by)(weights)
+    if callable(weights) and torch.compiler.is_compiling():
+        # not by a decorator of this function, which would import torch._dynamo, for a second, with this file
+        return torch.compiler.disable(call)()  # type: ignore[no-any-return, no-untyped-call]
+    return call()

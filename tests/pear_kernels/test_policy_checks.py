@@ -60,7 +60,7 @@ BAD_OPTIONS = {
 BAD_TENSORS = {
     "advantages of another length": (
         dict(advantages=torch.ones(3)),
-        r"advantages must be \(S,\) = \(2,\), .*or have target's shape \(6,\), a number a token, got \(3,\)",
+        r"advantages must be \(S,\) = \(2,\), .*or have target's shape \(6,\), one per token, got \(3,\)",
     ),
     "advantages of two dimensions": (dict(advantages=torch.ones(2, 1)), r"advantages must be .*got \(2, 1\)"),
     "advantages of integers": (
