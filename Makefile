@@ -38,9 +38,10 @@ docs: $(STAMP)  ## the documentation's site: build/site/index.html; a link that 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/_site/check.py build/site
 
-lint: $(STAMP)  ## ruff, as CI runs it
+lint: $(STAMP)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
