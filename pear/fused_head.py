@@ -3,7 +3,8 @@
 `add_fused_head(model)` teaches `model.forward` one more keyword, `pear`. With it the forward returns log-probs or one
 of the losses of `pear_kernels` and never makes logits; without it nothing changes, so `generate` works as before. It
 happens inside the forward because that is where FSDP and DeepSpeed have the parameters gathered, and where autocast and
-PEFT are active. The model's forward itself runs, as it does for `patch_causal_lm`: see `pear_kernels/causal_lm.py`.
+PEFT are active. The model's forward itself runs, as it does for `patch_causal_lm`: see
+`pear_kernels/huggingface/causal_lm.py`.
 """
 
 import contextlib

@@ -1,13 +1,14 @@
-"""The LM head of a transformers model: which can be read at all, where its parameters are whole.
+"""The LM head of a transformers model: which heads the fused losses can read, and where their parameters are whole.
 
-Models are looked at through themselves: nothing here imports transformers.
+Nothing in this folder imports transformers: it inspects the model object itself.
 """
 
 import contextlib
+import importlib
 import inspect
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,23 @@ from torch import Tensor, nn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_head(model: nn.Module) -> None:
-    """ValueError, by the model's class and with what to do, unless its head is a matrix and perhaps a bias."""
-    name = type(model).__name__
-    if not isinstance(getattr(model, "forward", None), types.MethodType):
-        raise ValueError(f"{name}.forward was replaced before (by a device_map's hooks, say); load the model without")
-    check_linear(model)
+class CausalLM(nn.Module):
+    """For type checkers alone: what this folder uses of transformers' `PreTrainedModel`."""
+
+    config: Any
+    base_model: nn.Module
+    forward: types.MethodType
+    loss_function: Callable[..., Tensor]
+    get_output_embeddings: Callable[[], nn.Linear]
+    _pear_patch: Any  # `causal_lm.Patch` of a patched model
 
 
-def check_linear(model: nn.Module) -> None:
-    """What `check_head` says of the head, and not of the forward around it."""
+def check_linear(model: CausalLM) -> None:
+    """Check that the LM head is a matrix, perhaps with a bias, that the losses can read.
+
+    Raises:
+        ValueError: naming the model's class, the reason and what to do.
+    """
     name = type(model).__name__
     embeddings = getattr(model, "get_output_embeddings", None)
     head = None if embeddings is None else embeddings()
@@ -32,7 +40,7 @@ def check_linear(model: nn.Module) -> None:
         raise ValueError(f"{name} has no output embeddings; give a causal language model")
     check_adapter(model)
     kind = type(innermost(head))
-    homes = kind.__module__, type(head.weight).__module__  # torchao's weights say that they are bfloat16
+    homes = kind.__module__, type(head.weight).__module__  # torchao's weights report dtype bfloat16
     quantized = any(home.startswith(("bitsandbytes", "torchao")) for home in homes)
     if quantized or hasattr(head.weight, "quant_state") or head.weight.dtype not in DTYPES:
         raise ValueError(
@@ -40,7 +48,7 @@ def check_linear(model: nn.Module) -> None:
             "are not supported. Keep the head in bfloat16 or float32: with bitsandbytes, "
             'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
         )
-    # PEFT's trainable tokens of a tied head are a wrapper around it, whose weight holds them
+    # PEFT wraps a tied head whose tokens are trained (`token_adapter`); the wrapper's weight includes those tokens.
     if kind.forward is not nn.Linear.forward and not hasattr(innermost(head), "token_adapter"):
         raise ValueError(
             f"{name}: the LM head is a {homes[0]}.{kind.__name__}, whose forward is its own and not that of nn.Linear: "
@@ -48,8 +56,8 @@ def check_linear(model: nn.Module) -> None:
         )
 
 
-def check_adapter(model: nn.Module) -> None:
-    """ValueError where PEFT has put an adapter on the head."""
+def check_adapter(model: CausalLM) -> None:
+    """Raise ValueError if PEFT has put an adapter on the head."""
     head = model.get_output_embeddings()
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
         raise ValueError(
@@ -58,17 +66,18 @@ def check_adapter(model: nn.Module) -> None:
         )
 
 
-def innermost(head: nn.Module) -> nn.Module:
-    """The module that multiplies, under PEFT's `modules_to_save` and FSDP1's wrapper."""
+def innermost(head: nn.Module) -> nn.Linear:
+    """The module that multiplies, inside PEFT's `modules_to_save` wrapper and FSDP1's wrapper."""
+    leaf: Any = head  # wrappers have attributes that nn.Module does not declare
     while True:
-        if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-            adapters = [name for name in head.active_adapters if name in head.modules_to_save]
-            off = head.disable_adapters or not adapters
-            head = head.original_module if off else head.modules_to_save[adapters[0]]
-        elif hasattr(head, "_fsdp_wrapped_module"):
-            head = head._fsdp_wrapped_module
+        if hasattr(leaf, "modules_to_save") and hasattr(leaf, "original_module"):
+            adapters = [name for name in leaf.active_adapters if name in leaf.modules_to_save]
+            off = leaf.disable_adapters or not adapters
+            leaf = leaf.original_module if off else leaf.modules_to_save[adapters[0]]
+        elif hasattr(leaf, "_fsdp_wrapped_module"):
+            leaf = leaf._fsdp_wrapped_module
         else:
-            return head
+            return cast(nn.Linear, leaf)
 
 
 def run_with_parameters(
@@ -76,10 +85,10 @@ def run_with_parameters(
     hidden: Tensor,  # (B, T, D)
     function: Callable[[Tensor, Tensor, Tensor | None], Any],
 ) -> Any:
-    """`function(hidden, weight, bias)`, called once and within the model's forward, where these are whole.
+    """Call `function(hidden, weight, bias)` once, inside the model's forward, where weight and bias are whole.
 
-    A head that FSDP made a unit of its own has its parameters within its own call alone, so that is what then runs the
-    function, and their gradients go the way of any module's. (Gathered by hand, they would miss the sum over
+    A head that is an FSDP unit of its own has whole parameters only during its own call. The function then runs inside
+    that call, and gradients are reduced like any module's. (Parameters gathered by hand would miss the reduction over
     processes.) A weight that tensor parallelism shards stays a DTensor.
 
     Raises:
@@ -107,21 +116,20 @@ def run_with_parameters(
         return head(hidden)
 
 
-def _gathered_by_deepspeed(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
-    """The context in which ZeRO-3 holds parameters whole, as in TRL's `maybe_gather_lm_head_ctx`."""
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    missing = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext()
+def _gathered_by_deepspeed(*parameters: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ZeRO-3 holds the parameters whole, as in TRL's `maybe_gather_lm_head_ctx`."""
+    zero = importlib.import_module("deepspeed").zero  # optional: installed wherever a parameter has `ds_id`
+    available = importlib.import_module("deepspeed.runtime.zero.partition_parameters").ZeroParamStatus.AVAILABLE
+    missing = [p for p in parameters if p is not None and p.ds_status != available]
+    return zero.GatheredParameters(missing) if missing else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def forward_replaced(module: nn.Module, forward: Callable):
-    """Within it, `module` calls `forward`; its hooks (FSDP's, say) stay.
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which `module` calls `forward`; the module's hooks (FSDP's, for example) still run.
 
-    After it, the `forward` of before is the instance's own even where it was the class's: `torch.compile` sees that an
-    attribute is set, but cannot take one away that was not there when it began.
+    Afterwards the previous `forward` is an attribute of the instance, even if it was its class's: `torch.compile` can
+    trace setting an attribute, but not deleting one that did not exist when tracing began.
     """
     before = module.forward
     module.forward = forward
@@ -131,15 +139,32 @@ def forward_replaced(module: nn.Module, forward: Callable):
         module.forward = before
 
 
-def accepted(function: Callable, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that a function has parameters for."""
+@contextlib.contextmanager
+def head_and_loss_replaced(
+    model: CausalLM, head: Callable[[Tensor], Tensor], loss: Callable[..., Tensor]
+) -> Iterator[None]:
+    """A context in which `head` is the forward of the model's LM head and `loss` its `loss_function`.
+
+    Afterwards `_loss_function` is an attribute of the instance; see `forward_replaced`.
+    """
+    before = model.loss_function
+    with forward_replaced(innermost(model.get_output_embeddings()), head):
+        model._loss_function = loss  # type: ignore[assignment]  # nn.Module types attributes as tensors or modules
+        try:
+            yield
+        finally:
+            model._loss_function = before  # type: ignore[assignment]
+
+
+def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that the function has parameters for."""
     parameters = inspect.signature(function).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in arguments.items() if anything or name in parameters}
 
 
 def forget_forward(module: nn.Module) -> None:
-    """Take away what `forward_replaced` left, where that is what the class has anyway."""
+    """Delete the instance attribute that `forward_replaced` left, if it is the class's forward."""
     own = module.__dict__.get("forward")
     if isinstance(own, types.MethodType) and own.__func__ is type(module).forward:
         del module.forward

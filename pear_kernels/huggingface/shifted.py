@@ -1,5 +1,6 @@
-"""From what models are called with, where row t is about token t, to the losses, where it is about token t + 1."""
+"""Between models and losses: row t of a model's inputs is about token t, row t of a loss's about token t + 1."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ TOP_K = ("top_k_ids", "top_k_logprobs")
 
 
 def first_tokens_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
-    """Labels (B, T) with `ignore_index` where no earlier token of the same sequence can predict them."""
+    """Labels (B, T) with `ignore_index` at the first token of each sequence, which no earlier token predicts."""
     labels = torch.nn.functional.pad(labels, (0, 1))  # an empty sequence at the end of a pack begins at T
     labels[:, 0] = ignore_index
     if cu_seqlens is not None:
@@ -22,19 +23,19 @@ def first_tokens_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_index
 
 
 def first_flags(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B,) or (S,): the flag (B, T) at the first token of each sequence; that of an empty one means nothing."""
+    """(B,) or (S,): the flag (B, T) at the first token of each sequence. The flag of an empty sequence is arbitrary."""
     if cu_seqlens is None:
         return flags[:, 0]
     return flags[0, cu_seqlens[:-1].long().clamp(0, flags.shape[1] - 1)]
 
 
 def shift_left(x: Tensor, fill: float) -> Tensor:
-    """(B, T) or (B, T, K): what stands at t + 1, to meet the hidden state at t that predicts it."""
+    """(B, T) or (B, T, K): row t + 1 moves to t, the position of the hidden state that predicts it."""
     return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], dim=1)
 
 
 def shift_right(x: Tensor) -> Tensor:
-    """(B, T) or (B, T, K): back from the position that predicts to the token that is predicted."""
+    """(B, T) or (B, T, K): from the position that predicts back to the token that is predicted; row 0 is zero."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
@@ -47,7 +48,7 @@ def supervised_loss(
     cu_seqlens: Tensor | None,  # (S+1,)
     options: dict[str, Any],
 ) -> LossOutput:
-    """The loss that the keys of `options` speak of, in target's shape; of `columns`, top-k log-probs are a teacher."""
+    """The loss that has these options, with results in target's shape. Top-k log-probs in `columns` are a teacher."""
     columns, options = dict(columns), dict(options)
     if cu_seqlens is not None:
         hidden, target = hidden[0], target[0]
@@ -58,7 +59,7 @@ def supervised_loss(
                 options[name] = held._replace(hidden=held.hidden[0])
     if TOP_K[0] in columns:
         options["teacher"] = TopKTeacher(*(columns.pop(name) for name in TOP_K))
-    loss = linear_pear_loss
+    loss: Callable[..., LossOutput] = linear_pear_loss
     if "weighting" in options:
         loss = linear_weighted_loss
     elif "divergence" in options:
@@ -69,9 +70,11 @@ def supervised_loss(
     return output
 
 
-def bounds(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """(S+1,) of a row (1, T) whose positions begin anew where a sequence does; None of other shapes, and
-    on the meta device, where there are no values to read."""
+def bounds(position_ids: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """(S+1,): the sequences of a row (1, T), which begin wherever positions do not continue.
+
+    None for other shapes, and on the meta device, where there are no values to read.
+    """
     if position_ids is None or position_ids.shape != shape or shape[0] != 1 or position_ids.is_meta:
         return None
     starts = (position_ids[0].diff() != 1).nonzero()[:, 0] + 1

@@ -1,18 +1,17 @@
-"""What a transformers model's forward does to its logits between head and loss: measured, not read from its config.
+"""Measure what a transformers model's forward does to its logits between the head and the loss.
 
-Names of such constants differ (`logit_scale`, `logits_scaling`, `final_logit_softcapping`, ...), and one name means a
-factor in one family and a divisor in another. So the forward runs once without its trunk: its head hands on numbers,
-and its loss function sees what they became.
+Config names of such constants differ between families (`logit_scale`, `logits_scaling`, `final_logit_softcapping`,
+...), and one name means a factor in one family and a divisor in another. So the forward runs once without its trunk:
+its head returns known numbers, and what its loss function receives shows how they were changed.
 """
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pear_kernels.huggingface.lm_head import forward_replaced, innermost
+from pear_kernels.huggingface.lm_head import CausalLM, forward_replaced, head_and_loss_replaced, innermost
 
 OWN_LOSS = "makes its loss by itself instead of handing its logits to `loss_function`"
 ADVICE = (
@@ -23,62 +22,69 @@ PROBES = tuple(2.0**power for power in range(-10, 14))  # logits, each twice the
 
 
 class Treatment(NamedTuple):
-    """softcap * tanh(z / softcap) / temperature of z = hidden @ weight.T + bias, or z / temperature."""
+    """What a forward makes of z = hidden @ weight.T + bias: softcap * tanh(z / softcap) / temperature.
+
+    Without a soft cap that is z / temperature.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
-    rows: int | None = None  # of the head, that have a logit: the others pad it. None: all
+    rows: int | None = None  # number of the head's rows that have a logit, the rest being padding; None: all
 
     def options(self) -> dict[str, float]:
-        """Of the losses, those that are not their defaults."""
+        """The losses' options that differ from their defaults."""
         options = {"temperature": self.temperature, "softcap": self.softcap}
         return {name: value for name, value in options.items() if value is not None and value != 1.0}
 
     def rows_of(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The head's (V, D) and (V,) without its padding."""
+        """The head's weight (V, D) and bias (V,) without padding."""
         if self.rows is None:
             return weight, bias
         return weight[: self.rows], None if bias is None else bias[: self.rows]
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Of logits as the head makes them."""
+        """The model's logits, from the head's."""
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
 
 
-def measure_treatment(model: nn.Module) -> Treatment:
-    """That of a causal LM of transformers. Its trunk and head are not run, so it may be anywhere, and of any size. The
-    instance's attributes `forward` and `_loss_function` are set afterwards (see `forward_replaced`).
+def measure_treatment(model: CausalLM) -> Treatment:
+    """Measure the treatment of a transformers causal LM.
+
+    Neither trunk nor head runs, so the model may be on any device and of any size. Afterwards `forward` and
+    `_loss_function` are attributes of the instances; see `forward_replaced`.
 
     Raises:
-        ValueError: by the model's class and with the reason: its forward does not take its logits from its head to
-            `loss_function`, or does something else to them than a scale and a soft cap.
+        ValueError: naming the model's class and the reason: its forward does not pass the logits of its head to
+            `loss_function`, or changes them by more than a scale, a soft cap and a cut of padding.
     """
     name = type(model).__name__
     check_loss(model)
-    head, trunk = innermost(model.get_output_embeddings()), _trunk(model)
+    head = innermost(model.get_output_embeddings())
     rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]
-    columns = torch.arange(max(rows, len(PROBES))) % len(PROBES)  # as wide as logits, so that a cut of them shows
+    columns = torch.arange(max(rows, len(PROBES))) % len(PROBES)  # as many columns as the head's, to see padding cut
     probes = torch.tensor(PROBES, dtype=torch.float64)[columns].expand(1, 2, -1).clone()
     ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
     width = getattr(model.config.get_text_config(), "hidden_size", head.weight.shape[1])
-    hidden = torch.zeros(1, 2, width, dtype=head.weight.dtype, device=head.weight.device)
+    output = _TrunkOutput(torch.zeros(1, 2, width, dtype=head.weight.dtype, device=head.weight.device))
     calls = []
 
-    def take(hidden: Tensor) -> Tensor:
+    def give_probes(hidden: Tensor) -> Tensor:
         calls.append(hidden)
         return probes
+
+    def stop(logits: Tensor, labels: Any, *_: Any, **__: Any) -> Tensor:
+        raise _LossReached(logits, labels)
 
     try:
         with (
             torch.no_grad(),
-            forward_replaced(trunk, lambda *_, **__: _Hidden(hidden)),
-            forward_replaced(head, take),
-            loss_replaced(model, _stop),
+            forward_replaced(_trunk(model), lambda *_, **__: output),
+            head_and_loss_replaced(model, give_probes, stop),
         ):
             model.forward(input_ids=ids, labels=ids)
-    except _Reached as reached:
+    except _LossReached as reached:
         after, labels = reached.args
     except Exception as error:
         why = OWN_LOSS if calls else "does not come from its trunk's hidden states to its output embeddings"
@@ -94,13 +100,15 @@ def measure_treatment(model: nn.Module) -> Treatment:
     fit = fit_treatment(probes[..., : len(PROBES)], after[..., : len(PROBES)]) if same else None
     if fit is None:
         raise refusal(
-            name, "does more to its logits than a positive scale, a soft cap and a cut of padding, which our pass has"
+            name,
+            "does more to its logits than a positive scale, a soft cap and a cut of padding, which is all that the "
+            "fused losses repeat",
         )
     return fit._replace(rows=cut)
 
 
-def check_loss(model: nn.Module) -> None:
-    """ValueError where a model's loss is another than that of transformers' causal LMs, which ours is to replace."""
+def check_loss(model: CausalLM) -> None:
+    """Raise ValueError if the model's loss is not transformers' `ForCausalLMLoss`, which the fused loss replaces."""
     loss = getattr(model.loss_function, "__name__", None)
     if loss != "ForCausalLMLoss":
         loss = loss or type(model.loss_function).__name__
@@ -111,8 +119,8 @@ def refusal(name: str, why: str) -> ValueError:
     return ValueError(f"{name} cannot be patched: its forward {why}. {ADVICE}")
 
 
-def _trunk(model: nn.Module) -> nn.Module:
-    """The module of hidden states: `base_model`, or where a class names another, the one child that is a model too."""
+def _trunk(model: CausalLM) -> nn.Module:
+    """The module that makes hidden states: `base_model`, or the only child that is a model itself."""
     if model.base_model is not model:
         return model.base_model
     models = [child for child in model.children() if hasattr(child, "config") and hasattr(child, "base_model")]
@@ -121,8 +129,8 @@ def _trunk(model: nn.Module) -> nn.Module:
     return models[0]
 
 
-class _Hidden:
-    """What a trunk returns, with nothing in it but hidden states."""
+class _TrunkOutput:
+    """A trunk's output that holds hidden states alone: every other field is None."""
 
     def __init__(self, hidden: Tensor):
         self.last_hidden_state = hidden
@@ -134,28 +142,15 @@ class _Hidden:
         return (self.last_hidden_state,)[index]
 
 
-class _Reached(Exception):
-    """A forward has come to its loss."""
-
-
-def _stop(logits: Tensor, labels: Tensor, *_, **__) -> None:
-    raise _Reached(logits, labels)
-
-
-@contextlib.contextmanager
-def loss_replaced(model: nn.Module, loss):
-    """Within it, `model.loss_function` is `loss`; see `forward_replaced`."""
-    before = model.loss_function
-    model._loss_function = loss
-    try:
-        yield
-    finally:
-        model._loss_function = before
+class _LossReached(Exception):
+    """Raised with (logits, labels) when the forward calls its loss function."""
 
 
 def fit_treatment(before: Tensor, after: Tensor) -> Treatment | None:
-    """The treatment that made `after` (..., n) of the positive logits `before` (..., n), each twice the one before;
-    None if none did."""
+    """The treatment that maps `before` (..., n), positive logits of which each is twice the previous, to `after`.
+
+    None if no treatment does.
+    """
     if bool((after != after[:1, :1]).any()):
         return None
     z, y = before[0, 0].double(), after[0, 0].double()
@@ -177,5 +172,5 @@ def fit_treatment(before: Tensor, after: Tensor) -> Treatment | None:
 
 
 def _tidy(value: float) -> float:
-    """Without the last digits, which the fit leaves over: 30.000000000000007 is 30."""
+    """Drop the last digits, which carry rounding errors of the fit: 30.000000000000007 becomes 30."""
     return float(f"{value:.14g}")

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import types
+import typing
 
 import peft
 import pytest
@@ -12,7 +13,9 @@ from causal_lms import VOCABULARY, batch, gradients, make_lm
 from torch import Tensor, nn
 
 from pear_kernels import patch_causal_lm, unpatch_causal_lm
+from pear_kernels.huggingface import causal_lm
 from pear_kernels.huggingface.positions import position_limit
+from pear_kernels.losses import pear, weighted
 from pear_kernels.reference import naive_pear_loss, naive_weighted_loss
 
 LENGTHS = [4, 1, 6, 3]
@@ -613,6 +616,12 @@ def test_bad_options_are_refused_before_the_model_is_touched(options, error, mes
     with pytest.raises(error, match=message):
         patch_causal_lm(model, **options)
     assert "forward" not in model.__dict__ and not hasattr(model, "_pear_patch")
+
+
+def test_the_keywords_that_a_type_checker_knows_are_those_allowed():
+    fields = {name for each in (*pear.CLASSES, *weighted.CLASSES) for name in each.names()}
+    known = typing.get_type_hints(causal_lm.PatchKeywords).keys()
+    assert known == fields - causal_lm.OF_MODEL - {"weighting"} | {"return_entropy"}
 
 
 @pytest.mark.parametrize(
