@@ -29,11 +29,23 @@ class OurDocstrings(griffe.Extension):
                 attr.docstring = griffe.Docstring(found["text"].rstrip(" )"), lineno=attr.lineno, parent=attr)
 
     def on_function_instance(self, *, func: griffe.Function, **kwargs: Any) -> None:
-        """Defaults that are constants of a module are shown as what they are."""
+        """Defaults that are constants of a module are shown as what they are, and options by their names."""
         named = [p for p in func.parameters if p.default is not None and NAME.fullmatch(str(p.default))]
-        if named and func.path.startswith("pear_kernels."):
+        typed = [p for p in func.parameters if "Unpack[" in str(p.annotation)]
+        if (named or typed) and func.path.startswith("pear_kernels."):
             found = importlib.import_module(func.module.path)
             for part in func.path.removeprefix(func.module.path + ".").split("."):
                 found = getattr(found, part)
+            parameters = inspect.signature(found).parameters
             for parameter in named:
-                parameter.default = repr(inspect.signature(found).parameters[parameter.name].default)
+                parameter.default = repr(parameters[parameter.name].default)
+            for parameter in typed:  # `**keywords` whose names and types stand in a TypedDict
+                del func.parameters[parameter.name]
+                for name in [n for n in parameters if n not in {p.name for p in func.parameters}]:
+                    option = parameters[name]
+                    kind = inspect.formatannotation(option.annotation)
+                    func.parameters.add(
+                        griffe.Parameter(
+                            name, annotation=kind, kind=griffe.ParameterKind.keyword_only, default=repr(option.default)
+                        )
+                    )

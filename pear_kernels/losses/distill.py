@@ -69,8 +69,8 @@ def linear_distill_loss(
             last one being any other token (whose probability is at least the rounding of the log-probs' dtype). No
             gradient goes to a teacher.
         behavior_logprobs, block_ids: as in `linear_pear_loss`; without behavior_logprobs every G is 1.
-        options: objects of `DivergenceOptions`, `PEAROptions`, `Reduction` and `HeadOptions`, in place of keywords.
-        keywords: fields of these classes, which say what each means and its default.
+        options: objects of `DivergenceOptions`, `PEAROptions`, `Reduction` and `HeadOptions`, at most one each.
+            Their fields, where their meanings stand, are keywords of this function too.
 
     Returns:
         LossOutput. `weights` are G. `stats` begin with "divergence", the mean of D; the others are

@@ -67,9 +67,8 @@ def linear_pear_loss(
             in the group's order, all else is the same on every rank, and `target` holds ids of the whole vocabulary.
             Loss, log-probs and dX are those of the whole head on every rank, dW that of the rank's rows. A `weight`
             that is a DTensor of placement Shard(0) brings its group along. See docs/sharded.md.
-        options: objects of `PEAROptions`, `LabelOptions`, `Reduction` and `HeadOptions`, at most one each, in place of
-            the keywords of the same names.
-        keywords: fields of these four classes, which say what each means and its default.
+        options: objects of `PEAROptions`, `LabelOptions`, `Reduction` and `HeadOptions`, at most one each. Their
+            fields, where their meanings stand, are keywords of this function too.
 
     Returns:
         LossOutput. With every token ignored: loss 0 and zero gradients. `stats` are `objectives.pear.STATS`. The shares

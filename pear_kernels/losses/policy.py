@@ -68,8 +68,8 @@ def linear_policy_loss(
             many sequences as tokens.)
         ref_logprobs: like target, under the reference policy. For statistics alone if beta is 0.
         sampler_logprobs: like target, under the engine that drew the tokens, where it is not pi_old to the last digit.
-        options: objects of `PolicyOptions`, `PolicyReduction` and `HeadOptions`, in place of keywords.
-        keywords: fields of these classes, which say what each means and its default.
+        options: objects of `PolicyOptions`, `PolicyReduction` and `HeadOptions`, at most one each. Their fields, where
+            their meanings stand, are keywords of this function too.
 
     Returns:
         LossOutput. `weights` are the policy gradient's factors: d loss_t / d(-log pi) before the divisor, KL included.

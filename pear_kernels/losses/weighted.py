@@ -80,8 +80,8 @@ def linear_weighted_loss(
         ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
             previous policy ("psft").
         reference: for "asft", the initial model's hidden states and head, in place of ref_logprobs.
-        options: objects of `WeightingOptions`, `Reduction` and `HeadOptions`, in place of keywords.
-        keywords: fields of these classes, which say what each means and its default.
+        options: objects of `WeightingOptions`, `Reduction` and `HeadOptions`, at most one each. Their fields, where
+            their meanings stand, are keywords of this function too.
 
     Returns:
         LossOutput. `weights` are d loss_t / d(-log pi) before the divisor: w, and for "asft" the KL's share (but not

@@ -40,8 +40,7 @@ def pear_weights(
             are one block; ids never descend within a sequence. -1: a token without a log-ratio, which carries no delta
             and no position, and has the weight of its place: the sum from the first block that starts after it. What
             behavior_logprobs hold there does not matter. In a sequence of -1 alone all weights are 1.
-        options: an object of `PEAROptions`, in place of keywords.
-        keywords: fields of `PEAROptions`, which says what each means and its default.
+        options: an object of `PEAROptions`. Its fields, where their meanings stand, are keywords of this function too.
         backend: "triton", "torch" or None, as in `linear_pear_loss`.
 
     Returns:
