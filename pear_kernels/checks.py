@@ -350,6 +350,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 @value_check
+def check_valid_tokens(valid_tokens: int | None, valid: Tensor) -> None:
+    """The number of tokens that count, where the caller gives one."""
+    if valid_tokens is not None:
+        require(
+            valid.sum() == valid_tokens,
+            "valid_tokens must be the number of targets that are not ignore_index",
+            lambda: f"{valid_tokens} where there are {int(valid.sum())}",
+        )
+
+
+@value_check
 def check_target(target: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Ids in [0, V) wherever a token counts."""
     outside = valid & ((target < 0) | (target >= vocabulary))

@@ -1,7 +1,8 @@
 """The losses as `nn.Module`s, with their options set once."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Concatenate, ParamSpec, Unpack
 
 from torch import nn
 
@@ -22,6 +23,8 @@ from pear_kernels.options import (
     takes,
 )
 
+P = ParamSpec("P")
+
 
 class LinearLoss(nn.Module):
     """A loss of an LM head with its options set once. It holds no parameter: the head's `weight` is an argument of
@@ -34,19 +37,31 @@ class LinearLoss(nn.Module):
         classes = self.function.option_classes  # type: ignore[attr-defined]
         self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, keywords)
 
-    def forward(self, *arguments: Any, **named: Any) -> LossOutput:
-        """The tensors of the function, and its other arguments that are no options, in its order."""
-        return self.function(*arguments, options=self.options, **named)
-
     def extra_repr(self) -> str:
         fields = {name: value for each in self.options for name, value in each.asdict().items()}
         return ", ".join(f"{name}={value!r}" for name, value in fields.items())
+
+
+def forward_of(function: Callable[P, LossOutput]) -> Callable[Concatenate[Any, P], LossOutput]:
+    """A module's `forward`: `function` with the module's options. Types and signature are those of `function`."""
+
+    def forward(self: LinearLoss, /, *arguments: P.args, **named: P.kwargs) -> LossOutput:
+        return function(*arguments, **{**named, "options": self.options})  # type: ignore[arg-type]
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    options = {"options", *(name for cls in function.option_classes for name in cls.names())}  # type: ignore[attr-defined]
+    left = [each for each in parameters if each.name not in options]
+    forward.__signature__ = inspect.Signature([own, *left], return_annotation=LossOutput)  # type: ignore[attr-defined]
+    forward.__doc__ = f"Arguments of `{function.__name__}` but for its options, which are the module's."
+    return forward
 
 
 class LinearPEARLoss(LinearLoss):
     """`linear_pear_loss` (arXiv 2602.01058) as a module, with its keywords."""
 
     function = staticmethod(linear_pear_loss)
+    forward = forward_of(linear_pear_loss)
 
     @takes(*linear_pear_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PEARKeywords]):
@@ -57,6 +72,7 @@ class LinearWeightedLoss(LinearLoss):
     """`linear_weighted_loss` as a module, with its keywords: by a named weighting, or with weights in each call."""
 
     function = staticmethod(linear_weighted_loss)
+    forward = forward_of(linear_weighted_loss)
 
     @takes(*linear_weighted_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(
@@ -73,6 +89,7 @@ class LinearDistillLoss(LinearLoss):
     """`linear_distill_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_distill_loss)
+    forward = forward_of(linear_distill_loss)
 
     @takes(*linear_distill_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[DistillKeywords]):
@@ -83,6 +100,7 @@ class LinearPolicyLoss(LinearLoss):
     """`linear_policy_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_policy_loss)
+    forward = forward_of(linear_policy_loss)
 
     @takes(*linear_policy_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PolicyKeywords]):

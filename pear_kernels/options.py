@@ -132,6 +132,9 @@ class HeadOptions(Options):
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
         if self.softcap is not None and not positive(self.softcap):
             raise ValueError(f"softcap must be a positive number, or None for a head without one, got {self.softcap!r}")
+        # options travel to the ops as float64, which holds these integers exactly
+        if not (is_number(self.ignore_index, numbers.Integral) and -(2**53) <= self.ignore_index <= 2**53):
+            raise ValueError(f"ignore_index must be an integer of at most 2**53 in size, got {self.ignore_index!r}")
         if self.workspace_bytes is not None and not is_count(self.workspace_bytes):
             raise ValueError(
                 f"workspace_bytes must be a positive integer of bytes, or None, got {self.workspace_bytes!r}"
@@ -331,6 +334,7 @@ class PolicyOptions(Options):
         check_finite("entropy_coef", self.entropy_coef)
         if self.max_length is not None and not is_count(self.max_length):
             raise ValueError(f"max_length must be an integer of at least 1 (tokens), or None, got {self.max_length!r}")
+        check_flag("unbiased_kl", self.unbiased_kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -549,7 +553,7 @@ def gather(
             field it is.
         ValueError: by the field's check.
     """
-    objects = (options,) if isinstance(options, Options) else tuple(options)
+    objects = tuple(options) if isinstance(options, (tuple, list)) else (options,)
     given = tuple((key, as_tuple(value)) for key, value in keywords.items())
     if torch.compiler.is_compiling():
         return _gather(name, classes, objects, given, ())

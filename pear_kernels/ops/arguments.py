@@ -57,7 +57,7 @@ def spec_and_numbers(
         encoded, values = _encoded(tuple(options))
         # never kept for the next call, which may run under another mode: fake tensors, inference mode
         numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return f"{name}|{','.join(columns)}|{compute_dtype}|{int(return_entropy)}|{encoded}", numbers
+    return f"{name}|{','.join(columns)}|{compute_dtype}|{int(bool(return_entropy))}|{encoded}", numbers
 
 
 _encoded = functools.lru_cache(maxsize=256)(encode)

@@ -35,6 +35,7 @@ def linear_logprobs(
     shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
     valid = target != own.ignore_index
     checks.check_target(target, valid, whole_vocabulary(weight, shard), own.ignore_index)
+    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
     pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
     make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).head
     own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
@@ -142,6 +143,7 @@ def linear_topk_logprobs(
     vocabulary, valid = whole_vocabulary(weight, shard), target != own.ignore_index
     checks.check_target(target, valid, vocabulary, own.ignore_index)
     checks.check_k("k", k, vocabulary)
+    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
     pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
     make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).logits_head
     head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)

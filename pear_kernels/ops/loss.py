@@ -75,6 +75,7 @@ def checked_pack(
     valid = target != ignore_index
     checks.check_cu_seqlens(columns["cu_seqlens"], target.numel())
     checks.check_target(target, valid, vocabulary, ignore_index)
+    checks.check_valid_tokens(valid_tokens, valid)
     for name in loss.logprobs:
         if name in columns:  # a log-prob of a token without a log-ratio is not checked
             checks.check_logprobs(name, columns[name], carrying(valid, columns.get("block_ids")))
