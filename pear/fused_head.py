@@ -18,19 +18,17 @@ from transformers import PreTrainedModel
 
 from pear.io import DataError
 from pear_kernels import LossOutput, linear_logprobs, linear_policy_loss, linear_topk_logprobs
-from pear_kernels.huggingface import agreement
 from pear_kernels.huggingface.causal_lm import Call
 from pear_kernels.huggingface.lm_head import accepted, forward_replaced, innermost
 from pear_kernels.huggingface.shifted import (
     IGNORE,
     TOP_K,
-    first_flags,
-    first_tokens_ignored,
     shift_left,
     shift_right,
     supervised_loss,
+    targets,
 )
-from pear_kernels.huggingface.treatment import ADVICE, Treatment
+from pear_kernels.huggingface.treatment import ADVICE, Treatment, checked_treatment
 
 LOGPROBS = ("behavior_logprobs", "old_logprobs", "ref_logprobs")
 COLUMNS = (*LOGPROBS, *TOP_K, "block_ids", "advantages", "sequence_label")  # (B, T), TOP_K (B, T, K), unshifted
@@ -138,8 +136,8 @@ class FusedCall(Call):
 
     def __init__(self, model: PreTrainedModel, pear: dict[str, Any] | None, columns, cu_seqlens):
         self.fused: FusedHead = model._pear_fused_head
-        super().__init__(model, self.fused.treatment)
-        self.pear, self.columns, self.cu_seqlens = pear, columns, cu_seqlens
+        super().__init__(model, self.fused.treatment, columns, cu_seqlens)
+        self.pear = pear
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if self.found is None:  # a forward may have further losses, of tokens that come later
@@ -198,7 +196,7 @@ def _run_head(
     cu_seqlens: torch.Tensor | None,  # (S+1,)
     options: dict[str, Any],
 ) -> torch.Tensor | LossOutput:
-    target = shift_left(first_tokens_ignored(labels.to(weight.device), cu_seqlens), IGNORE)
+    target = targets(labels.to(weight.device), cu_seqlens)
     columns = {name: column.to(weight.device) for name, column in columns.items()}
     label = columns.pop("sequence_label", None)
     columns = {name: shift_left(column, 0) if column.dim() >= 2 else column for name, column in columns.items()}
@@ -216,9 +214,16 @@ def _run_head(
         output = linear_policy_loss(hidden, weight, target, old, advantages, bias=bias, **columns, **options)
     else:
         if label is not None:  # the same at all tokens of a sequence, so its first one tells
-            options["sequence_label"] = first_flags(label, cu_seqlens)
+            options["sequence_label"] = _first_flags(label, cu_seqlens)
         output = supervised_loss(hidden, weight, bias, target, columns, cu_seqlens, options)
     return output._replace(logprobs=shift_right(output.logprobs), weights=shift_right(output.weights))
+
+
+def _first_flags(flags: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """(B,) or (S,): the flag (B, T) at the first token of each sequence. The flag of an empty sequence is arbitrary."""
+    if cu_seqlens is None:
+        return flags[:, 0]
+    return flags[0, cu_seqlens[:-1].long().clamp(0, flags.shape[1] - 1)]
 
 
 def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
@@ -235,7 +240,7 @@ def _run_head_for_trl(hidden, weight, bias, labels, head: FusedHead):
 def check_model(model: PreTrainedModel) -> Treatment:
     """What a model does to its logits; DataError, by its name, where our pass cannot repeat what its forward does."""
     try:
-        return agreement.checked_treatment(model)
+        return checked_treatment(model)
     except ValueError as error:
         said = str(error).replace(ADVICE, "`pear` would not train what the model computes: give another model.")
         raise DataError(said) from None
@@ -244,6 +249,6 @@ def check_model(model: PreTrainedModel) -> Treatment:
 def head_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     """(B, T, D): what a model's head is given, by the model's own forward without labels. No logits are made."""
     call = Call(model, Treatment())
-    with forward_replaced(innermost(call.head), call.take):
+    with forward_replaced(innermost(model.get_output_embeddings()), call.take):
         model(**inputs, **accepted(model.forward, use_cache=False))
     return call.hidden

@@ -15,7 +15,6 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from pear.fused_head import IGNORE, first_tokens_ignored
 from pear.io import TOP_K_COLUMNS, DataError
 from pear.long_context import longest_row
 from pear.long_rows import check_long_rows, too_long
@@ -23,6 +22,7 @@ from pear.scored import BLOCK_COLUMNS, COLUMNS, SPANS
 from pear.scored_rows import tokens_a_block
 from pear.scored_summary import spans_at_block_level
 from pear.sft_config import PEARSFTConfig
+from pear_kernels.huggingface.shifted import IGNORE, first_tokens_ignored
 
 logger = get_logger("pear.sft")
 

@@ -19,28 +19,12 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from pear_kernels.huggingface.agreement import checked_treatment
-from pear_kernels.huggingface.lm_head import (
-    CausalLM,
-    check_adapter,
-    check_linear,
-    forget_forward,
-    head_and_loss_replaced,
-    innermost,
-    run_with_parameters,
-)
+from pear_kernels.huggingface import lm_head, shifted
+from pear_kernels.huggingface.lm_head import CausalLM
 from pear_kernels.huggingface.positions import check_positions
-from pear_kernels.huggingface.shifted import (
-    IGNORE,
-    bounds,
-    first_tokens_ignored,
-    shift_left,
-    shift_right,
-    supervised_loss,
-)
-from pear_kernels.huggingface.treatment import Treatment, check_loss
+from pear_kernels.huggingface.treatment import Treatment, check_loss, checked_treatment
 from pear_kernels.losses import LossOutput, pear, weighted
-from pear_kernels.options import HeadOptions, Reduction, ReductionKeywords, WeightsKeywords, gather
+from pear_kernels.options import HeadOptions, PEARKeywords, Reduction, WeightingConstants, gather
 
 COLUMNS = ("behavior_logprobs", "block_ids", "ref_logprobs")  # (B, T), unshifted
 OF_MODEL = {"temperature", "softcap", "ignore_index"}  # options of a loss that the model itself determines
@@ -49,18 +33,9 @@ PLAIN = {*HeadOptions.names(), *Reduction.names()} - OF_MODEL  # options of a cr
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class PatchKeywords(WeightsKeywords, ReductionKeywords, total=False):
-    """Options of `patch_causal_lm`: those of `linear_pear_loss` or `linear_weighted_loss` without `OF_MODEL`."""
+class PatchKeywords(PEARKeywords, WeightingConstants, total=False):
+    """Options of either loss. Those `OF_MODEL`, and those of the other loss, are an error when a model is patched."""
 
-    negative_lambda: float
-    logprob_floor: float
-    iw_tau: float
-    iw_max: float
-    psft_clip: float
-    asft_kl: float
-    idft_clip: tuple[float, float]
-    workspace_bytes: int | None
-    backend: str | None
     return_entropy: bool
 
 
@@ -140,7 +115,10 @@ def unpatch_causal_lm(model: Model) -> Model:
     del inner._pear_patch, inner.forward
     if patch.forward is not None:
         inner.forward = patch.forward
-    forget_forward(innermost(inner.get_output_embeddings()))
+    head = lm_head.innermost(inner.get_output_embeddings())
+    own = head.__dict__.get("forward")
+    if isinstance(own, types.MethodType) and own.__func__ is type(head).forward:  # what `forward_replaced` leaves
+        del head.forward
     if patch.loss is None:
         inner.__dict__.pop("_loss_function", None)
     return model
@@ -188,11 +166,9 @@ class Patch(NamedTuple):
         )
 
 
-def _causal_lm(model: nn.Module) -> CausalLM:
+def _causal_lm(model: Any) -> CausalLM:
     """The transformers model, without PEFT's wrapper."""
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = cast(Any, model).get_base_model()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = ("get_output_embeddings", "loss_function")
     if not isinstance(inner, nn.Module) or not all(hasattr(inner, part) for part in parts):
         raise ValueError(
@@ -223,7 +199,7 @@ def _forward(model: CausalLM) -> Callable[..., Any]:
                 raise ValueError(f"{next(iter(columns))} is given without labels, and the loss is made of both")
             return original(self, **kwargs)
         # The head may have been replaced, quantised or adapted since the patch. The whole check cannot be traced.
-        check_adapter(self) if torch.compiler.is_compiling() else check_linear(self)
+        lm_head.check_adapter(self) if torch.compiler.is_compiling() else lm_head.check_linear(self)
         check_loss(self)
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if (tokens := kwargs.get("input_ids")) is None:
@@ -235,7 +211,7 @@ def _forward(model: CausalLM) -> Callable[..., Any]:
         returns_dict = self.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]
         if not returns_dict:
             kwargs["return_dict"] = True
-        call = PatchedCall(self, columns, cu_seqlens, position_ids)
+        call = PatchedCall(self, self._pear_patch.treatment, columns, cu_seqlens, position_ids)
         output = with_log_probs(call.run(original, **kwargs), call.found)
         return output if returns_dict else output.to_tuple()
 
@@ -248,6 +224,7 @@ def _forward(model: CausalLM) -> Callable[..., Any]:
     return forward
 
 
+@dataclasses.dataclass(eq=False)
 class Call:
     """One run of a model's own forward, with `take` in place of its head and `loss` in place of its loss function.
 
@@ -255,15 +232,17 @@ class Call:
     returns the scalar that the model takes as its loss.
     """
 
-    hidden: Tensor  # (B, T, D), once the head was called
-
-    def __init__(self, model: CausalLM, treatment: Treatment):
-        self.model, self.head, self.treatment = model, model.get_output_embeddings(), treatment
-        self.found: Any = None
+    model: CausalLM
+    treatment: Treatment
+    columns: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # (B, T), unshifted
+    cu_seqlens: Tensor | None = None  # (S+1,)
+    position_ids: Tensor | None = None  # (B, T)
+    hidden: Tensor = dataclasses.field(init=False)  # (B, T, D), once the head was called
+    found: Any = None
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own `forward`, a function of its class."""
-        with head_and_loss_replaced(self.model, self.take, self.loss):
+        with lm_head.head_and_loss_replaced(self.model, self.take, self.loss):
             output = forward(self.model, *args, **kwargs)
         if self.found is None:
             raise ValueError(f"{type(self.model).__name__}: its forward made no loss of the labels")
@@ -284,22 +263,11 @@ class Call:
         def without_padding(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return function(hidden, *self.treatment.rows_of(weight, bias))
 
-        return run_with_parameters(self.head, self.hidden, without_padding)
+        return lm_head.run_with_parameters(self.model.get_output_embeddings(), self.hidden, without_padding)
 
 
 class PatchedCall(Call):
     """A call of a model that `patch_causal_lm` has patched; `found` holds its log-probs (B, T)."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        columns: dict[str, Tensor],  # (B, T), unshifted
-        cu_seqlens: Tensor | None,  # (S+1,)
-        position_ids: Tensor | None,  # (B, T)
-    ):
-        self.patch: Patch = model._pear_patch
-        super().__init__(model, self.patch.treatment)
-        self.columns, self.cu_seqlens, self.position_ids = columns, cu_seqlens, position_ids
 
     def loss(
         self,
@@ -307,7 +275,7 @@ class PatchedCall(Call):
         labels: Tensor,  # (B, T)
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORE,
+        ignore_index: int = shifted.IGNORE,
         shift_labels: Tensor | None = None,  # (B, T)
         *_: Any,
         **__: Any,
@@ -323,7 +291,7 @@ class PatchedCall(Call):
         if self.cu_seqlens is not None and given.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q is of a pack, a row (1, T), but labels are {tuple(given.shape)}")
         options = self._options(num_items_in_batch)
-        if ignore_index != IGNORE:
+        if ignore_index != shifted.IGNORE:
             options["ignore_index"] = ignore_index
         if shift_labels is not None and self.columns:
             raise ValueError(f"{next(iter(self.columns))} does not go with shift_labels: give labels, unshifted")
@@ -334,20 +302,20 @@ class PatchedCall(Call):
                 options["denominator"] = options["denominator"].to(device)
             cu_seqlens, target = self.cu_seqlens, given.to(device)
             if cu_seqlens is None and (self.columns or options.get("reduction") == "sequence_mean"):
-                cu_seqlens = bounds(self.position_ids, target.shape)
+                cu_seqlens = shifted.bounds(self.position_ids, target.shape)
             if shift_labels is None:
-                target = shift_left(first_tokens_ignored(target, cu_seqlens, ignore_index), ignore_index)
-            columns = {name: shift_left(column.to(device), 0) for name, column in self.columns.items()}
-            return supervised_loss(hidden.to(device), weight, bias, target, columns, cu_seqlens, options)
+                target = shifted.targets(target, cu_seqlens, ignore_index)
+            columns = {name: shifted.shift_left(column.to(device), 0) for name, column in self.columns.items()}
+            return shifted.supervised_loss(hidden.to(device), weight, bias, target, columns, cu_seqlens, options)
 
         output: LossOutput = self.multiply(run)
         if self.found is None:  # a forward may compute further losses, of later tokens
-            self.found = (shift_right(output.logprobs) if shift_labels is None else output.logprobs).float()
+            self.found = (shifted.shift_right(output.logprobs) if shift_labels is None else output.logprobs).float()
         return output.loss
 
     def _options(self, num_items_in_batch: Tensor | int | None) -> dict[str, Any]:
         """Options of `supervised_loss` for this call's arguments."""
-        options = dict(self.patch.options)
+        options = dict(self.model._pear_patch.options)
         weighting = options.get("weighting")
         for name in self.columns:
             if (name == "ref_logprobs") != (weighting is not None):

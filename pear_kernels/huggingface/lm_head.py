@@ -161,10 +161,3 @@ def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in arguments.items() if anything or name in parameters}
-
-
-def forget_forward(module: nn.Module) -> None:
-    """Delete the instance attribute that `forward_replaced` left, if it is the class's forward."""
-    own = module.__dict__.get("forward")
-    if isinstance(own, types.MethodType) and own.__func__ is type(module).forward:
-        del module.forward

@@ -22,13 +22,6 @@ def first_tokens_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_index
     return labels[:, :-1].contiguous()
 
 
-def first_flags(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B,) or (S,): the flag (B, T) at the first token of each sequence. The flag of an empty sequence is arbitrary."""
-    if cu_seqlens is None:
-        return flags[:, 0]
-    return flags[0, cu_seqlens[:-1].long().clamp(0, flags.shape[1] - 1)]
-
-
 def shift_left(x: Tensor, fill: float) -> Tensor:
     """(B, T) or (B, T, K): row t + 1 moves to t, the position of the hidden state that predicts it."""
     return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], dim=1)
@@ -37,6 +30,11 @@ def shift_left(x: Tensor, fill: float) -> Tensor:
 def shift_right(x: Tensor) -> Tensor:
     """(B, T) or (B, T, K): from the position that predicts back to the token that is predicted; row 0 is zero."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def targets(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int = IGNORE) -> Tensor:
+    """(B, T): at t the label of token t + 1, or `ignore_index` if that begins another sequence."""
+    return shift_left(first_tokens_ignored(labels, cu_seqlens, ignore_index), ignore_index)
 
 
 def supervised_loss(

@@ -12,7 +12,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pear_kernels.huggingface.agreement import ROW
+from pear_kernels.huggingface.treatment import ROW
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",

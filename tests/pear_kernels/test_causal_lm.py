@@ -621,7 +621,7 @@ def test_bad_options_are_refused_before_the_model_is_touched(options, error, mes
 def test_the_keywords_that_a_type_checker_knows_are_those_allowed():
     fields = {name for each in (*pear.CLASSES, *weighted.CLASSES) for name in each.names()}
     known = typing.get_type_hints(causal_lm.PatchKeywords).keys()
-    assert known == fields - causal_lm.OF_MODEL - {"weighting"} | {"return_entropy"}
+    assert known == fields - {"weighting"} | {"return_entropy"}
 
 
 @pytest.mark.parametrize(
