@@ -197,7 +197,7 @@ def grid(options: PEAROptions) -> list[PEAROptions]:
     found = []
     for level in LEVELS:
         for gamma in gammas if level != "sequence" else [options.gamma]:
-            found += [at_level(options, level)._replace(gamma=gamma, log_ratio_clip=clip) for clip in clips]
+            found += [at_level(options, level).replace(gamma=gamma, log_ratio_clip=clip) for clip in clips]
     return found
 
 

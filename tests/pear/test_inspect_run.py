@@ -238,11 +238,19 @@ def test_a_spoiled_file_is_refused_and_nothing_written(student, files, tmp_path,
     assert "Traceback" not in found.output and not (tmp_path / "page.html").exists()
 
 
+def test_an_option_of_the_weights_out_of_range_is_one_line(student, files):
+    command = ["inspect", "--data", str(files["own"]), "--model", student]
+    for flags, words in (
+        (["--gamma", "1.5"], "gamma must be in (0, 1], got 1.5"),
+        (["--level", "sequence", "--center"], "center must be off at level 'sequence'"),
+    ):
+        found = CliRunner().invoke(app, [*command, *flags])
+        assert found.exit_code == 1 and words in " ".join(found.output.split()) and "Traceback" not in found.output
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"options": DEFAULTS.replace(gamma=1.5)}, "gamma"),
-        ({"options": DEFAULTS.replace(level="sequence", center=True)}, "center"),
         ({"rows": -1}, "rows must be at least 0"),
         ({"sample": 0}, "sample must be at least 1"),
         ({"max_length": 1}, "max_length"),

@@ -17,13 +17,13 @@ from pear_kernels.options import DEFAULTS, PEAROptions
 NARROW = PEAROptions(gamma=0.98, log_ratio_clip=(-0.4, 0.5), log_weight_clip=(-1.0, 0.8), block_size=3)
 SETTINGS = [
     NARROW,
-    NARROW._replace(level="block"),
-    NARROW._replace(level="block", clip_blocks=True),
-    NARROW._replace(level="sequence"),
-    NARROW._replace(center=True),
-    NARROW._replace(clip_length=4),
-    NARROW._replace(normalize="sequence"),
-    NARROW._replace(normalize="batch"),
+    NARROW.replace(level="block"),
+    NARROW.replace(level="block", clip_blocks=True),
+    NARROW.replace(level="sequence"),
+    NARROW.replace(center=True),
+    NARROW.replace(clip_length=4),
+    NARROW.replace(normalize="sequence"),
+    NARROW.replace(normalize="batch"),
 ]
 
 
@@ -172,9 +172,9 @@ def test_grid_has_the_chosen_setting_and_no_gamma_at_sequence_level():
     chosen = PEAROptions(gamma=0.97, log_ratio_clip=(-0.5, 0.6))
     settings = grid(chosen)
     assert chosen in settings and len(settings) == len(set(settings)) == 2 * 4 * 5 + 5
-    centred = grid(chosen._replace(center=True, normalize="sequence"))
+    centred = grid(chosen.replace(center=True, normalize="sequence"))
     assert all(not s.center and s.normalize is None for s in centred if s.level == "sequence")
-    assert at_level(chosen._replace(normalize="batch"), "sequence").normalize == "batch"
+    assert at_level(chosen.replace(normalize="batch"), "sequence").normalize == "batch"
 
 
 def test_worst_rows_by_each_reason_and_an_ordinary_one():
