@@ -108,7 +108,11 @@ def test_log_probs_are_the_models_own(student, files):
         ("mixed", OPTIONS.replace(level="block", clip_blocks=True)),
         ("mixed", OPTIONS.replace(level="sequence")),
     ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(f"{v}" for v in x if v not in DEFAULTS),
+    ids=lambda x: (
+        x
+        if isinstance(x, str)
+        else "-".join(f"{v}" for v in x.asdict().values() if v not in DEFAULTS.asdict().values())
+    ),
 )
 def test_sft_logs_the_same_at_its_first_step(student, files, tmp_path, name, options):
     """One step over all rows: what the trainer's loss says of itself is what was foretold."""
