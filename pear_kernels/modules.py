@@ -34,7 +34,7 @@ class LinearLoss(nn.Module):
 
     def __init__(self, options: Options | Sequence[Options], keywords: Mapping[str, object]):
         super().__init__()
-        classes = self.function.option_classes  # type: ignore[attr-defined]
+        classes = type(self).function.option_classes  # type: ignore[attr-defined]
         self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, keywords)
 
     def extra_repr(self) -> str:

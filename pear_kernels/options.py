@@ -613,7 +613,8 @@ def encode(options: Iterable[Options]) -> tuple[str, list[float]]:
                 values += several
                 fields.append(f"{name}=#{'' if several is not value else len(several)}")
             else:
-                fields.append(f"{name}={value!r}")
+                # a member of a str enum has another repr than the str that it is
+                fields.append(f"{name}={''.join([value]) if isinstance(value, str) else value!r}")
         parts.append(f"{type(each).__name__}({' '.join(fields)})")
     return ";".join(parts), values
 
