@@ -16,7 +16,7 @@ from pear_kernels.backends.triton.head import Head, scale_and_round
 from pear_kernels.backends.triton.logits_head import LogitsHead
 from pear_kernels.backends.triton.product import exp_product
 from pear_kernels.backends.triton.weights import PEARWeights
-from pear_kernels.engine.head import TeacherRows
+from pear_kernels.engine.head import TopKRows, VocabularyRows
 from pear_kernels.engine.packing import Pack
 from pear_kernels.options import DIVERGENCES, DivergenceOptions, PEAROptions
 
@@ -132,8 +132,8 @@ def dense(dtype, weight, bias, hidden, target, index, temperature: float, softca
     # the dtype of dz is one store in the code; every kind once is enough
     for kind, soft in itertools.product(DIVERGENCES if dtype == BF16 else ["js"], (1.0, 2.0)):
         options = DivergenceOptions(divergence=kind, distill_temperature=soft)
-        in_memory = TeacherRows(options, teacher.log_softmax(x, soft))
-        for rows_of in (in_memory, TeacherRows(options, None, ids, top, factor)):
+        in_memory = VocabularyRows(options, teacher.log_softmax(x, soft))
+        for rows_of in (in_memory, TopKRows(options, ids, top, factor)):
             made.gradient(made.scores(x, target, teacher=rows_of), factor, None, factor)
 
 

@@ -1,43 +1,49 @@
 """Vocabulary-sharded (tensor-parallel) heads: each rank of a group holds some rows of W, and all hold the same tokens.
 
-Rank r makes the logits of its own columns, with the target's logit a, which its owner computes, as the anchor on all
-ranks. What any head makes of its columns and the target alone is then a softmax over those outcomes, of
+Rank r computes the logits of its own columns. All ranks anchor them on the target's logit a, which the rank that holds
+the target computes. A head's ordinary softmax of its own columns and the target is then a distribution with
 
     n_r = log(1 + sum_{v of r, v != y} exp(z_v - a))        H_r, its entropy
 
-and one exchange of these a chunk, of float64 (R,), is all that ranks need to know of each other:
+One exchange per chunk of these float64 (R,) is all that ranks need to know of each other:
 
     n = -log p_y = log(1 + sum_r (exp(n_r) - 1))            p_v = exp(n_r - n) p_v^r,  for v of r
     H = p_y n + sum_r exp(n_r - n) ((1 - exp(-n_r)) n - n_r + H_r)
 
-Where a rank had to move its anchor, because of a logit far above the target's, it did so for itself: no anchor is in
-these lines, and n_r - n is never above 0. Every rank does them on the same numbers in the same order, so coefficients,
-weights and the loss are bitwise the same on all, and every rank takes the same decisions.
+A rank that had to move its anchor, because of a logit far above the target's, did so for itself: these lines contain no
+anchor, and n_r - n is never above 0. Every rank evaluates them on the same numbers in the same order, so coefficients,
+weights and the loss are bitwise the same on all ranks, and every rank takes the same decisions.
 
-dW and db are made of a rank's own columns and stay there. dX is a sum over all columns, so over ranks: it is summed
-once a chunk, in float32 and in the order of ranks, before its one rounding.
+dW and db belong to a rank's own columns and stay there. dX is a sum over all columns, and therefore over ranks: it is
+summed once per chunk, in float32 and in the order of ranks, before it is rounded once.
 """
 
 import functools
 import weakref
-from collections.abc import MutableMapping
-from typing import NamedTuple
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from pear_kernels import checks
-from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
+from pear_kernels.engine.head import BackendHead, BackendLogitsHead, Head, LogitsHead, Scores, Softmax, TeacherRows
 from pear_kernels.engine.packing import capturing
+from pear_kernels.formulas.activation import Activation
+from pear_kernels.formulas.softmax import joint_entropy, joint_nll
 
-# Of a group's shards, by the group and this rank's own size. By the object, as another group may come to have its name
-_sizes: MutableMapping["torch.distributed.ProcessGroup", dict[int, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Sizes of a group's shards, by the group and this rank's own size. The key is the object, since another group may later
+# get its name.
+_sizes: MutableMapping["ProcessGroup", dict[int, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 class Shard(NamedTuple):
-    """Which rows of the vocabulary are this rank's, and what ranks tell each other."""
+    """Which rows of the vocabulary this rank holds, and how ranks exchange values."""
 
-    group: "torch.distributed.ProcessGroup"
+    group: "ProcessGroup"
     rank: int  # in the group
     sizes: tuple[int, ...]  # rows of each rank, in order
 
@@ -50,29 +56,29 @@ class Shard(NamedTuple):
         return sum(self.sizes[: self.rank])
 
     def plan(self, head: Head) -> torch.Size:
-        """Has chunks cut by the largest shard, so that all ranks cut the same."""
+        """Cut chunks for the largest shard, so that all ranks cut alike. Returns that shard's shape."""
         head.planned = torch.Size((max(self.sizes), head.weight.shape[1]))
         return head.planned
 
     def find(self, target: Tensor) -> Tensor:
-        """(R,) ids of the whole vocabulary as rows of this shard; -1 for those of others."""
+        """(R,) ids of the whole vocabulary as rows of this shard; -1 for those of other ranks."""
         row = target - self.begin
         return row.masked_fill((row < 0) | (row >= self.sizes[self.rank]), -1)
 
     def gather(self, values: Tensor) -> Tensor:
-        """(ranks, ...): the `values` (...) of each."""
+        """(ranks, ...): the `values` (...) of each rank."""
         return gather(self.group, values)
 
     def pick(self, values: Tensor) -> Tensor:
-        """The values (R,) of ranks that have them; all others have 0. A sum, and exact."""
+        """(R,) each value from the one rank where it is not 0: a sum, and exact."""
         torch.distributed.all_reduce(values, group=self.group)
         return values
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over ranks of their `partial` (R, D), in order, so that all have the same bits.
+        """The sum over ranks of their `partial` (R, D), in the order of ranks, so that all have the same bits.
 
-        Each rank adds up a share of it, and hands that to the others: what an all-reduce does, whose order no backend
-        promises.
+        Each rank sums one share and sends it to the others. An all-reduce does the same, but no backend promises its
+        order.
         """
         ranks, size = len(self.sizes), partial.numel()
         flat = nn.functional.pad(partial.reshape(-1), (0, -size % ranks))
@@ -82,17 +88,18 @@ class Shard(NamedTuple):
         return gather(self.group, total).view(-1)[:size].view_as(partial)
 
 
-def gather(group: "torch.distributed.ProcessGroup", values: Tensor) -> Tensor:
+def gather(group: "ProcessGroup", values: Tensor) -> Tensor:
+    """(ranks, ...): the `values` (...) of each rank."""
     values = values.contiguous()
     found = values.new_empty(group.size(), *values.shape)
-    # the newer of its names, where there is one: the other warns
+    # newer PyTorch has a new name for it, and warns about the old one
     both = torch.distributed
     all_gather = getattr(both, "all_gather_single", None) or both.all_gather_into_tensor
     all_gather(found.view(-1), values.view(-1), group=group)
     return found
 
 
-# ---- what a loss asks before it runs
+# ---- before a loss runs
 
 
 def local_head(
@@ -100,12 +107,12 @@ def local_head(
     weight: Tensor,  # (V, D), a DTensor of that shape, or (V_r, D)
     target: Tensor,  # (N,) or (B, T)
     bias: Tensor | None,  # like weight
-    group: "torch.distributed.ProcessGroup | None",
+    group: "ProcessGroup | None",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str | None]:
-    """The four as this rank's own tensors, and the name of the group that shares the vocabulary; None: nobody does.
+    """The four as this rank's own tensors, and the name of the group that shares the vocabulary; None without sharing.
 
     Raises:
-        ValueError: for a DTensor that is laid out in another way, naming the argument and what to do.
+        ValueError: for a DTensor with any other layout, naming the argument and what to do.
     """
     plain = all(type(tensor) in (Tensor, nn.Parameter, type(None)) for tensor in (hidden, weight, target, bias))
     if plain or not torch.distributed.is_available():
@@ -153,8 +160,8 @@ def local_head(
     return tokens[0], weight, tokens[1], bias, shared_name(group)
 
 
-def shared_name(group: "torch.distributed.ProcessGroup | None") -> str | None:
-    """By which an op finds the group. One of a single rank shares nothing."""
+def shared_name(group: "ProcessGroup | None") -> str | None:
+    """The name by which an op finds the group; None for a group of one rank, which shares nothing."""
     if group is not None and not hasattr(group, "group_name"):  # new_group gives a number to ranks outside it
         raise TypeError(
             f"group must be a torch.distributed.ProcessGroup that this rank is in, got {group!r}: pass mesh.get_group()"
@@ -167,19 +174,19 @@ def meet(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V_r, D)
     target: Tensor,  # (N,)
-    wanted: list[bool] = (),
+    wanted: Sequence[bool] = (),
     workspace_bytes: int | None = None,
 ) -> Shard | None:
-    """Tells the ranks each other's sizes, and checks that all make the same call; None without a group.
+    """Exchange the ranks' sizes, and check that all ranks make the same call; None without a group.
 
-    On a GPU sizes are read back once: from then on the device checks that they are still the same.
+    On a GPU the sizes are read back once. From then on the device checks that they are still the same.
 
     Raises:
-        ValueError: on every rank, where calls differ (on a GPU: a device-side assert), or a shard is empty.
+        ValueError: on every rank, if calls differ (on a GPU: a device-side assert) or a shard is empty.
     """
     if name is None:
         return None
-    group = torch._C._distributed_c10d._resolve_process_group(name)
+    group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type] # a str, typed anew
     flags = sum(flag << i for i, flag in enumerate(wanted))
     of_call = {"hidden's shape": hidden.shape, "workspace_bytes": (workspace_bytes or 0,), "requires_grad": (flags,)}
     numbers = [weight.shape[0], *(number for part in of_call.values() for number in part)]
@@ -202,7 +209,7 @@ def meet(
 
 @checks.value_check
 def check_same_call(rows: Tensor, sizes: tuple[int, ...], names: list[str]) -> None:
-    """`rows` (ranks, numbers) are alike but for the first, which are the sizes."""
+    """Check that `rows` (ranks, numbers) are equal but for the first number, and that this one is the rank's size."""
     known = torch.stack([torch.full((), size, dtype=torch.int64, device=rows.device) for size in sizes])
     alike = rows[:, 1:] == rows[:1, 1:]
     checks.require(
@@ -218,7 +225,7 @@ def whole_vocabulary(weight: Tensor, shard: Shard | None) -> int:
 
 
 def refuse(shard: str | None, what: str) -> None:
-    """Of a loss that a sharded head does not serve."""
+    """Raise for a loss that does not work with a sharded head."""
     if shard is not None:
         raise ValueError(
             f"{what} does not work with a vocabulary-sharded weight: pass the whole one, weight.full_tensor() of a "
@@ -229,21 +236,13 @@ def refuse(shard: str | None, what: str) -> None:
 # ---- the head
 
 
-class ShardRows(NamedTuple):
-    """`Softmax.exp` of a sharded head: a rank's E in the workspace, and (R,) float64 that make probabilities of it."""
-
-    exp: Tensor  # (R, V_r)
-    scale: Tensor  # (R,)
-
-    def __len__(self) -> int:
-        return len(self.scale)
-
-
 class ShardedHead:
-    """`head.Head` over a rank's own columns, with the log-probs, the entropy and the dX of the whole vocabulary."""
+    """`engine.head.Head` over a rank's own columns, with log-probs, entropy and dX of the whole vocabulary."""
 
-    def __init__(self, own: Head, shard: Shard, temperature: float, softcap: float | None):
-        self.own, self.shard, self.temperature, self.softcap = own, shard, temperature, softcap
+    scale: Tensor | None = None  # (R,) float64: times row_scale * E in the workspace, dL/d(raw logits) for c = 1
+
+    def __init__(self, own: BackendHead, shard: Shard, activation: Activation):
+        self.own, self.shard, self.activation = own, shard, activation
         self.weight, self.dtype = own.weight, own.dtype
         self.planned = shard.plan(own)
 
@@ -257,47 +256,57 @@ class ShardedHead:
         return self.own.as_operand(x)
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
-        """(R,) float64, from those ranks whose `target` is not -1."""
+        """(R,) float64, each from the rank where `target` (R,), a row of the shard, is not -1."""
         own = self.own.target_logits(x, target.clamp(min=0))
         return self.shard.pick(own.where(target >= 0, 0.0))
 
     def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
         target = self.shard.find(target)
-        here = target >= 0
         logit = self.target_logits(x, target)
         own = self.own.softmax(x, target, gradient=gradient, entropy=entropy, logit=logit)
+        own_nll, nll, whole_entropy, top1 = self.join(own)
+        self.scale = own.row_scale * self.activation.temperature * (own_nll - nll).exp()
+        slope = self.activation.slope(logit)
+        missed = -torch.expm1(-nll)  # 1 - p
+        target_mass = (missed if slope is None else missed * slope).where(target >= 0, 0.0)
+        row_scale = torch.full_like(nll, 1 / self.activation.temperature)
+        return Softmax(own.exp, row_scale, -nll, whole_entropy, target_mass, top1)
+
+    def join(self, own: Softmax | Scores) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(n_r, n, H if this rank has an H_r, top1) (R,) each: what the ranks' parts of a chunk come to."""
         own_nll = -own.logprobs
-        known = [own_nll, own.top1.to(own_nll), *([own.entropy] if entropy else [])]
+        assert own.top1 is not None
+        known = [own_nll, own.top1.to(own_nll)]
+        if own.entropy is not None:
+            known.append(own.entropy)
         own_nlls, top1, *entropies = self.shard.gather(torch.stack(known)).unbind(1)
         nll = joint_nll(own_nlls)
-        scale = own.row_scale * self.temperature * (own_nll - nll).exp()
-        slope = 1.0 if self.softcap is None else 1 - (logit * (self.temperature / self.softcap)).square()
-        target_mass = (-torch.expm1(-nll) * slope).where(here, 0.0)
-        row_scale = torch.full_like(nll, 1 / self.temperature)
-        whole_entropy = joint_entropy(nll, own_nlls, *entropies) if entropy else None
-        return Softmax(ShardRows(own.exp, scale), row_scale, -nll, whole_entropy, target_mass, top1.bool().all(0))
+        return own_nll, nll, joint_entropy(nll, own_nlls, *entropies) if entropies else None, top1.bool().all(0)
 
     def write_grad_hidden_(
-        self, into: Tensor, index: Tensor, rows: ShardRows, row_scale: Tensor, target: Tensor, target_mass: Tensor
+        self,
+        into: Tensor,
+        index: Tensor,
+        factor: Tensor,
+        row_scale: Tensor,
+        target: Tensor,
+        target_mass: Tensor | None,
     ) -> None:
-        """The target's term is its owner's, and added in the dtype of the sums."""
+        """The rank that holds the target adds its term, in the dtype of the sums."""
         target = self.shard.find(target).clamp(min=0)
-        partial = self.partial(rows.exp, self.scaled(row_scale, rows.scale), target)
-        of_target = self.scaled(row_scale, target_mass)[:, None]
-        partial.addcmul_(of_target, self.own.as_operand(self.weight[target]).to(self.dtype), value=-1)
+        partial = torch.empty(len(factor), self.weight.shape[1], dtype=self.dtype, device=factor.device)
+        rows = torch.arange(len(partial), device=partial.device)
+        self.own.write_grad_hidden_(partial, rows, factor, self.scaled(row_scale), target, None)
+        if target_mass is not None:
+            of_target = (row_scale * target_mass).to(self.dtype)[:, None]
+            partial.addcmul_(of_target, self.own.as_operand(self.weight[target]).to(self.dtype), value=-1)
         into.index_copy_(0, index, self.shard.sum(partial).to(into.dtype))
 
-    def partial(self, factor: Tensor, row_scale: Tensor, target: Tensor) -> Tensor:
-        """(R, D) this rank's share of product 2."""
-        out = torch.empty(len(factor), self.weight.shape[1], dtype=self.dtype, device=factor.device)
-        self.own.write_grad_hidden_(out, torch.arange(len(out), device=out.device), factor, row_scale, target, None)
-        return out
+    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
+        self.own.add_grad_weight_(grad, factor, x, self.scaled(row_scale), first)
 
-    def add_grad_weight_(self, grad: Tensor, rows: ShardRows, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        self.own.add_grad_weight_(grad, rows.exp, x, self.scaled(row_scale, rows.scale), first)
-
-    def add_grad_bias_(self, grad: Tensor, rows: ShardRows, row_scale: Tensor) -> None:
-        self.own.add_grad_bias_(grad, rows.exp, self.scaled(row_scale, rows.scale))
+    def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
+        self.own.add_grad_bias_(grad, factor, self.scaled(row_scale))
 
     def subtract_targets_(
         self,
@@ -309,73 +318,64 @@ class ShardedHead:
         scale: Tensor,
     ) -> None:
         target = self.shard.find(target)
-        # what is another's goes, with a scale of 0, over all rows: on one of them it would make a long queue
+        # Targets of other ranks are spread over all rows with a scale of 0: on a single row they would be one long
+        # queue of additions.
         spread = torch.arange(len(target), device=target.device) % self.weight.shape[0]
         here = target >= 0
         self.own.subtract_targets_(
             grad_weight, grad_bias, hidden, index, target.where(here, spread), scale.where(here, 0.0)
         )
 
-    def scaled(self, row_scale: Tensor, by: Tensor) -> Tensor:
-        """(R,) in the products' dtype: a product of float64, in which what is small is not lost."""
-        return (row_scale * by).to(self.dtype)
+    def scaled(self, row_scale: Tensor) -> Tensor:
+        """(R,) in the products' dtype: a product in float64, in which small factors are not lost."""
+        return row_scale if self.scale is None else (row_scale * self.scale).to(self.dtype)
 
 
 class ShardedLogitsHead(ShardedHead):
-    """`head.LogitsHead` over a rank's own columns, for losses with an entropy in them; of no teacher."""
+    """`engine.head.LogitsHead` over a rank's own columns, for losses with an entropy term; without a teacher."""
 
-    own: LogitsHead
+    own: BackendLogitsHead
 
-    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: None = None) -> Scores:
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
         target = self.shard.find(target)
         logit = self.target_logits(x, target)
         own = self.own.scores(x, target, entropy=True, logit=logit)
-        own_nll = -own.logprobs
-        # a target 700 above this rank's largest logit has no entropy beside it, and exp(700) no number
-        own_entropy = own.entropy.where(own_nll > 1e-300, 0.0)
-        known = torch.stack([own_nll, own_entropy, own.top1.to(own_nll)])
-        own_nlls, entropies, top1 = self.shard.gather(known).unbind(1)
-        nll = joint_nll(own_nlls)
-        return self.own.joined(own, logit, -nll, joint_entropy(nll, own_nlls, entropies), top1.bool().all(0))
+        assert own.entropy is not None
+        # a target 700 above this rank's largest logit leaves no entropy, and exp(700) is not a number
+        own_nll, nll, whole_entropy, top1 = self.join(
+            own._replace(entropy=own.entropy.where(-own.logprobs > 1e-300, 0.0))
+        )
+        assert whole_entropy is not None
+        own.logprobs.copy_(-nll)
+        own.entropy.copy_(whole_entropy)
+        own.log_z.copy_(logit - own.top.double() - own.logprobs)
+        return own._replace(top1=top1)
 
     def gradient(
-        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: None = None
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return self.own.gradient(scores, nll, entropy)
 
-    def write_grad_hidden_(
-        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: None
-    ) -> None:
-        into.index_copy_(0, index, self.shard.sum(self.partial(factor, row_scale, target)).to(into.dtype))
 
-    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        self.own.add_grad_weight_(grad, factor, x, row_scale, first)
-
-    def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
-        self.own.add_grad_bias_(grad, factor, row_scale)
+@overload
+def sharded(head: BackendLogitsHead, shard: Shard | None, temperature: float, softcap: float | None) -> LogitsHead: ...
 
 
-def sharded(head: Head, shard: Shard | None, temperature: float, softcap: float | None) -> Head:
-    """The head itself, or a rank's part of one."""
+@overload
+def sharded(head: BackendHead, shard: Shard | None, temperature: float, softcap: float | None) -> Head: ...
+
+
+def sharded(head: BackendHead, shard: Shard | None, temperature: float, softcap: float | None) -> Head:
+    """The head itself without a shard, otherwise a rank's part of the whole head."""
     if shard is None:
         return head
-    kind = ShardedLogitsHead if hasattr(head, "scores") else ShardedHead
-    return kind(head, shard, temperature, softcap)
+    activation = Activation(temperature, softcap)
+    if isinstance(head, BackendLogitsHead):
+        return ShardedLogitsHead(head, shard, activation)
+    return ShardedHead(head, shard, activation)
 
 
-def joint_nll(nll: Tensor) -> Tensor:
-    """(R,) n from the ranks' n_r (ranks, R), to the last digits for p near 1 and for p near 0 alike."""
-    odds = (nll + (-torch.expm1(-nll)).log()).logsumexp(0)  # log((1 - p) / p)
-    return torch.logaddexp(torch.zeros_like(odds), odds)
-
-
-def joint_entropy(nll: Tensor, own_nll: Tensor, own_entropy: Tensor) -> Tensor:
-    """(R,) H from n, and from the ranks' n_r and H_r (ranks, R)."""
-    shares = (own_nll - nll).exp() * (-torch.expm1(-own_nll) * nll - own_nll + own_entropy)
-    return (-nll).exp() * nll + shares.sum(0)
-
-
-def sharded_topk(head: LogitsHead, shard: Shard, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def sharded_topk(head: BackendLogitsHead, shard: Shard, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(log-probs (R, k), ids (R, k)) of the most likely tokens of the whole vocabulary, from `head`'s rows of it."""
     own_k = min(k, shard.sizes[shard.rank])
     log_p, ids = head.log_softmax(x, 1.0).topk(own_k, dim=1)

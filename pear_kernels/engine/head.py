@@ -1,85 +1,89 @@
-"""What the engine asks of an LM head, whoever computes it, and the bytes a row of a chunk takes in each of them.
+"""What the engine asks of an LM head, and the bytes of workspace that a row of a chunk takes on each backend.
 
-The byte formulas are plain functions of shapes because two ask for them: a head, to cut its chunks, and `plan`, to say
-beforehand what a shape will cost.
+The byte formulas are plain functions of shapes because a head needs them to cut its chunks, and `plan` needs them to
+say what a shape will cost before any head exists.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from pear_kernels.options import DivergenceOptions
 
-VOCABULARY_TILE = 256  # columns of the logits that leave one partial sum a row, if the tile table says nothing else
-ROW_PARTIALS = 3  # float32 of each row and tile, at most: the sum of E, the maximum and, for the entropy, sum E log E
+VOCABULARY_TILE = 256  # logits per row that are summed into one partial sum, unless the tile table has another number
+ROW_PARTIALS = 3  # float32 partial sums per row and tile, at most: sum E, the maximum and, for the entropy, sum E log E
 
 
 class Softmax(NamedTuple):
-    """What one pass over a chunk's logits gives. `exp` is the workspace: the next chunk overwrites it."""
+    """Result of one pass over a chunk's logits. `exp` is the workspace, which the next chunk overwrites."""
 
-    exp: Tensor  # (R, V): E, the gradient of the raw logits but for c * row_scale; what it is, the head knows
+    exp: Tensor  # (R, V): E, the gradient of the raw logits but for c * row_scale
     row_scale: Tensor  # (R,) float64: 1 / ((e_y + S) temperature), so that dL/d(raw logits) = c * row_scale * E
     logprobs: Tensor  # (R,) float64: log p of the target
-    entropy: Tensor | None  # (R,) float64
-    # (R,) float64: None where E_y = -S is in `exp` already. Else E_y = 0 there, and dL/d(raw logit of the target) is
-    # -c * row_scale * target_mass, which write_grad_hidden_ puts into dX and subtract_targets_ into dW and db
+    entropy: Tensor | None  # (R,) float64, in nats
+    # (R,) float64. None: `exp` holds E_y = -S. Otherwise E_y is 0 there, and dL/d(raw logit of the target) is
+    # -c * row_scale * target_mass: write_grad_hidden_ puts it into dX, subtract_targets_ into dW and db.
     target_mass: Tensor | None = None
-    # (R,) bool, or 0 and 1: no other token is likelier than the target. Of equal logits the first one wins, as in
-    # argmax, where the backend keeps their places; else a target that shares the maximum does not count
+    # (R,) bool, or float64 0 and 1: whether no other token is more likely than the target. Of equal logits the first
+    # one wins, as in argmax, where the backend knows their positions; elsewhere a target that shares the maximum does
+    # not count.
     top1: Tensor | None = None
 
 
-class TeacherRows(NamedTuple):
-    """A teacher's distribution over the vocabulary at R tokens: all of it, or its K most likely tokens.
-
-    With those the outcomes to compare are K + 1, the last one being any other token.
-    """
+class VocabularyRows(NamedTuple):
+    """A teacher's distribution over the whole vocabulary at R tokens."""
 
     options: DivergenceOptions
-    log_q: Tensor | None  # (R, V), the teacher's workspace
-    ids: Tensor | None = None  # (R, K) int64
-    top: Tensor | None = None  # (R, K) float64, log-probs of the ids
-    rest: Tensor | None = None  # (R,) float64, probability of any other token, above 0
+    log_q: Tensor  # (R, V), the teacher's workspace
+
+
+class TopKRows(NamedTuple):
+    """A teacher's distribution over K + 1 outcomes at R tokens: its K most likely tokens, and any other token."""
+
+    options: DivergenceOptions
+    ids: Tensor  # (R, K) int64
+    top: Tensor  # (R, K) float64, log-probs of the ids
+    rest: Tensor  # (R,) float64, probability of any other token, above 0
+
+
+TeacherRows: TypeAlias = VocabularyRows | TopKRows
 
 
 class Scores(NamedTuple):
-    """What one pass over a chunk's logits gives where they stay in the workspace, until the next chunk's."""
+    """Result of one pass over a chunk's logits that leaves the logits in the workspace, until the next chunk's.
+
+    `LogitsHead.gradient` reads `logprobs`, `entropy` and `log_z` again. A sharded head overwrites them, in place, by
+    those of the whole vocabulary.
+    """
 
     logprobs: Tensor  # (R,) float64: log p of the target
-    entropy: Tensor | None  # (R,) float64
+    entropy: Tensor | None  # (R,) float64, in nats
     divergence: Tensor | None  # (R,) float64, of the head's distribution from the teacher's
-    rows: Any  # what `LogitsHead.gradient` needs again
+    rows: Any  # the backend's own, which `LogitsHead.gradient` needs again
     top1: Tensor  # (R,) bool, as in `Softmax`
+    top: Tensor  # (R,) the largest logit
+    log_z: Tensor  # (R,) float64: log of sum_v exp(z_v - top)
 
 
 class Head(Protocol):
     """An LM head and its workspace: logits, softmax and the two gradient products of a chunk of R rows."""
 
     weight: Tensor  # (V, D)
-    planned: torch.Size  # (V, D) that chunks are cut for: of a shard, that of the largest one
+    planned: torch.Size  # (V, D) by which chunks are cut: with a sharded vocabulary, the shape of the largest shard
     dtype: torch.dtype  # of every product and sum: float32 (float64 for float64)
 
     def row_bytes(self, gradient: bool) -> int:
-        """Bytes of workspace that one row of a chunk takes."""
+        """Bytes of workspace that one row of a chunk takes, with or without a gradient."""
 
     def reserve(self, rows: int, gradient: bool) -> None:
-        """One workspace for every chunk to come, of at most that many rows."""
+        """Allocate one workspace for all chunks, each of at most `rows` rows."""
 
     def as_operand(self, x: Tensor) -> Tensor:
         """Rows (R, D) as operand of the products below: rounded to the compute dtype."""
 
-    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
-        """(R,) float64: the logits of `target` (R,), softcap and temperature applied, a dot product a row."""
-
-    def softmax(
-        self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
-    ) -> Softmax:
-        """Product 1 for rows `x` (R, D) and their `target` (R,); E is left in the workspace if `gradient`.
-
-        Of a shard, which has not all targets, `logit` are their `target_logits` (R,): -1 is a target elsewhere, the
-        softmax is that of the head's own columns and the target, and E_y is 0 in `exp`.
-        """
+    def softmax(self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False) -> Softmax:
+        """Product 1 for rows `x` (R, D) and their `target` (R,). With `gradient`, E stays in the workspace."""
 
     def write_grad_hidden_(
         self,
@@ -93,7 +97,7 @@ class Head(Protocol):
         """Product 2: into[index] = diag(row_scale) (factor W - diag(target_mass) W[target])."""
 
     def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        """Product 3: grad (V, D) += factor^T diag(row_scale) x; the `first` chunk writes: `grad` starts as garbage."""
+        """Product 3: grad (V, D) += factor^T diag(row_scale) x. The `first` chunk overwrites `grad`, uninitialised."""
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         """grad (V,) += factor^T row_scale."""
@@ -109,12 +113,47 @@ class Head(Protocol):
     ) -> None:
         """dW[target_i] -= scale_i hidden[index_i] and db[target_i] -= scale_i, in an order that repeats.
 
-        A row of scale 0 adds nothing, whatever its hidden state holds. Asked only of heads that give a `target_mass`.
+        A row of scale 0 adds nothing, whatever its hidden state holds. Called only if the head gives a `target_mass`.
         """
 
 
 class LogitsHead(Head, Protocol):
-    """The same for losses whose gradient in the logits is no row scale times E. Its logits lie in the workspace."""
+    """A head for losses whose gradient in the logits is not a per-row scalar times E. Its workspace holds logits."""
+
+    def scores(self, x: Tensor, target: Tensor, *, entropy: bool = False, teacher: TeacherRows | None = None) -> Scores:
+        """Product 1 for rows `x` (R, D), and log-probs, entropies and divergences of their logits."""
+
+    def gradient(
+        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """dL/d(raw logits) from (R,) float64 dL/d(-log p), dL/d(entropy) and dL/d(divergence); None for 0.
+
+        Overwrites the logits. Returns (factor (R, V), row_scale (R,)), whose product is the gradient.
+        """
+
+
+# ---- what a backend's own head can do beyond what the engine asks
+
+
+class BackendHead(Head, Protocol):
+    """A head that a backend makes. It may hold a rank's rows of a vocabulary that several ranks share."""
+
+    def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        """(R,) float64: the logits of `target` (R,), softcap and temperature applied, one dot product per row."""
+
+    def softmax(
+        self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
+    ) -> Softmax:
+        """As in `Head`. For a shard, `logit` (R,) are the `target_logits`, which another rank may have computed.
+
+        A target that another rank holds is -1. The softmax is then that of this head's columns and the target, and
+        E_y is 0 in `exp`.
+        """
+
+
+@runtime_checkable
+class BackendLogitsHead(BackendHead, LogitsHead, Protocol):
+    """A `LogitsHead` that a backend makes."""
 
     def scores(
         self,
@@ -125,33 +164,38 @@ class LogitsHead(Head, Protocol):
         teacher: TeacherRows | None = None,
         logit: Tensor | None = None,
     ) -> Scores:
-        """Product 1 for rows `x` (R, D), and log-probs, entropies and divergences of their logits.
-
-        `logit` is that of `softmax`; a shard has no teacher.
-        """
-
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
-        """Of a shard: the same columns, as part of a distribution with these log-probs, entropies and `top1` (R,)."""
-
-    def gradient(
-        self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """dL/d(raw logits) for (R,) float64 dL/d(-log p), dL/d(entropy) and dL/d(divergence); None for 0.
-
-        In place of the logits, as (factor (R, V), row_scale (R,)), whose product it is.
-        """
+        """As in `LogitsHead`, with the `logit` of `BackendHead.softmax`. A shard has no teacher."""
 
     def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
         """(R, V) in the workspace: log-probs of all tokens (>= `MIN_LOG`), `temperature` on top of the head's own."""
 
 
+AnyHead = TypeVar("AnyHead", bound=BackendHead, covariant=True)
+
+
+class HeadFactory(Protocol[AnyHead]):
+    """Makes a backend's head: its class."""
+
+    def __call__(
+        self,
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        temperature: float,
+        softcap: float | None,
+        compute_dtype: torch.dtype,  # operands are rounded to it, as autocast does
+    ) -> AnyHead: ...
+
+
+# ---- bytes of workspace per row
+
+
 def torch_row_bytes(vocabulary: int, itemsize: int) -> int:
-    """Workspace of a row in `cpu.Head`: its logits in the accumulators' dtype, of `itemsize` bytes."""
+    """For `backends.torch`: the row's logits in the accumulators' dtype, of `itemsize` bytes."""
     return vocabulary * itemsize
 
 
 def padded_vocabulary(vocabulary: int) -> int:
-    """Columns of a row of E: a multiple of 16, so that rows begin where descriptors and vector accesses may."""
+    """Columns of a row of E: a multiple of 16, so that every row is aligned for descriptors and vector loads."""
     return vocabulary + -vocabulary % 16
 
 
@@ -164,10 +208,10 @@ def triton_row_bytes(
     plain: bool = False,
     tile: int = VOCABULARY_TILE,
 ) -> int:
-    """Workspace of a row in `triton.Head`, its temporaries included; `itemsize` is that of the compute dtype.
+    """For `backends.triton`, temporaries included; `itemsize` is that of the compute dtype.
 
-    The row's partial sums, and its x, gathered; float32 logits in the `plain` variant. For a gradient also E (padded;
-    in place of the logits, where there are any), a float32 row of dX and the scaled row of x.
+    Always the row's partial sums and its gathered x; in the `plain` variant its float32 logits. A gradient adds E
+    (padded; in place of the logits, where there are any), a float32 row of dX and the scaled row of x.
     """
     scored = ROW_PARTIALS * 4 * -(-vocabulary // tile) + hidden_size * itemsize
     if plain:

@@ -1,4 +1,4 @@
-"""Divergences of a student p from a teacher q, and their gradients in the student's logits: each formula once.
+"""Divergences of a student p from a teacher q, and their gradients in the student's logits.
 
 | kind | D | dD/dz_v, for p = softmax(z) |
 | --- | --- | --- |
@@ -6,8 +6,9 @@
 | "reverse" | KL(p, q) = sum p log(p / q) | p_v (log(p_v / q_v) - KL(p, q)) |
 | "js" | b KL(q, m) + (1 - b) KL(p, m), m = b q + (1 - b) p | (1 - b) p_v (log(p_v / m_v) - KL(p, m)) |
 
-The last is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1), b being `js_beta`. All
-functions take log-probs over the last dimension: of the whole vocabulary, or of K tokens and a bucket for the rest.
+The last is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1), with b = `js_beta`. All
+functions take log-probs of at least `softmax.MIN_LOG` over the last dimension: of the whole vocabulary, or of K tokens
+and one outcome for the rest.
 """
 
 import math
@@ -17,15 +18,13 @@ from torch import Tensor
 
 from pear_kernels.options import DivergenceOptions
 
-# a log-prob never lies below: exp is 0 there in every dtype, and times this it still is, as it would not be times -inf
-MIN_LOG = -1e4
-
 
 def kl(log_a: Tensor, log_b: Tensor, normalised: bool) -> Tensor:
-    """KL(a, b) over the last dimension, of log-probs of at least `MIN_LOG`.
+    """KL(a, b) over the last dimension.
 
-    Of distributions that sum to 1 (to rounding: `normalised`), it is the sum of a log(a / b) - a + b, whose terms are
-    all positive and of second order in log(a / b): nothing cancels, and errors of log-probs count only in that order.
+    If both distributions sum to 1 up to rounding (`normalised`), it is the sum of a log(a / b) - a + b. All of these
+    terms are positive and of second order in log(a / b): nothing cancels, and errors of log-probs enter in that order
+    only.
     """
     x, a = log_a - log_b, log_a.exp()
     if not normalised:
@@ -35,7 +34,7 @@ def kl(log_a: Tensor, log_b: Tensor, normalised: bool) -> Tensor:
 
 
 def compared_with(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tensor:
-    """(R, outcomes) what p is compared with: log m for "js", else log q itself."""
+    """(R, outcomes) log-probs of what p is compared with: m for "js", otherwise q (the same tensor)."""
     if options.divergence != "js":
         return log_q
     return torch.logaddexp(log_p + math.log1p(-options.js_beta), log_q + math.log(options.js_beta))
@@ -44,7 +43,7 @@ def compared_with(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> T
 def divergence(
     log_p: Tensor, log_q: Tensor, log_m: Tensor, options: DivergenceOptions, normalised: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(D, KL of p), two (R,), from three (R, outcomes) with `log_m` from `compared_with`; `slope` takes the second."""
+    """(D, KL of p) (R,) each, from three (R, outcomes), with `log_m` from `compared_with`. `slope` needs the second."""
     kind, js_beta = options.divergence, options.js_beta
     if kind != "js":
         found = kl(log_q, log_p, normalised) if kind == "forward" else kl(log_p, log_q, normalised)
@@ -56,10 +55,10 @@ def divergence(
 def slope(
     log_p: Tensor, log_m: Tensor, kl_of_p: Tensor, options: DivergenceOptions, total: Tensor | float = 1.0
 ) -> Tensor:
-    """(R, outcomes) dD/dz, with `log_m` from `compared_with`; `total` (R, 1): the sum of q, if it is off 1."""
+    """(R, outcomes) dD/dz, with `log_m` from `compared_with`. `total` (R, 1) is the sum of q where it is not 1."""
     kind, js_beta = options.divergence, options.js_beta
     if kind == "forward":
-        # p - q, whose digits are in the log-probs where p and q are nearly alike
+        # p - q from log-probs, which keep the digits where p and q are nearly equal
         x = log_p - log_m
         difference = torch.expm1(x.abs().neg_()).neg_().mul_(torch.maximum(log_p, log_m).exp_()).copysign_(x)
         return difference if isinstance(total, float) else difference + log_p.exp() * (total - 1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import LogitsHead
+from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
 from pear_kernels.engine.packing import Pack
 from pear_kernels.engine.schedule import Wanted
@@ -68,7 +68,7 @@ class Loss:
         """Whether the call runs as a `LogitsWalk`: its gradient in the logits is no per-row scalar times E."""
         return False
 
-    def teacher(self, problem: Problem, student: LogitsHead) -> TeacherSource | None:
+    def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
         """What a `LogitsWalk` compares the head with."""
         return None
 

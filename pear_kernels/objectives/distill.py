@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.engine.head import LogitsHead
+from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.objectives.base import Loss, Problem
@@ -73,7 +73,7 @@ class DistillLoss(Loss):
     def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
         return True
 
-    def teacher(self, problem: Problem, student: LogitsHead) -> TeacherSource | None:
+    def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
         options = problem.options[DivergenceOptions]
         if "teacher_hidden" in problem.columns:
             return loaded_teacher(problem, student, options)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import LogitsHead, TeacherRows
+from pear_kernels.engine.head import BackendLogitsHead, TopKRows, VocabularyRows
 from pear_kernels.engine.packing import Pack
 from pear_kernels.objectives.base import Problem
 from pear_kernels.options import DivergenceOptions, TeacherOptions
@@ -31,7 +31,7 @@ class TopKTeacher(NamedTuple):
 class LoadedTeacher:
     """`TeacherSource` of a `Teacher`: its logits are made beside ours, chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, head: LogitsHead, pack: Pack, options: DivergenceOptions):
+    def __init__(self, hidden: Tensor, head: BackendLogitsHead, pack: Pack, options: DivergenceOptions):
         self.hidden, self.head, self.pack, self.options = hidden, head, pack, options
 
     def row_bytes(self) -> int:
@@ -40,9 +40,9 @@ class LoadedTeacher:
     def reserve(self, rows: int) -> None:
         self.head.reserve(rows, True)
 
-    def rows(self, begin: int, end: int) -> TeacherRows:
+    def rows(self, begin: int, end: int) -> VocabularyRows:
         x = self.head.as_operand(self.pack.take(self.hidden, begin, end))
-        return TeacherRows(self.options, self.head.log_softmax(x, self.options.distill_temperature))
+        return VocabularyRows(self.options, self.head.log_softmax(x, self.options.distill_temperature))
 
 
 class OfflineTeacher:
@@ -57,7 +57,7 @@ class OfflineTeacher:
     def reserve(self, rows: int) -> None:
         """What a chunk takes is made with it."""
 
-    def rows(self, begin: int, end: int) -> TeacherRows:
+    def rows(self, begin: int, end: int) -> TopKRows:
         ids = self.pack.take(self.ids, begin, end).long()
         if self.pack.counts is not None:  # a ghost's are 0, and ids must be distinct
             ghost = ~self.pack.counts[begin:end, None]
@@ -66,10 +66,10 @@ class OfflineTeacher:
         top = given.double()
         # no less than the log-probs' own rounding: 0 would make a reverse KL infinite where they only sum up to 1
         rest = (1 - top.exp().sum(1)).clamp(min=torch.finfo(given.dtype).eps)
-        return TeacherRows(self.options, None, ids, top, rest)
+        return TopKRows(self.options, ids, top, rest)
 
 
-def loaded_teacher(problem: Problem, student: LogitsHead, options: DivergenceOptions) -> LoadedTeacher:
+def loaded_teacher(problem: Problem, student: BackendLogitsHead, options: DivergenceOptions) -> LoadedTeacher:
     """The teacher in memory of a call, on the student's backend, with a head as exact as the student's."""
     columns, own = problem.columns, problem.options[TeacherOptions]
     hidden = columns["teacher_hidden"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.engine.head import LogitsHead
+from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import MAX_LOG_RATIO
@@ -246,7 +246,7 @@ class WeightedLoss(Loss):
     def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
         return "teacher_hidden" in problem.columns
 
-    def teacher(self, problem: Problem, student: LogitsHead) -> TeacherSource | None:
+    def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
         return loaded_teacher(problem, student, DivergenceOptions())
 
 

@@ -8,14 +8,15 @@ from torch import Tensor
 from pear_kernels.backends.choice import resolve
 from pear_kernels.backends.torch.head import Head
 from pear_kernels.backends.torch.logits_head import LogitsHead
+from pear_kernels.engine.head import BackendHead, BackendLogitsHead, HeadFactory
 from pear_kernels.formulas.weights import PEARWeights
 
 
 class Backend(NamedTuple):
     """The classes of one backend; tensors lie on one device."""
 
-    head: type  # `engine.head.Head`
-    logits_head: type  # `engine.head.LogitsHead`
+    head: HeadFactory[BackendHead]
+    logits_head: HeadFactory[BackendLogitsHead]
     weights: type[PEARWeights]
 
 

@@ -1,7 +1,7 @@
 """The operations of a `LogitsWalk` in plain PyTorch: an LM head whose logits stay until the gradient takes their place.
 
-Rows are anchored on their largest logit, which is left out of the sum with the target (Z = 1 + e_y + the rest), so that
-log p has its last digits whichever of the two has nearly all the mass. What is one number a row is float64.
+Rows are anchored on their largest logit. It is left out of the sum together with the target (Z = 1 + e_y + the rest),
+so that log p has its last digits whichever of the two has nearly all the mass. Per-row scalars are float64.
 """
 
 import functools
@@ -11,33 +11,44 @@ import torch
 from torch import Tensor
 
 from pear_kernels.backends.torch import head
-from pear_kernels.engine.head import Scores, TeacherRows
+from pear_kernels.engine.head import Scores, TeacherRows, TopKRows, VocabularyRows
+from pear_kernels.formulas import softmax
 from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
-from pear_kernels.formulas.divergence import MIN_LOG, compared_with, divergence, slope
+from pear_kernels.formulas.divergence import compared_with, divergence, slope
+from pear_kernels.formulas.softmax import MIN_LOG
+
+
+class _Teacher(NamedTuple):
+    """How a chunk's rows compare with a teacher's. Log-probs and log Z are at the divergence's temperature."""
+
+    rows: VocabularyRows  # at temperature 1 its workspace holds the log-probs of `compared_with`
+    log_z: Tensor  # (R,) float64
+    logprobs: Tensor  # (R,) float64, of the target
+    kl_of_p: Tensor  # (R,) float64, from `divergence`
+
+    @property
+    def temperature(self) -> float:
+        return self.rows.options.distill_temperature
 
 
 class _Rows(NamedTuple):
-    """Of a chunk whose activated logits are in the workspace (log-probs in their place, if `has_log_p`)."""
+    """`Scores.rows` of a chunk whose activated logits (log-probs, if `has_log_p`) are in the workspace."""
 
     target: Tensor  # (R,)
-    top: Tensor  # (R,), the largest logit
-    largest: Tensor  # (R,), whose it is
-    log_z: Tensor  # (R,) float64, of the sum of exp(z - top)
-    logprobs: Tensor  # (R,) float64
-    entropy: Tensor | None  # (R,) float64
-    soft: tuple[Tensor, Tensor] | None  # log_z and log p of the target at the divergence's temperature, (R,) float64
-    teacher: TeacherRows | None
-    kl_of_p: Tensor | None  # (R,) float64
-    buckets: Buckets | None
+    largest: Tensor  # (R,), the column of the largest logit
+    teacher: _Teacher | None = None
+    buckets: Buckets | None = None  # the teacher is known by its K most likely tokens, whose logits are -inf here
 
     @property
     def has_log_p(self) -> bool:
-        """Whether the workspace holds log-probs already, and the teacher's those of `compared_with`."""
-        return self.kl_of_p is not None and self.teacher.options.distill_temperature == 1.0
+        """Whether log-probs have taken the logits' place in the workspace."""
+        return self.teacher is not None and self.teacher.temperature == 1.0
 
 
 class LogitsHead(head.Head):
-    """`head.Head` for gradients that are no row scale times E."""
+    """`head.Head` for gradients that are not a per-row scalar times E."""
+
+    # ---- log-probs, entropies and divergences
 
     def scores(
         self,
@@ -50,36 +61,29 @@ class LogitsHead(head.Head):
     ) -> Scores:
         logits = self._product(x)
         target_logit = self.target_logits(x, target) if logit is None else logit
-        known = teacher is not None and teacher.ids is not None
+        if isinstance(teacher, TopKRows):
+            return self._bucket_scores(logits, target, target_logit, teacher)
         temperature = 1.0 if teacher is None else teacher.options.distill_temperature
-        R = len(x)
-        top, place = torch.empty(R, dtype=self.dtype, device=x.device), torch.empty_like(target)
-        log_z, logprobs, log_z_soft, logprobs_soft, others, others_soft, H, found, kl_of_p = torch.empty(
-            9, R, dtype=torch.float64, device=x.device
+        top, largest = self._largest(target)
+        log_z, logprobs, log_z_soft, logprobs_soft, H, found, kl_of_p = torch.empty(
+            7, len(x), dtype=torch.float64, device=x.device
         )
-        ids_logits = torch.empty(R, teacher.ids.shape[1], dtype=torch.float64, device=x.device) if known else None
-        for rows in self._row_blocks(R):
+        for rows in self._row_blocks(len(x)):
             z, y = logits[rows], target[rows, None]
-            self._activate_(z)
-            if known:
-                ids_logits[rows] = z.gather(1, teacher.ids[rows]).double()
-                z.scatter_(1, teacher.ids[rows], -torch.inf)
-            top[rows], place[rows] = z.max(1)
-            row = z, target[rows], top[rows], place[rows]
-            of_target = target_logit[rows] - top[rows].double()
-            others[rows], exp_log = self._others(*row, entropy=entropy)
-            others_soft[rows] = others[rows]
-            if temperature != 1.0:
-                others_soft[rows], _ = self._others(*row, temperature=temperature)
-            if known:
-                continue
-            log_z[rows], logprobs[rows] = normaliser(others[rows], of_target)
-            log_z_soft[rows], logprobs_soft[rows] = normaliser(others_soft[rows], of_target / temperature)
-            if entropy:
-                # H = log Z - sum_v (E_v / Z) log E_v, where E is 1 for the largest
-                e_y = of_target.exp()
-                H[rows] = log_z[rows] - (exp_log + e_y * of_target) / (others[rows] + e_y)
+            self.activation.apply_(z)
+            top[rows], largest[rows] = z.max(1)
+            row = z, target[rows], top[rows], largest[rows]
+            below = target_logit[rows] - top[rows].double()
+            others, exp_log = self._others(*row, entropy=entropy)
+            log_z[rows], logprobs[rows] = normaliser(others, below)
+            if exp_log is not None:
+                e_y = below.exp()
+                H[rows] = softmax.entropy(log_z[rows], exp_log + e_y * below, others + e_y)
             if teacher is not None:
+                others_soft = others
+                if temperature != 1.0:
+                    others_soft, _ = self._others(*row, temperature=temperature)
+                log_z_soft[rows], logprobs_soft[rows] = normaliser(others_soft, below / temperature)
                 # at temperature 1 log-probs take the logits' place, and those of m the teacher's, for `gradient`
                 log_p = z if temperature == 1.0 else z.clone()
                 self._log_p_(log_p, y, top[rows], log_z_soft[rows], logprobs_soft[rows], temperature)
@@ -88,20 +92,38 @@ class LogitsHead(head.Head):
                 found[rows], kl_of_p[rows] = divergence(log_p, log_q, log_m, teacher.options)
                 if log_m is not log_q:
                     log_q.copy_(log_m)
-        if known:
-            buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
-            state = _Rows(target, top, place, buckets.log_z, buckets.logprobs, None, None, teacher, None, buckets)
-            top1 = is_first_of_both(teacher.ids, ids_logits, top, place, target)
-            return Scores(buckets.logprobs, None, buckets.divergence, state, top1)
-        if not entropy:
-            H = None
-        if teacher is None:
-            kl_of_p = None
-        state = _Rows(target, top, place, log_z, logprobs, H, (log_z_soft, logprobs_soft), teacher, kl_of_p, None)
-        top1 = place == target
-        if logit is not None:  # of a shard: a target elsewhere has no logit among these
+        top1 = largest == target
+        if logit is not None:  # a target that another rank holds has no logit among these
             top1 = torch.where(target < 0, target_logit > top, top1)
-        return Scores(logprobs, H, None if teacher is None else found, state, top1)
+        compared = None if teacher is None else _Teacher(teacher, log_z_soft, logprobs_soft, kl_of_p)
+        state = _Rows(target, largest, compared)
+        return Scores(
+            logprobs, H if entropy else None, None if teacher is None else found, state, top1, top, log_z
+        )  # fmt: skip
+
+    def _bucket_scores(self, logits: Tensor, target: Tensor, target_logit: Tensor, teacher: TopKRows) -> Scores:
+        """`scores` with a teacher that is known by its K most likely tokens."""
+        temperature = teacher.options.distill_temperature
+        top, largest = self._largest(target)
+        others, others_soft = torch.empty(2, len(target), dtype=torch.float64, device=target.device)
+        ids_logits = torch.empty(teacher.ids.shape, dtype=torch.float64, device=target.device)
+        for rows in self._row_blocks(len(target)):
+            z, ids = logits[rows], teacher.ids[rows]
+            self.activation.apply_(z)
+            ids_logits[rows] = z.gather(1, ids).double()
+            z.scatter_(1, ids, -torch.inf)
+            top[rows], largest[rows] = z.max(1)
+            row = z, target[rows], top[rows], largest[rows]
+            others[rows], _ = self._others(*row)
+            others_soft[rows] = others[rows] if temperature == 1.0 else self._others(*row, temperature=temperature)[0]
+        buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
+        top1 = is_first_of_both(teacher.ids, ids_logits, top, largest, target)
+        state = _Rows(target, largest, buckets=buckets)
+        return Scores(buckets.logprobs, None, buckets.divergence, state, top1, top, buckets.log_z)
+
+    def _largest(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Empty (R,) for the largest logits and for their columns."""
+        return torch.empty(len(target), dtype=self.dtype, device=target.device), torch.empty_like(target)
 
     def _others(
         self,
@@ -118,16 +140,12 @@ class LogitsHead(head.Head):
         if temperature != 1.0:
             u.div_(temperature)
         log = u.clamp(min=MIN_LOG) if entropy else None
-        both = torch.stack([largest, target.where(target >= 0, largest)], dim=1)  # -1 is another shard's
+        both = torch.stack([largest, target.where(target >= 0, largest)], dim=1)  # another rank holds target -1
         exp = u.exp_().scatter_(1, both, 0.0)
         others = exp.sum(1).double() + (largest != target)  # the largest's E is 1, and its logarithm 0
-        return others, log.mul_(exp).sum(1).double() if entropy else None
+        return others, None if log is None else log.mul_(exp).sum(1).double()
 
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
-        rows: _Rows = scores.rows
-        log_z = logit - rows.top.double() - logprobs
-        joint = rows._replace(log_z=log_z, logprobs=logprobs, entropy=entropy)
-        return Scores(logprobs, entropy, None, joint, top1)
+    # ---- gradients
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
@@ -135,65 +153,79 @@ class LogitsHead(head.Head):
         state: _Rows = scores.rows
         R = len(state.target)
         logits = self.workspace[:R]
-        narrow = [None if factor is None else factor.to(self.dtype) for factor in (nll, entropy, divergence)]
         if state.buckets is not None:
-            *of_rest, of_ids = (number.to(self.dtype) for number in state.buckets.gradient(nll, divergence))
-        for rows in self._row_blocks(R):
-            z = logits[rows]
-            shift = (state.top + state.log_z)[rows, None].to(z) if state.has_log_p else 0.0
-            chain = self._chain(z, shift)
-            if state.buckets is not None:
-                dz = self._bucket_gradient(z, state, rows, *(number[rows] for number in of_rest))
-            else:
-                dz = self._full_gradient(z, state, rows, *(None if c is None else c[rows, None] for c in narrow))
-            z.copy_(dz if chain is None else dz.mul_(chain))
-            if state.buckets is not None:
-                of_z, ids_logits = of_ids[rows], state.buckets.ids_logits[rows] + state.top[rows, None]
-                chain = self._chain(ids_logits)
-                z.scatter_(1, state.teacher.ids[rows], of_z if chain is None else of_z * chain.to(of_z))
-        return logits, torch.full((R,), 1 / self.temperature, dtype=torch.float64, device=logits.device)
+            self._bucket_gradient_(logits, scores, state.buckets, nll, divergence)
+        else:
+            narrow = [None if factor is None else factor.to(self.dtype) for factor in (nll, entropy, divergence)]
+            for rows in self._row_blocks(R):
+                z = logits[rows]
+                shift = (scores.top + scores.log_z)[rows, None].to(z) if state.has_log_p else 0.0
+                chain = self.activation.slope(z, shift)
+                dz = self._full_gradient(z, scores, rows, *(None if c is None else c[rows, None] for c in narrow))
+                z.copy_(dz if chain is None else dz.mul_(chain))
+        row_scale = 1 / self.activation.temperature
+        return logits, torch.full((R,), row_scale, dtype=torch.float64, device=logits.device)
 
-    def _full_gradient(self, z: Tensor, state: _Rows, rows: slice, c, h, g) -> Tensor:
-        """(r, V) dL/dz of what `scores` has left (r, V); c, h and g are (r, 1), or None."""
+    def _full_gradient(
+        self, z: Tensor, scores: Scores, rows: slice, c: Tensor | None, h: Tensor | None, g: Tensor | None
+    ) -> Tensor:
+        """(r, V) dL/dz of what `scores` left in the workspace (r, V), from coefficients (r, 1); None for 0."""
+        state: _Rows = scores.rows
         y, teacher = state.target[rows, None], state.teacher
         parts = []
         if c is not None or h is not None:
             log_p = z
             if not state.has_log_p:
-                log_p = self._log_p_(z.clone(), y, state.top[rows], state.log_z[rows], state.logprobs[rows])
+                log_p = self._log_p_(z.clone(), y, scores.top[rows], scores.log_z[rows], scores.logprobs[rows])
             p = log_p.exp()
             if h is not None:
-                parts.append((log_p + state.entropy[rows, None].to(z)).mul_(p).mul_(-h))
+                assert scores.entropy is not None
+                parts.append((log_p + scores.entropy[rows, None].to(z)).mul_(p).mul_(-h))
             if c is not None:
-                parts.append(head.put_(p, y, torch.expm1(state.logprobs[rows, None]).to(z)).mul_(c))
+                parts.append(head.put_(p, y, torch.expm1(scores.logprobs[rows, None]).to(z)).mul_(c))
         if g is not None:
-            log_p, temperature = z, teacher.options.distill_temperature
+            assert teacher is not None
+            log_p, options = z, teacher.rows.options
             if not state.has_log_p:
-                log_z, log_p_y = (number[rows] for number in state.soft)
-                log_p = self._log_p_(z.clone(), y, state.top[rows], log_z, log_p_y, temperature)
-            of_z = slope(log_p, teacher.log_q[rows], state.kl_of_p[rows].to(z), teacher.options)
-            if teacher.options.divergence != "forward":
-                # all of a row's sum to 0; the largest outcome's is a difference of numbers that p near 1 makes alike
+                soft = teacher.log_z[rows], teacher.logprobs[rows], teacher.temperature
+                log_p = self._log_p_(z.clone(), y, scores.top[rows], *soft)
+            of_z = slope(log_p, teacher.rows.log_q[rows], teacher.kl_of_p[rows].to(z), options)
+            if options.divergence != "forward":
+                # A row sums to 0, so the largest outcome's entry is minus the sum of the others: of itself it would be
+                # a difference of two numbers that are nearly equal when its p is near 1.
                 largest = state.largest[rows, None]
                 of_z.scatter_(1, largest, -of_z.scatter_(1, largest, 0.0).sum(1, keepdim=True))
-            parts.append(of_z.mul_(g / temperature))
+            parts.append(of_z.mul_(g / teacher.temperature))
         return functools.reduce(torch.add, parts) if parts else torch.zeros_like(z)
 
-    def _bucket_gradient(self, z: Tensor, state: _Rows, rows: slice, a, b, at_target) -> Tensor:
-        """(r, V) dL/dz but for the ids, where z is -inf."""
-        u = z - state.top[rows, None]
-        if state.teacher.options.distill_temperature == 1.0:
-            dz = u.exp_().mul_((a + b)[:, None])
-        else:
-            dz = (u / state.teacher.options.distill_temperature).exp_().mul_(b[:, None])
-            dz += u.exp_().mul_(a[:, None])
-        return dz.scatter_(1, state.target[rows, None], at_target[:, None])
+    def _bucket_gradient_(
+        self, logits: Tensor, scores: Scores, buckets: Buckets, nll: Tensor | None, divergence: Tensor | None
+    ) -> None:
+        """dL/d(raw logits) / temperature in place of the logits (R, V), which are -inf at the K ids."""
+        state: _Rows = scores.rows
+        temperature, ids = buckets.teacher.options.distill_temperature, buckets.teacher.ids
+        a, b, at_target, of_ids = (number.to(self.dtype) for number in buckets.gradient(nll, divergence))
+        for rows in self._row_blocks(len(logits)):
+            z, top = logits[rows], scores.top[rows, None]
+            chain = self.activation.slope(z)
+            u = z - top
+            if temperature == 1.0:
+                dz = u.exp_().mul_((a + b)[rows, None])
+            else:
+                dz = (u / temperature).exp_().mul_(b[rows, None])
+                dz += u.exp_().mul_(a[rows, None])
+            dz.scatter_(1, state.target[rows, None], at_target[rows, None])
+            z.copy_(dz if chain is None else dz.mul_(chain))
+            of_z, chain = of_ids[rows], self.activation.slope(buckets.ids_logits[rows] + top)
+            z.scatter_(1, ids[rows], of_z if chain is None else of_z * chain.to(of_z))
+
+    # ---- log-probs of the whole vocabulary
 
     def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
         logits = self._product(x)
         for rows in self._row_blocks(len(x)):
             z = logits[rows]
-            self._activate_(z)
+            self.activation.apply_(z)
             top, largest = z.max(1, keepdim=True)
             z.sub_(top)
             if temperature != 1.0:
@@ -202,24 +234,17 @@ class LogitsHead(head.Head):
             z.sub_(torch.log1p(rest)).clamp_(min=MIN_LOG)
         return logits
 
-    def _log_p_(self, z: Tensor, y: Tensor, top, log_z, log_p_y, temperature: float = 1.0) -> Tensor:
-        """Activated logits (r, V) to log-probs, in place: exact at the target, no less than `MIN_LOG`."""
+    def _log_p_(
+        self, z: Tensor, y: Tensor, top: Tensor, log_z: Tensor, log_p_y: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Activated logits (r, V) to log-probs, in place: exact at the target, and at least `MIN_LOG`."""
         z.sub_(top[:, None])
         if temperature != 1.0:
             z.div_(temperature)
         return head.put_(z.sub_(log_z[:, None].to(z)).clamp_(min=MIN_LOG), y, log_p_y[:, None].to(z))
 
-    def _chain(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor | None:
-        """d logit / d raw logit but for the 1 / temperature, of activated logits less `shift`; None for ones."""
-        if self.softcap is None:
-            return None
-        return (z + shift).mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
 
-
-def normaliser(others: Tensor, of_target: Tensor) -> tuple[Tensor, Tensor]:
-    """(log Z, log p of the target), Z = e_y + others, the target's logit and all others being relative to one anchor.
-
-    log p = -log(1 + others / e_y), to the last digits for both summands near 0.
-    """
-    log_p = -torch.logaddexp(torch.zeros_like(others), others.log() - of_target)
-    return of_target - log_p, log_p
+def normaliser(others: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Z, log p of the target), with Z = exp(below) + others."""
+    log_p = -softmax.nll(others, below)
+    return below - log_p, log_p

@@ -13,7 +13,8 @@ from pear_kernels.backends.triton import head
 from pear_kernels.backends.triton.divergence import gradient_rows, log_softmax_rows, score_rows
 from pear_kernels.backends.triton.head import ROW_BLOCK
 from pear_kernels.backends.triton.launch import launch
-from pear_kernels.engine.head import Scores, TeacherRows, triton_row_bytes
+from pear_kernels.engine.head import Scores, TeacherRows, TopKRows, VocabularyRows, triton_row_bytes
+from pear_kernels.formulas.activation import Activation
 from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
 from pear_kernels.options import DIVERGENCES, DivergenceOptions
 
@@ -59,33 +60,29 @@ class LogitsHead(head.Head):
         R = len(x)
         target_logit = self.target_logits(x, target) if logit is None else logit
         logits, _ = self._logits(x)
-        known = teacher is not None and teacher.ids is not None
-        if known:
+        if isinstance(teacher, TopKRows):
             ids_logits = self._activate(logits.gather(1, teacher.ids), teacher.ids)
             logits.scatter_(1, teacher.ids, -torch.inf)
         sums = torch.empty(10, R, dtype=torch.float64, device=x.device)
         entropies = torch.empty_like(target_logit) if entropy else None
-        log_q = None if teacher is None else teacher.log_q
+        log_q = teacher.log_q if isinstance(teacher, VocabularyRows) else None
         launch(
             score_rows, (R,),
             logits, logits.stride(0), self.bias, target, target_logit, log_q, 0 if log_q is None else log_q.stride(0),
             sums, entropies, R, self.vocabulary, *self._numbers(teacher), **self._constants(teacher),
             BLOCK_V=ROW_BLOCK, num_warps=8,
         )  # fmt: skip
-        if not known:
+        if not isinstance(teacher, TopKRows):
             divergence = None if teacher is None else sums[7]
             top1 = sums[9] == target
             if logit is not None:  # of a shard: a target elsewhere has no logit among these
                 top1 = torch.where(target < 0, target_logit > sums[1], top1)
-            return Scores(sums[0], entropies, divergence, _Rows(target, sums, entropies, teacher, None), top1)
+            rows = _Rows(target, sums, entropies, teacher, None)
+            return Scores(sums[0], entropies, divergence, rows, top1, sums[1], sums[4])
         buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
         top1 = is_first_of_both(teacher.ids, ids_logits, sums[1], sums[9], target)
-        return Scores(buckets.logprobs, None, buckets.divergence, _Rows(target, sums, None, teacher, buckets), top1)
-
-    def joined(self, scores: Scores, logit: Tensor, logprobs: Tensor, entropy: Tensor, top1: Tensor) -> Scores:
-        sums = scores.rows.sums
-        sums[0], sums[4] = logprobs, logit - sums[1] - logprobs  # log p of the target, and log_z
-        return Scores(logprobs, entropy, None, scores.rows._replace(entropy=entropy), top1)
+        rows = _Rows(target, sums, None, teacher, buckets)
+        return Scores(buckets.logprobs, None, buckets.divergence, rows, top1, sums[1], buckets.log_z)
 
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
@@ -102,7 +99,7 @@ class LogitsHead(head.Head):
         else:
             *factors, of_ids = buckets.gradient(given[0], given[2])
             factors = torch.stack(factors) / unit
-        log_q = None if teacher is None else teacher.log_q
+        log_q = teacher.log_q if isinstance(teacher, VocabularyRows) else None
         launch(
             gradient_rows, (R,),
             logits, dz, logits.stride(0), dz.stride(0), self.bias, target, log_q,
@@ -113,9 +110,9 @@ class LogitsHead(head.Head):
         if buckets is not None:
             of_ids = of_ids / unit[:, None]
             if self.activation["SOFTCAP"]:
-                logit = buckets.ids_logits + sums[1][:, None]
-                of_ids = of_ids * (1 - (logit / (self.softcap * self.inverse_temperature)).square())
-            dz.scatter_(1, teacher.ids, of_ids.to(dz.dtype))
+                activation = Activation(1 / self.inverse_temperature, self.softcap)
+                of_ids = of_ids * activation.slope(buckets.ids_logits, sums[1][:, None])
+            dz.scatter_(1, buckets.teacher.ids, of_ids.to(dz.dtype))
         return dz, size * self.inverse_temperature
 
     def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
@@ -145,5 +142,5 @@ class LogitsHead(head.Head):
     def _constants(self, teacher: TeacherRows | None) -> dict[str, object]:
         options = DivergenceOptions() if teacher is None else teacher.options
         # one code for all kinds where the kernels do not compute the divergence
-        kind = 0 if teacher is None or teacher.log_q is None else DIVERGENCES.index(options.divergence)
+        kind = DIVERGENCES.index(options.divergence) if isinstance(teacher, VocabularyRows) else 0
         return {**self.activation, "SOFT": options.distill_temperature != 1.0, "KIND": kind}
