@@ -128,7 +128,7 @@ def describe(launch, signature: dict[str, str], attributes: dict[tuple, list]) -
                 tile.append(str(value))
             elif parameter.is_constexpr and value is True:
                 options.append(name)
-            elif parameter.is_constexpr and value is not False and value is not None:
+            elif parameter.is_constexpr and value is not False and value is not None and not name.endswith("_RULE"):
                 options.append(f"{name}={value}")
             elif value is None:
                 remarks.append(f"-{name}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pear_kernels.backends.triton import launch, tiles
+from pear_kernels.backends.triton import launch, tiles, values
 from pear_kernels.backends.triton.head import Head, scale_and_round
 from pear_kernels.backends.triton.logits_head import LogitsHead
 from pear_kernels.backends.triton.product import exp_product
@@ -25,6 +25,13 @@ ROWS, VOCABULARY = 8192, 151936
 TOP_K = 32
 ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE = 1001, 50257, 1000
 ALL = {"bias": True, "temperature": 0.7, "softcap": 30.0, "entropy": True}
+CHECKED = (  # the columns of calls whose values are checked: of scoring, PEAR, a weighting, GRPO, and all there are
+    "target",
+    "target cu_seqlens behavior_logprobs",
+    "target cu_seqlens ref_logprobs",
+    "target cu_seqlens old_logprobs ref_logprobs sampler_logprobs sequence_advantages",
+    " ".join(values.COLUMNS),
+)
 ONE_BY_ONE = [{"bias": True}, {"temperature": 0.7}, {"softcap": 30.0}, {"entropy": True}]
 
 
@@ -51,6 +58,8 @@ def launches(arch: int) -> list[launch.Launch]:
         for level, clip_blocks in itertools.product(("block", "sequence"), (False, True)):
             weights(PEAROptions(level=level, clip_blocks=clip_blocks), block_ids=True)
         weights(PEAROptions(level="block", center=True), block_ids=True)
+        for given in CHECKED:
+            check(given.split())
     return recorded
 
 
@@ -153,3 +162,11 @@ def weights(options: PEAROptions, *, static: bool = False, block_ids: bool = Fal
         walk.observe(begin, begin + ROWS, meta(ROWS, dtype=torch.float64))
         walk.weights(begin, begin + ROWS)
     walk.sums(walk.logprobs, walk.weights(0, 2 * ROWS))
+
+
+def check(names: list[str]) -> None:
+    """The checks of these columns' values: eight sequences, each number of a dtype that callers pass."""
+    by_sequence = {"sequence_advantages": 8, "sequence_scale": 8, "cu_seqlens": 9, "denominator": 1}
+    dtypes = {"target": torch.int64, "cu_seqlens": torch.int32, "block_ids": torch.int32}
+    columns = {name: meta(by_sequence.get(name, ROWS), dtype=dtypes.get(name, FP32)) for name in names}
+    values.check_values(columns, meta(ROWS, dtype=torch.bool), VOCABULARY, -100)

@@ -11,7 +11,7 @@ values is then undefined.
 import functools
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -317,18 +317,54 @@ def require(condition: Tensor, rule: str, found: Callable[[], str]) -> None:
         raise ValueError(f"{rule}, got {found()}")
 
 
+def values_are_checked() -> bool:
+    """False where PEAR_KERNELS_CHECK_VALUES=0 switches the checks of values off."""
+    setting = os.environ.get(VALUES_VARIABLE) or "1"
+    if setting not in ("0", "1"):
+        raise ValueError(f"{VALUES_VARIABLE} must be 0 (no checks of values) or 1, got {setting!r}")
+    return setting == "1"
+
+
 def value_check(check: Callable[..., None]) -> Callable[..., None]:
     """A check that PEAR_KERNELS_CHECK_VALUES=0 switches off."""
 
     @functools.wraps(check)
     def unless_switched_off(*arguments):
-        setting = os.environ.get(VALUES_VARIABLE) or "1"
-        if setting not in ("0", "1"):
-            raise ValueError(f"{VALUES_VARIABLE} must be 0 (no checks of values) or 1, got {setting!r}")
-        if setting == "1":
+        if values_are_checked():
             check(*arguments)
 
     return unless_switched_off
+
+
+@value_check
+def check_values(columns: Mapping[str, Tensor], valid: Tensor, vocabulary: int = 0, ignore_index: int = 0) -> None:
+    """Checks the values of every tensor in `columns` that has a rule, by the name of the argument.
+
+    `valid` (N,) bool says which tokens count. `backends.triton.values` has the same rules in one kernel.
+    """
+    block_ids = columns.get("block_ids")
+    with_ratio = valid if block_ids is None else valid & (block_ids > NO_RATIO)
+    if "cu_seqlens" in columns:
+        check_cu_seqlens(columns["cu_seqlens"], valid.numel())
+    if "target" in columns:
+        check_target(columns["target"], valid, vocabulary, ignore_index)
+    for name in POLICY_OF:
+        if name in columns:
+            check_logprobs(name, columns[name], with_ratio)
+    if "sequence_scale" in columns:
+        check_sequence_scale(columns["sequence_scale"])
+    if "denominator" in columns:
+        check_denominator(columns["denominator"])
+    if "sequence_advantages" in columns:
+        check_advantages(columns["sequence_advantages"], None)
+    if "advantages" in columns:
+        check_advantages(columns["advantages"], valid)
+    if "weights" in columns:
+        check_weights(columns["weights"], valid)
+    if "teacher_ids" in columns:
+        check_top_k(columns["teacher_ids"], columns["teacher_logprobs"], valid, vocabulary)
+    if block_ids is not None:
+        check_block_ids(block_ids, valid, columns["cu_seqlens"])
 
 
 @value_check
@@ -391,14 +427,15 @@ def block_key(block_ids: Tensor, start: Tensor) -> Tensor:
 
 
 @value_check
-def check_block_ids(block_ids: Tensor, start: Tensor, index: Tensor) -> None:
-    """Of tokens that count, in compact order: in [-1, 2**31), and never descending within a sequence but for -1."""
+def check_block_ids(block_ids: Tensor, valid: Tensor, cu_seqlens: Tensor) -> None:
+    """Of tokens that count: in [-1, 2**31), and never descending within a sequence but for -1."""
+    bounds, token = cu_seqlens.long(), torch.arange(valid.numel(), device=valid.device)
+    start = bounds[torch.searchsorted(bounds[1:], token, right=True)]
+    block_ids = torch.where(valid, block_ids, NO_RATIO)
 
     def rule(bad: Tensor, words: str, found: Callable[[int], str]) -> None:
         at = lambda: int(bad.nonzero()[0])  # noqa: E731
-        require(
-            ~bad.any(), words, lambda: f"{found(at())} at flat position {index[at()].item()} ({int(bad.sum())} such)"
-        )
+        require(~bad.any(), words, lambda: f"{found(at())} at flat position {at()} ({int(bad.sum())} such)")
 
     outside = (block_ids < NO_RATIO) | (block_ids > MAX_IDS - 1)  # int32 has no MAX_IDS
     rule(outside, f"block_ids must be in [0, {MAX_IDS}), or -1 for no log-ratio", lambda i: f"{block_ids[i].item()}")

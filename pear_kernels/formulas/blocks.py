@@ -43,17 +43,3 @@ def of_ids(pack: Pack, block_ids: Tensor) -> Blocks:
     carries = block_ids > NO_RATIO
     before = torch.nn.functional.pad(carries.cumsum(0), (1, 0))
     return Blocks(torch.searchsorted(key, key, right=True), before, carries)
-
-
-def carrying(valid: Tensor, block_ids: Tensor | None) -> Tensor:
-    """(N,) bool, which of the `valid` tokens have a log-ratio."""
-    return valid if block_ids is None else valid & (block_ids > NO_RATIO)
-
-
-def checked_ids(pack: Pack, block_ids: Tensor | None) -> Tensor | None:
-    """(n,) the caller's ids (N,) in compact order, once their values are checked."""
-    if block_ids is None:
-        return None
-    ids = pack.take(block_ids)
-    checks.check_block_ids(ids, pack.start, pack.index)
-    return ids

@@ -10,7 +10,6 @@ from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
 from pear_kernels.engine.packing import Pack
 from pear_kernels.engine.schedule import Wanted
-from pear_kernels.formulas import blocks
 from pear_kernels.formulas.weights import PEARWeights
 from pear_kernels.options import CallOptions, Options, Reduction
 
@@ -47,14 +46,9 @@ class Problem(NamedTuple):
 class Loss:
     """How the custom op makes a loss. One object of a subclass for each loss, in `objectives.LOSSES`."""
 
-    logprobs: tuple[str, ...] = ()  # columns whose values must be log-probs
-
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         """Names of the statistics of a call with these columns, in order; the op appends `OF_ALL`."""
         raise NotImplementedError
-
-    def check_values(self, columns: dict[str, Tensor], valid: Tensor, vocabulary: int) -> None:
-        """Checks of values of this loss's own columns; `valid` (N,) bool says which tokens count."""
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
         """The objective of one call, which runs `on_logits` (by `needs_logits`) or on E."""
@@ -85,11 +79,6 @@ class FixedCoefficients(Objective):
     def coefficients(self, begin: int, end: int) -> Tensor | Coefficients | None:
         parts = [None if part is None else part[begin:end] for part in self.known]
         return parts[0] if len(parts) == 1 else Coefficients(*parts)
-
-
-def block_ids_of(problem: Problem) -> Tensor | None:
-    """(n,) the caller's block ids in compact order, after a check of their values; None without any."""
-    return blocks.checked_ids(problem.pack, problem.columns.get("block_ids"))
 
 
 def token_scale(

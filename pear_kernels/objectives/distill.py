@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
 from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
 from pear_kernels.engine.schedule import Wanted
@@ -56,14 +55,8 @@ class DistillObjective(Objective):
 class DistillLoss(Loss):
     """`linear_distill_loss`, by a teacher in memory or one known by its K most likely tokens."""
 
-    logprobs = ("behavior_logprobs",)
-
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return "divergence", *(STATS if "behavior_logprobs" in given else WEIGHTED_STATS)
-
-    def check_values(self, columns: dict[str, Tensor], valid: Tensor, vocabulary: int) -> None:
-        if "teacher_ids" in columns:
-            checks.check_top_k(columns["teacher_ids"], columns["teacher_logprobs"], valid, vocabulary)
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
         known = "behavior_logprobs" in problem.columns

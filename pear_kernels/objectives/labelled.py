@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.objective import Objective
-from pear_kernels.objectives.base import Loss, Problem, at_least_one, block_ids_of
+from pear_kernels.objectives.base import Loss, Problem, at_least_one
 from pear_kernels.objectives.pear import STATS, pear_objective, statistics
 from pear_kernels.options import LabelOptions, PEAROptions
 
@@ -43,7 +43,7 @@ class LabelledObjective(Objective):
         wrong = options.replace(level="sequence", center=False, normalize=None)
         if options.level == "token":
             wrong = wrong.replace(block_size=1)  # the blocks of `clip_blocks`
-        behavior, block_ids = problem.take("behavior_logprobs"), block_ids_of(problem)
+        behavior, block_ids = problem.take("behavior_logprobs"), problem.take("block_ids")
         self.right_weights = problem.weights(behavior, pack, options, block_ids)
         self.wrong_weights = problem.weights(behavior, pack, wrong, block_ids)
 
@@ -104,8 +104,6 @@ class LabelledObjective(Objective):
 
 class PEARLoss(Loss):
     """`linear_pear_loss`, with labels or without."""
-
-    logprobs = ("behavior_logprobs",)
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return STATS + WRONG_STATS if "sequence_label" in given else STATS

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pear_kernels.engine.objective import Objective
 from pear_kernels.formulas.weights import PEARWeights
-from pear_kernels.objectives.base import Problem, at_least_one, block_ids_of, effective_sample_size
+from pear_kernels.objectives.base import Problem, at_least_one, effective_sample_size
 from pear_kernels.options import PEAROptions
 
 STATS = (
@@ -57,7 +57,7 @@ class PEARObjective(Objective):
 def pear_objective(problem: Problem) -> PEARObjective:
     """The objective of a call without labels."""
     behavior, options = problem.take("behavior_logprobs"), problem.options[PEAROptions]
-    return PEARObjective(problem.weights(behavior, problem.pack, options, block_ids_of(problem), problem.scale()))
+    return PEARObjective(problem.weights(behavior, problem.pack, options, problem.take("block_ids"), problem.scale()))
 
 
 def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
 from pear_kernels.engine.objective import Coefficients, Objective
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import MAX_LOG_RATIO
@@ -285,12 +284,6 @@ class PolicyLoss(Loss):
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return POLICY_STATS
-
-    def check_values(self, columns: dict[str, Tensor], valid: Tensor, vocabulary: int) -> None:
-        by_sequence = "sequence_advantages" in columns
-        checks.check_advantages(
-            columns["sequence_advantages" if by_sequence else "advantages"], None if by_sequence else valid
-        )
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
         policy = PolicyObjective(problem)

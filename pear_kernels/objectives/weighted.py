@@ -217,14 +217,8 @@ class AnchoredObjective(Objective):
 class WeightedLoss(Loss):
     """`linear_weighted_loss`: weights that are given, made by the caller's function, or named."""
 
-    logprobs = ("ref_logprobs",)
-
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return WEIGHTED_STATS
-
-    def check_values(self, columns: dict[str, Tensor], valid: Tensor, vocabulary: int) -> None:
-        if "weights" in columns:
-            checks.check_weights(columns["weights"], valid)
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
         options = problem.options[WeightingOptions]

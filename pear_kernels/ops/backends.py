@@ -1,5 +1,6 @@
 """What each backend is made of. The only place that loads the Triton kernels, when a call first runs on them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from pear_kernels.backends.choice import resolve
 from pear_kernels.backends.torch.head import Head
 from pear_kernels.backends.torch.logits_head import LogitsHead
+from pear_kernels.checks import check_values
 from pear_kernels.engine.head import BackendHead, BackendLogitsHead, HeadFactory
 from pear_kernels.formulas.weights import PEARWeights
 
@@ -18,15 +20,22 @@ class Backend(NamedTuple):
     head: HeadFactory[BackendHead]
     logits_head: HeadFactory[BackendLogitsHead]
     weights: type[PEARWeights]
+    check_values: Callable[..., None]  # as `checks.check_values`
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend of a call whose products run in `dtype` on `device`; see `backends.choice.resolve`."""
     if resolve(backend, device, dtype) == "torch":
-        return Backend(Head, LogitsHead, PEARWeights)
-    from pear_kernels.backends.triton import head, logits_head, weights
+        return Backend(Head, LogitsHead, PEARWeights, check_values)
+    from pear_kernels.backends.triton import head, logits_head, values, weights
 
-    return Backend(head.Head, logits_head.LogitsHead, weights.PEARWeights)
+    # interpreted kernels run on CPU tensors, whose values an error can name
+    by_kernel = values.check_values if off_cpu(device) else check_values
+    return Backend(head.Head, logits_head.LogitsHead, weights.PEARWeights, by_kernel)
+
+
+def off_cpu(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:

@@ -34,11 +34,11 @@ def linear_logprobs(
     own = options[HeadOptions]
     shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
     valid = target != own.ignore_index
-    checks.check_target(target, valid, whole_vocabulary(weight, shard), own.ignore_index)
+    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
+    backend.check_values({"target": target}, valid, whole_vocabulary(weight, shard), own.ignore_index)
     checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
     pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
-    make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).head
-    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
+    own_head = backend.head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
     head = sharded(own_head, shard, own.temperature, own.softcap)
     with explain_out_of_memory("linear_logprobs", hidden, head, NOTHING, own.workspace_bytes):
         walk = Walk(hidden, head, target, pack, NOTHING, own.workspace_bytes, entropy=given.return_entropy)
@@ -141,12 +141,12 @@ def linear_topk_logprobs(
     own = options[HeadOptions]
     shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
     vocabulary, valid = whole_vocabulary(weight, shard), target != own.ignore_index
-    checks.check_target(target, valid, vocabulary, own.ignore_index)
+    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
+    backend.check_values({"target": target}, valid, vocabulary, own.ignore_index)
     checks.check_k("k", k, vocabulary)
     checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
     pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
-    make_head = backends.choose(own.backend, hidden.device, given.compute_dtype).logits_head
-    head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
+    head = backend.logits_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
     if shard is not None:
         shard.plan(head)
     size = target.numel()

@@ -8,11 +8,10 @@ from torch import Tensor
 from pear_kernels import checks
 from pear_kernels.checks import forbid_double_backward
 from pear_kernels.engine.memory import explain_out_of_memory
-from pear_kernels.engine.packing import Pack, pack_tokens, unpack
+from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import LogitsWalk, Walk
-from pear_kernels.formulas.blocks import carrying
-from pear_kernels.objectives import LOSSES, Loss
+from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL, Problem
 from pear_kernels.ops import backends
 from pear_kernels.ops.arguments import parse
@@ -36,10 +35,11 @@ def compute(
     options, named, loss = given.decode(numbers), dict(zip(given.columns, columns, strict=True)), LOSSES[given.name]
     own, gradients = options[HeadOptions], Wanted(*wanted)
     shard = meet(group, hidden, weight, target, wanted, own.workspace_bytes)
-    pack = checked_pack(
-        loss, named, target, whole_vocabulary(weight, shard), own.ignore_index, options[CallOptions].valid_tokens
-    )
     backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
+    valid = target != own.ignore_index
+    backend.check_values({"target": target, **named}, valid, whole_vocabulary(weight, shard), own.ignore_index)
+    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
+    pack = pack_tokens(valid, named["cu_seqlens"], tokens=options[CallOptions].valid_tokens)
     problem = Problem(pack, options, named, backend.weights, given.dtype)
     on_logits = loss.needs_logits(problem, gradients)
     make_head = backend.logits_head if on_logits else backend.head
@@ -61,32 +61,6 @@ def compute(
     results = found[0].clone(), unpack(walk.logprobs, pack, size), unpack(found[1], pack, size), stats
     one, two, three, four = (result.to(head.dtype) for result in results)
     return one, two, three, four, grads.hidden, grads.weight, grads.bias
-
-
-def checked_pack(
-    loss: Loss,
-    columns: dict[str, Tensor],
-    target: Tensor,
-    vocabulary: int,
-    ignore_index: int,
-    valid_tokens: int | None,
-) -> Pack:
-    """The tokens that count, after checks of all values."""
-    valid = target != ignore_index
-    checks.check_cu_seqlens(columns["cu_seqlens"], target.numel())
-    checks.check_target(target, valid, vocabulary, ignore_index)
-    checks.check_valid_tokens(valid_tokens, valid)
-    for name in loss.logprobs:
-        if name in columns:  # a log-prob of a token without a log-ratio is not checked
-            checks.check_logprobs(name, columns[name], carrying(valid, columns.get("block_ids")))
-    for name, check in (
-        ("sequence_scale", checks.check_sequence_scale),
-        ("denominator", checks.check_denominator),
-    ):
-        if name in columns:
-            check(columns[name])
-    loss.check_values(columns, valid, vocabulary)
-    return pack_tokens(valid, columns["cu_seqlens"], tokens=valid_tokens)
 
 
 def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tensor:

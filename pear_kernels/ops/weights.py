@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
 from pear_kernels.engine.packing import pack_tokens, unpack
-from pear_kernels.formulas import blocks
 from pear_kernels.ops import backends
 from pear_kernels.ops.arguments import parse
 from pear_kernels.options import HeadOptions, PEAROptions
@@ -23,11 +21,10 @@ def pear_weights(
     given = parse(spec)
     options, named = given.decode(numbers), dict(zip(given.columns, columns, strict=True))
     behavior, cu_seqlens, block_ids = named["behavior_logprobs"], named["cu_seqlens"], named.get("block_ids")
-    checks.check_cu_seqlens(cu_seqlens, logprobs.numel())
-    checks.check_logprobs("behavior_logprobs", behavior, blocks.carrying(mask, block_ids))
-    pack = pack_tokens(mask, cu_seqlens)
-    ids = blocks.checked_ids(pack, block_ids)
     backend = backends.choose(options[HeadOptions].backend, logprobs.device, logprobs.dtype)
+    backend.check_values(named, mask)
+    pack = pack_tokens(mask, cu_seqlens)
+    ids = None if block_ids is None else pack.take(block_ids)
     made = backend.weights(pack.take(behavior), pack, options[PEAROptions], ids)
     made.observe(0, pack.tokens, pack.take(logprobs))
     weights, scale = made.weights(0, pack.tokens), made.rescale()
