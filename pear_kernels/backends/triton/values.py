@@ -1,11 +1,11 @@
 """The checks of values in one kernel; `pear_kernels.checks` takes 7 to 15 launches for each argument.
 
-The kernel asserts on the device: `tl.device_assert` with debug=True and sanitize_overflow=False, as `torch.compile` does
-for its index checks (torch/_inductor/runtime/triton_heuristics.py). Both triton 3.6 and 3.9 compile it to `__assertfail`
-with the rule as its message. A failed assert ends as a failed `torch._assert_async` does: CUDA prints the rule to
-stderr, every later call on that GPU raises, and only a new process can use it again. The alternative, flags from the
-kernel and one `torch._assert_async` per rule, would cost a launch per rule. Nothing is read back, so the launch is legal
-while a CUDA graph is captured; a replay checks again.
+The kernel asserts on the device: `tl.device_assert` with debug=True and sanitize_overflow=False, as `torch.compile`
+does for its index checks (torch/_inductor/runtime/triton_heuristics.py; the same in triton 3.6 and 3.9). It compiles to
+`__assertfail` with the rule as its message. A failed assert ends as a failed `torch._assert_async` does: CUDA prints
+the rule to stderr, every later call on that GPU raises, and only a new process can use it again. The alternative, flags
+from the kernel and one `torch._assert_async` per rule, would cost a launch per rule. Nothing is read back, so the
+launch is legal while a CUDA graph is captured; a replay checks again.
 """
 
 from collections.abc import Mapping
@@ -115,36 +115,37 @@ def check_columns(
         if tl.program_id(0) == 0:
             number = tl.load(denominator).to(tl.float64)
             tl.device_assert(is_finite(number) & (number > 0), "pear_kernels: denominator must be a positive number")
-    for left in range(tl.program_id(0) * BLOCK, sequences, tl.num_programs(0) * BLOCK):
-        sequence = left + tl.arange(0, BLOCK)
-        live = sequence < sequences
-        begin = tl.load(cu_seqlens + sequence, mask=live, other=0)
-        end = tl.load(cu_seqlens + sequence + 1, mask=live, other=0)
-        ends = ((sequence > 0) | (begin == 0)) & ((sequence < sequences - 1) | (end == tokens))
-        tl.device_assert(
-            ends, "pear_kernels: cu_seqlens must begin with 0 and end at N, the number of tokens", mask=live
-        )
-        tl.device_assert(begin <= end, "pear_kernels: cu_seqlens must be ascending", mask=live)
-        if sequence_scale is not None:
-            good = is_finite(tl.load(sequence_scale + sequence, mask=live, other=0).to(tl.float64))
-            tl.device_assert(good, "pear_kernels: sequence_scale must be finite", mask=live)
-        if sequence_advantages is not None:
-            good = is_finite(tl.load(sequence_advantages + sequence, mask=live, other=0.0))
-            tl.device_assert(good, "pear_kernels: advantages must be finite", mask=live)
-    if block_ids is not None:
-        for sequence in range(tl.program_id(0), sequences, tl.num_programs(0)):
-            end = tl.minimum(tl.load(cu_seqlens + sequence + 1), tokens)
-            highest = tl.full((BLOCK,), NO_RATIO, tl.int64)
-            for left in range(tl.maximum(tl.load(cu_seqlens + sequence), 0), end, BLOCK):
-                token = left + tl.arange(0, BLOCK)
-                counts = token < end
-                counts = counts & (tl.load(valid + token, mask=counts, other=0) != 0)
-                block = tl.load(block_ids + token, mask=counts, other=NO_RATIO).to(tl.int64)
-                good = (block >= NO_RATIO) & (block < MAX_IDS)
-                tl.device_assert(
-                    good, "pear_kernels: block_ids must be in [0, 2147483648), or -1 for no log-ratio", mask=counts
-                )
-                highest = tl.maximum(highest, tl.associative_scan(block, 0, larger))
-                good = (block == NO_RATIO) | (block >= highest)
-                tl.device_assert(good, "pear_kernels: block_ids must not descend within a sequence", mask=counts)
-                highest = tl.zeros_like(highest) + tl.max(highest, 0)  # of all blocks of tokens so far
+    if cu_seqlens is not None:
+        for left in range(tl.program_id(0) * BLOCK, sequences, tl.num_programs(0) * BLOCK):
+            sequence = left + tl.arange(0, BLOCK)
+            live = sequence < sequences
+            begin = tl.load(cu_seqlens + sequence, mask=live, other=0)
+            end = tl.load(cu_seqlens + sequence + 1, mask=live, other=0)
+            ends = ((sequence > 0) | (begin == 0)) & ((sequence < sequences - 1) | (end == tokens))
+            tl.device_assert(
+                ends, "pear_kernels: cu_seqlens must begin with 0 and end at N, the number of tokens", mask=live
+            )
+            tl.device_assert(begin <= end, "pear_kernels: cu_seqlens must be ascending", mask=live)
+            if sequence_scale is not None:
+                good = is_finite(tl.load(sequence_scale + sequence, mask=live, other=0).to(tl.float64))
+                tl.device_assert(good, "pear_kernels: sequence_scale must be finite", mask=live)
+            if sequence_advantages is not None:
+                good = is_finite(tl.load(sequence_advantages + sequence, mask=live, other=0.0))
+                tl.device_assert(good, "pear_kernels: advantages must be finite", mask=live)
+        if block_ids is not None:
+            for sequence in range(tl.program_id(0), sequences, tl.num_programs(0)):
+                end = tl.minimum(tl.load(cu_seqlens + sequence + 1), tokens)
+                highest = tl.full((BLOCK,), NO_RATIO, tl.int64)
+                for left in range(tl.maximum(tl.load(cu_seqlens + sequence), 0), end, BLOCK):
+                    token = left + tl.arange(0, BLOCK)
+                    counts = token < end
+                    counts = counts & (tl.load(valid + token, mask=counts, other=0) != 0)
+                    block = tl.load(block_ids + token, mask=counts, other=NO_RATIO).to(tl.int64)
+                    good = (block >= NO_RATIO) & (block < MAX_IDS)
+                    tl.device_assert(
+                        good, "pear_kernels: block_ids must be in [0, 2147483648), or -1 for no log-ratio", mask=counts
+                    )
+                    highest = tl.maximum(highest, tl.associative_scan(block, 0, larger))
+                    good = (block == NO_RATIO) | (block >= highest)
+                    tl.device_assert(good, "pear_kernels: block_ids must not descend within a sequence", mask=counts)
+                    highest = tl.zeros_like(highest) + tl.max(highest, 0)  # of all blocks of tokens so far

@@ -108,7 +108,7 @@ def test_good_values_pass_with_every_column_and_with_few():
         if "behavior_logprobs" in part:
             part["behavior_logprobs"] = -torch.ones(2 * N)[::2]  # not contiguous
         assert said(values.check_values, part) is None
-    for bad in ("target", "behavior_logprobs"):  # the last of them
+    for bad in ("behavior_logprobs", "target"):
         part[bad] = part[bad].clone()
         part[bad][1] = 1000
         assert bad in said(values.check_values, part)
