@@ -1,4 +1,4 @@
-"""Fused, chunked losses for PyTorch, PEAR's (arXiv 2602.01058) and RL's, that never hold the full logits of a batch."""
+"""Fused, chunked losses for PyTorch that never hold a batch's full logits: PEAR (arXiv 2602.01058), SFT and RL."""
 
 from pear_kernels.huggingface.causal_lm import patch_causal_lm, unpatch_causal_lm
 from pear_kernels.losses import (
@@ -9,8 +9,8 @@ from pear_kernels.losses import (
     linear_policy_loss,
     linear_topk_logprobs,
     linear_weighted_loss,
+    pear_weights,
 )
-from pear_kernels.losses.weights import pear_weights
 from pear_kernels.modules import LinearDistillLoss, LinearPEARLoss, LinearPolicyLoss, LinearWeightedLoss
 from pear_kernels.objectives.teachers import Teacher, TopKTeacher
 from pear_kernels.plan import Plan, plan

@@ -39,7 +39,8 @@ class OurDocstrings(griffe.Extension):
             parameters = inspect.signature(found).parameters
             for parameter in named:
                 parameter.default = repr(parameters[parameter.name].default)
-            for parameter in typed:  # `**keywords` whose names and types stand in a TypedDict
+            # `**keywords` whose names and types stand in a TypedDict; `takes` puts its fields in the signature
+            for parameter in [p for p in typed if p.name not in parameters]:
                 del func.parameters[parameter.name]
                 for name in [n for n in parameters if n not in {p.name for p in func.parameters}]:
                     option = parameters[name]

@@ -4,7 +4,6 @@ Nothing in this folder imports transformers: it inspects the model object itself
 """
 
 import contextlib
-import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -118,10 +117,11 @@ def run_with_parameters(
 
 def _gathered_by_deepspeed(*parameters: Any) -> contextlib.AbstractContextManager[Any]:
     """A context in which ZeRO-3 holds the parameters whole, as in TRL's `maybe_gather_lm_head_ctx`."""
-    zero = importlib.import_module("deepspeed").zero  # optional: installed wherever a parameter has `ds_id`
-    available = importlib.import_module("deepspeed.runtime.zero.partition_parameters").ZeroParamStatus.AVAILABLE
-    missing = [p for p in parameters if p is not None and p.ds_status != available]
-    return zero.GatheredParameters(missing) if missing else contextlib.nullcontext()
+    import deepspeed  # optional, but installed wherever a parameter has `ds_id`
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(missing) if missing else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -45,8 +45,8 @@ class Treatment(NamedTuple):
 
     def options(self) -> dict[str, float]:
         """The losses' options that differ from their defaults."""
-        options = {"temperature": self.temperature, "softcap": self.softcap}
-        return {name: value for name, value in options.items() if value is not None and value != 1.0}
+        options = {} if self.temperature == 1.0 else {"temperature": self.temperature}
+        return options if self.softcap is None else {**options, "softcap": self.softcap}
 
     def rows_of(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The head's weight (V, D) and bias (V,) without padding."""

@@ -583,6 +583,7 @@ def test_a_model_whose_logits_are_others_is_refused_by_name(wrong, dtype):
         (lambda z, _: z / 3, 3.0, None),
         (lambda z, _: (z * 0.7).float(), 1 / 0.7, None),
         (lambda z, _: 5 * torch.tanh(z / 5), 1.0, 5.0),
+        (lambda z, _: torch.tanh(z), 1.0, 1.0),
         (lambda z, _: 2 * torch.tanh(0.5 * z / 3), 3.0, 6.0),
         (lambda z, _: 30 * torch.tanh(z.float() / 30), 1.0, 30.0),
     ],
@@ -594,6 +595,7 @@ def test_scales_and_soft_caps_are_measured(change, scale, softcap):
     temperature, cap, _ = model._pear_patch.treatment
     assert temperature == pytest.approx(scale, rel=1e-6)
     assert cap is None if softcap is None else cap == pytest.approx(softcap, rel=1e-6)
+    assert model._pear_patch.treatment.options().get("softcap") == cap
     assert expected.requires_grad
 
 
