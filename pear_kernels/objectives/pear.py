@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.objective import Objective
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.weights import PEARWeights, Terms
 from pear_kernels.objectives.base import Problem, at_least_one, effective_sample_size
 from pear_kernels.options import PEAROptions
 
@@ -19,6 +19,8 @@ STATS = (
     "effective_sample_size",  # (sum G)^2 / (n sum G^2), the share of tokens that carry the gradient
     "tokens",  # n, the tokens that count
 )
+
+WEIGHT, SQUARE = map(Terms._fields.index, ("weight", "square"))  # the square comes last, and is no statistic itself
 
 
 class PEARObjective(Objective):
@@ -63,5 +65,5 @@ def pear_objective(problem: Problem) -> PEARObjective:
 def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:
     """`STATS` (9,) from the sums over tokens of `PEARWeights.terms`."""
     tokens = at_least_one(counted)
-    effective = effective_sample_size(sums[4], sums[7], tokens)
-    return torch.cat([sums[:7] / tokens, effective[None], torch.full_like(effective, 1)[None] * counted])
+    effective = effective_sample_size(sums[WEIGHT], sums[SQUARE], tokens)
+    return torch.cat([sums[:SQUARE] / tokens, effective[None], torch.full_like(effective, 1)[None] * counted])

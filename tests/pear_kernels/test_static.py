@@ -115,7 +115,7 @@ def refuse_tolist(self):
 def as_on_a_device(patch):
     """A CPU's tensors stand for a device's: nothing may be read back."""
     patch.setattr(torch.Tensor, "tolist", refuse_tolist)
-    patch.setattr("pear_kernels.backends.torch.head.may_wait", lambda tensor: False)
+    patch.setattr("pear_kernels.backends.torch.head.may_read", lambda tensor: False)
 
 
 def test_the_guard_sees_what_waits(monkeypatch):
