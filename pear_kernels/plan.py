@@ -9,35 +9,35 @@ import torch
 from pear_kernels import checks
 from pear_kernels.backends.torch.head import temporary_bytes
 from pear_kernels.engine.head import torch_row_bytes, triton_row_bytes
-from pear_kernels.engine.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
 from pear_kernels.options import LEVELS, HeadOptions, PEAROptions, is_number
 
-TOKEN_BYTES = 28 * 8  # of the numbers kept of each token: positions, blocks, log-probs, ratios, sums, weights
+TOKEN_BYTES = 28 * 8  # per-token numbers that are kept: positions, blocks, log-probs, ratios, sums, weights
 
 
 @dataclass(frozen=True)
 class Plan:
     """The schedule of one call (forward and backward), and its cost. `print` it for a table."""
 
-    tokens: int  # N: those that count, but all of the caller's in a static pack
+    tokens: int  # N: the tokens that count; in a static pack, all of the caller's
     vocabulary: int  # V
     hidden_size: int  # D
     dtype: torch.dtype  # of hidden and weight
     level: str | None  # None: linear_logprobs
     backend: str  # "triton" or "torch"
     wanted: Wanted  # which gradients are made
-    schedules: tuple[Schedule, ...]  # one walk; of log-probs with a gradient two, since the backward walks again
+    schedules: tuple[Schedule, ...]  # one walk; log-probs with a gradient take a second one in the backward pass
 
-    workspace_bytes: int  # one chunk: its logits (Triton: E), and on Triton what the gradient products need beside
-    grad_head_bytes: int  # dW and db in float32 (float64), and those of a sequence's own where the schedule has them
+    workspace_bytes: int  # one chunk: its logits (Triton: E); on Triton also the operands of the gradient products
+    grad_head_bytes: int  # dW and db in float32 (float64)
     grad_hidden_bytes: int  # dX
-    temporary_bytes: int  # everything else while chunks are walked, at most
+    temporary_bytes: int  # upper bound of everything else while chunks are walked
     rounded_bytes: int  # copies of dX and dW in their tensors' dtypes, made in the backward pass
-    bytes_moved: int  # by the products alone, each reading its operands and writing its result once a chunk
+    bytes_moved: int  # by the products alone, each reading its operands and writing its result once per chunk
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """Every chunk [begin, end) whose logits are made, in that order; one that is visited twice is in it twice."""
+        """Every chunk [begin, end) whose logits are made, in order; a chunk that is visited twice is listed twice."""
         return tuple(chunk for walk in self.schedules for chunk in walk.visits)
 
     @property
@@ -51,20 +51,20 @@ class Plan:
 
     @property
     def products(self) -> float:
-        """Matrix products, in full ones of (N, V, D)."""
+        """Matrix products, in units of a full one of (N, V, D)."""
         return sum(self.rows.values()) / max(self.tokens, 1)
 
     @property
     def flops(self) -> int:
-        """Of the products, 2 V D a row. Chunks that turn out to have no weight take fewer on a CPU."""
+        """Of the products, 2 V D per row. On a CPU, chunks whose weights all turn out to be 0 take fewer."""
         return sum(self.rows.values()) * self._row_flops
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory beside the inputs, at most: while the walk runs, or while the backward pass rounds gradients."""
+        """Upper bound of memory beside the inputs: while the walk runs, or while the backward pass rounds gradients."""
         grads = self.grad_head_bytes + self.grad_hidden_bytes
         walking = self.workspace_bytes + grads + self.temporary_bytes
-        if self.level is None:  # rounds before it lets the workspace go
+        if self.level is None:  # rounds before the workspace is freed
             return walking + self.rounded_bytes
         return max(walking, grads + self.rounded_bytes)
 
@@ -114,7 +114,6 @@ _LABELS = {
 _STEPS = {
     "visit": "visited once",
     "deferred": "longer run scaled at its end",
-    "own buffer": "longer run in a buffer of its own",
     "twice": "longer run visited twice",
 }
 
@@ -137,14 +136,14 @@ def plan(
     device: str = "cuda",
     backend: str | None = None,
 ) -> Plan:
-    """What a call of this shape will do and cost, from the code that plans the call itself. Nothing runs.
+    """What a call of this shape will do and cost, from the code that schedules the call itself. Nothing runs.
 
     Args:
-        tokens: N, the tokens that count (ignored ones cost a row of dX alone).
+        tokens: N, the tokens that count (an ignored one costs a row of dX and nothing else).
         vocabulary: V.
         hidden_size: D.
         lengths: the tokens that count in each sequence, which sum to `tokens`; None: one sequence. They matter where
-            weights wait for their whole sequence: at level "sequence", with center, or with normalize "sequence".
+            weights are coupled: at level "sequence", with center, or with normalize "sequence".
         dtype: of hidden and weight.
         level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
             `linear_policy_loss` and `linear_weighted_loss`: "token", but "sequence" for "gspo" and "iw-sft". (Losses of
@@ -154,9 +153,9 @@ def plan(
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
         bias: whether the head has one.
         workspace_bytes: as in the call.
-        static: the call is recorded into a CUDA graph: `tokens` are then all tokens, as ignored ones stay.
+        static: the call is recorded into a CUDA graph: `tokens` are then all tokens, the ignored ones included.
         device: "cuda" or "cpu".
-        backend: "triton" or "torch"; None: "triton" on "cuda" (but for float64), else "torch".
+        backend: "triton" or "torch"; None: "triton" on "cuda" (except for float64), else "torch".
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it should be.
@@ -179,7 +178,7 @@ def plan(
         raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
     if dtype == torch.float64 or backend is None:
         backend = "triton" if device == "cuda" and dtype != torch.float64 else "torch"
-    sums = torch.float64 if dtype == torch.float64 else torch.float32  # of the products' accumulators, and of dW
+    sums = torch.float64 if dtype == torch.float64 else torch.float32  # dtype of the products' accumulators and of dW
     if backend == "triton":  # by the table of this machine's GPU, or of an H100 where there is none
         from pear_kernels.backends.triton import tiles  # which needs no triton
 
@@ -203,20 +202,16 @@ def plan(
             wanted,
             row_bytes=row_bytes(any(wanted)),
             workspace_bytes=workspace_bytes or default_workspace(weight, sums.itemsize),
-            coupled=options.coupled,
-            separable=options.separable,
-            lengths=None if static else lengths,
-            head_bytes=head_bytes,
+            coupling=Coupling(options.separable, True, None if static else lengths) if options.coupled else None,
         )
 
-    walks = (walk(wanted),)
+    walks: tuple[Schedule, ...] = (walk(wanted),)
     if level is None and gradient:
         walks = walk(Wanted(False, False, False)), *walks
 
     # ---- their bytes
     rows, itemsize = max(walk.rows for walk in walks), dtype.itemsize
     grad_hidden_itemsize = 4 if dtype == torch.float16 else itemsize  # float16 has no room for 1 / N
-    own_buffer = any(how == "own buffer" for how, _ in walks[-1].steps)
     temporary = tokens * TOKEN_BYTES
     if backend == "torch":
         temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums)
@@ -227,7 +222,7 @@ def plan(
         rounded += itemsize * tokens * hidden_size * wanted.hidden
 
     # ---- what the products move
-    cell = sums.itemsize if backend == "torch" else itemsize  # of E where a product reads or writes it
+    cell = sums.itemsize if backend == "torch" else itemsize  # bytes of an element of E that a product reads or writes
     moved = 0
     for walk_ in walks:
         visits, chunks = len(walk_.visits), sum(len(step.chunks) for step in walk_.steps)
@@ -252,7 +247,7 @@ def plan(
         wanted,
         walks,
         workspace_bytes=max(walk.rows * row_bytes(walk.gradient) for walk in walks),
-        grad_head_bytes=head_bytes * (2 if own_buffer else 1),
+        grad_head_bytes=head_bytes,
         grad_hidden_bytes=tokens * hidden_size * grad_hidden_itemsize * wanted.hidden,
         temporary_bytes=temporary,
         rounded_bytes=rounded,

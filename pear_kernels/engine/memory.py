@@ -1,4 +1,4 @@
-"""Out of memory: the same error, with the sizes of what was asked for and how to lower each."""
+"""Out of memory: the same error, with the sizes of the allocations and how to lower each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from pear_kernels.engine.head import Head
 from pear_kernels.engine.schedule import Wanted, default_workspace
 
-# what a failed allocation says: CUDA's, that of PyTorch on a CPU under Linux, and under Windows
+# parts of the messages of failed allocations: of CUDA, of PyTorch on a CPU under Linux, and under Windows
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -17,7 +17,7 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 def explain_out_of_memory(
     name: str, hidden: Tensor, head: Head, wanted: Wanted, workspace_bytes: int | None
 ) -> Iterator[None]:
-    """Around what a call allocates: its gradients first, then its workspace."""
+    """Wraps the allocations of a call: its gradients first, then its workspace."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Which tokens count, where each stands in its response, and where the walk cuts them into chunks.
+"""Which tokens count, where each stands in its sequence, and where the walk cuts them into chunks.
 
 Everything after this file works on the *compact* order: the tokens that count (target is not `ignore_index`), sequence
-after sequence, without prompt, padding or anything else that is ignored. That is why padding, prompts and the
-neighbours in a pack cannot change a result, and why ignored tokens never reach a matrix product.
+after sequence, without prompt, padding or anything else that is ignored. Therefore padding, prompts and neighbours in a
+pack cannot change a result, and ignored tokens never reach a matrix product.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ ROW_MULTIPLE = 128  # chunks are a multiple of this many rows, which suits every
 
 
 class Pack(NamedTuple):
-    """The tokens that count, in order. `start[i] <= i < stop[i]` are the compact bounds of token i's sequence.
+    """The tokens that count, in compact order: sequence after sequence, without prompt, padding or ignored tokens.
 
-    A *static* pack has as many rows as the caller has tokens, whatever `valid` holds, so that making it and walking it
-    ask the device nothing: after the tokens that count come the ignored ones as ghosts. A ghost is a sequence of its
-    own, and whatever is taken for it, or unpacked from it, is 0.
+    A *static* pack has as many rows as the caller has tokens, whatever their values, so that no host sync is needed to
+    make it or to walk it. The ignored tokens follow those that count, as ghosts. A ghost is a sequence of its own;
+    whatever is taken for it, or unpacked from it, is 0, and so is its coefficient.
     """
 
-    index: Tensor  # (n,) int64, where each token stands in the caller's flat (N,) tensors
+    index: Tensor  # type: ignore[assignment]  # (n,) int64, place in the caller's flat (N,) tensors; not tuple.index
     sequence: Tensor  # (n,) int64, which sequence it belongs to
-    start: Tensor  # (n,) int64, compact index of the first token of its sequence
+    start: Tensor  # (n,) int64, compact index of the first token of its sequence: start[i] <= i < stop[i]
     stop: Tensor  # (n,) int64, one past the last token of its sequence
     lengths: Tensor  # (S,) int64, tokens that count in each sequence
     counts: Tensor | None = None  # (n,) bool, False at ghosts; None where there are none: the pack is not static
@@ -50,12 +50,23 @@ class Pack(NamedTuple):
         """`compact` (end - begin,), values of these rows, with 0 for ghosts."""
         return compact if self.counts is None else compact.masked_fill(~self.counts[begin:end], 0)
 
+    def sums(self, values: Sequence[Tensor], among: Tensor | None = None) -> Tensor:
+        """(k,) float64: the sum of each of k `values` (n,) over the tokens that count, or over `among` (n,) bool."""
+        stacked = torch.stack([value.double() for value in values])
+        among = self.counts if among is None else among
+        return (stacked if among is None else torch.where(among, stacked, 0.0)).sum(1)
+
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """(S,) the sum of `values` (n,) over the tokens that count of each sequence, in an order that repeats."""
+        return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0.0)
+
 
 def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, tokens: int | None = None) -> Pack:
     """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,).
 
-    To list the tokens that count, the host waits for their number once: it saves the ignored ones' products. A `static`
-    pack waits for nothing and drops nothing; None: static while a CUDA graph is captured, where waiting is an error.
+    Listing the tokens that count takes one host sync for their number, and saves the products of the ignored ones; with
+    that number given as `tokens` there is no sync. A `static` pack needs none and drops nothing; None: static while a
+    CUDA graph is captured, where a sync is an error.
     """
     size = valid.numel()
     before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
@@ -63,7 +74,7 @@ def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, t
     counts = None
     if capturing() if static is None else static:
         token = torch.arange(size, device=valid.device)
-        place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts behind the last that counts
+        place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts follow the last that counts
         index = torch.empty_like(token).scatter_(0, place, token)
         counts = token < before[-1]
     else:
@@ -76,23 +87,23 @@ def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, t
 
 
 def capturing() -> bool:
-    """Whether the current CUDA stream records a graph, so that nothing may wait for the device."""
+    """Whether the current CUDA stream records a graph, where a host sync is an error."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def unpack(compact: Tensor, pack: Pack, size: int) -> Tensor:
-    """(n,) in compact order -> (size,) in the caller's order, 0 at the tokens that do not count."""
+    """(n,) in compact order to (size,) in the caller's order, 0 at ignored tokens."""
     return compact.new_zeros(size).index_copy_(0, pack.index, pack.zero_ghosts(compact))
 
 
 def chunk_rows(workspace_bytes: int, bytes_per_row: int) -> int:
-    """Most rows a workspace of that many bytes holds: a multiple of 128 wherever 128 fit, and at least 1."""
+    """Most rows that a workspace holds: a multiple of 128 if it holds 128 rows or more, and at least 1."""
     rows = max(1, workspace_bytes // bytes_per_row)
     return rows - rows % ROW_MULTIPLE if rows >= ROW_MULTIPLE else rows
 
 
 def cut(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
-    """[begin, end) in chunks of at most `rows`, nearly equal, so that no product runs on a sliver at the tail."""
+    """[begin, end) in chunks of at most `rows`, nearly equal, so that no product runs on a few rows at the end."""
     if end == begin:
         return []
     pieces = -(-(end - begin) // rows)
@@ -106,11 +117,11 @@ def cut(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
 def cut_at_sequences(
     lengths: Sequence[int], rows: int, coupled: Sequence[bool] | None = None
 ) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
-    """For weights that need their whole sequence: chunks of whole sequences, and the sequences longer than a chunk.
+    """For a coupled loss: chunks of whole sequences, and the sequences longer than a chunk.
 
     Returns `(whole, long)`: `whole` are chunks [begin, end) that end where sequences end; each entry of `long` is the
-    list of chunks of one sequence of more than `rows` tokens. A long one that is not coupled (by
-    `coupled`, one flag per sequence) has its chunks in `whole`.
+    list of chunks of one sequence of more than `rows` tokens. The chunks of a long sequence that is not coupled (by
+    `coupled`, one flag per sequence; None: all are) are in `whole`.
     """
     whole: list[tuple[int, int]] = []
     long: list[list[tuple[int, int]]] = []

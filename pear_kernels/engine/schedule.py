@@ -14,7 +14,7 @@ Chunk = tuple[int, int]  # [begin, end) in the pack's compact order
 
 
 class Wanted(NamedTuple):
-    """Which gradients the caller needs; each is a product not taken where it is not."""
+    """Which gradients the caller needs. Each one that is not needed saves a product."""
 
     hidden: bool
     weight: bool
@@ -25,10 +25,19 @@ class Wanted(NamedTuple):
         return self.weight or self.bias
 
 
-class Step(NamedTuple):
-    """Chunks that the engine visits together, from the right to the left, and how."""
+class Coupling(NamedTuple):
+    """Of a coupled loss: what the schedule knows of its sequences and its coefficients (see `engine.Objective`)."""
 
-    how: str  # "visit", "deferred", "own buffer" or "twice": the methods of `engine.Walk`
+    separable: bool
+    scalable: bool
+    lengths: Sequence[int] | None  # tokens of each sequence; None where the host does not know them
+    coupled_sequences: Sequence[bool] | None = None  # one flag per sequence; None: all are coupled
+
+
+class Step(NamedTuple):
+    """Chunks that the engine visits together, from right to left, and how."""
+
+    how: str  # "visit", "deferred" or "twice": the methods of `engine.walk.Walk`
     chunks: list[Chunk]
 
 
@@ -45,7 +54,7 @@ class Schedule(NamedTuple):
 
     @property
     def visits(self) -> list[Chunk]:
-        """The chunks in the order in which their logits are made, some of them twice."""
+        """The chunks in the order in which their logits are made. A chunk that is visited twice is listed twice."""
         return [chunk for how, chunks in self.steps for chunk in chunks + (chunks[:-1] if how == "twice" else [])]
 
     @property
@@ -57,59 +66,37 @@ class Schedule(NamedTuple):
 def default_workspace(weight: Tensor | torch.Size, itemsize: int) -> int:
     """For a head (V, D), as many bytes as the float32 gradient of the head takes anyway, within 128 MiB and 1 GiB.
 
-    That is D rows or more of logits, and at that many rows adding a chunk to dW costs little beside making it.
+    That is at least D rows of logits. With that many rows, adding a chunk to dW costs little next to making it.
     """
     return min(max(weight.numel() * itemsize, MIN_WORKSPACE), MAX_WORKSPACE)
 
 
 def schedule(
-    tokens: int,
-    wanted: Wanted,
-    *,
-    row_bytes: int,
-    workspace_bytes: int,
-    coupled: bool = False,
-    separable: bool = True,
-    scalable: bool = True,
-    lengths: Sequence[int] | None = None,
-    coupled_sequences: Sequence[bool] | None = None,
-    head_bytes: int = 0,
+    tokens: int, wanted: Wanted, *, row_bytes: int, workspace_bytes: int, coupling: Coupling | None = None
 ) -> Schedule:
     """Cuts `tokens` into chunks that fit the workspace, and says how each is visited.
 
     Args:
         tokens: rows of the pack.
         wanted: the gradients to make.
-        row_bytes: what one row of a chunk takes of the workspace.
-        workspace_bytes: what there is.
-        coupled: whether coefficients are known only after all tokens of their sequence.
-        separable: whether what is then known is one number a sequence, so that dW may be made before.
-        scalable: whether it is at least one number a token, so that dX may.
-        lengths: for a coupled loss, the tokens of each sequence; None where the host does not know them.
-        coupled_sequences: which of the sequences are coupled; None: all. The others may be cut anywhere.
-        head_bytes: what gradients of the head take, should a sequence need its own.
+        row_bytes: bytes of workspace per row of a chunk.
+        workspace_bytes: bytes of the workspace.
+        coupling: None for a loss whose coefficients are known as soon as a chunk's log-probs are.
     """
     gradient = any(wanted)
     rows = chunk_rows(workspace_bytes, row_bytes)
-    if not (coupled and gradient):
+    if coupling is None or not gradient:
         return Schedule([Step("visit", [chunk]) for chunk in reversed(cut(0, tokens, rows))], gradient)
+    separable, scalable, lengths, coupled_sequences = coupling
     if lengths is None:
         chunks = cut(0, tokens, rows)[::-1]
-        if len(chunks) > 1:  # dX may be scaled later; what is in dW may not, being a sum over sequences
+        if len(chunks) > 1:  # dX can be rescaled row by row; dW is a sum over sequences and cannot
             return Schedule([Step("twice" if wanted.head or not scalable else "deferred", chunks)], gradient)
         return Schedule([Step("visit", [chunk]) for chunk in chunks], gradient)
     whole, long = cut_at_sequences(lengths, rows, coupled_sequences)
     if not wanted.head:
         first = further = "deferred" if scalable else "twice"
-    elif not separable:
-        first = further = "twice"
-    else:
-        # the first long sequence has dW for itself, so it may be scaled there
-        first, further = "deferred", "twice"
-        if len(long) > 1 and 2 * head_bytes <= workspace_bytes:
-            further = "own buffer"
-            whole, long = cut_at_sequences(
-                lengths, chunk_rows(workspace_bytes - head_bytes, row_bytes), coupled_sequences
-            )
+    else:  # while the first long sequence is walked, dW holds nothing else and can be rescaled
+        first, further = "deferred" if separable else "twice", "twice"
     steps = [Step(further if i else first, chunks[::-1]) for i, chunks in enumerate(long)]
     return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(whole)], gradient)

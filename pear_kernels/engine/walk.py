@@ -1,22 +1,22 @@
 """The right-to-left walk: an LM head, its loss's gradients and the log-probs, chunk by chunk, without the full logits.
 
-The engine knows chunks and coefficients; it knows no loss and no device. What it asks of a loss is an `Objective`:
-take the log-probs of a chunk, later say the coefficient c_t = dL/d(-log p_t) of each of its tokens. A coefficient may
-depend on all tokens to the right of its own in its sequence, because the walk goes from the last chunk to the first;
-so a chunk's logits are made once, and its two gradient products follow while they are still there:
+The engine knows chunks and coefficients; it knows no loss and no device. A loss is an `Objective`: it takes the
+log-probs of a chunk, and later returns the coefficient c_t = dL/d(-log p_t) of each of its tokens. The walk goes from
+the last chunk to the first, so a coefficient may depend on all tokens to the right of its own in its sequence. A
+chunk's logits are made once, and its two gradient products follow while they are in the workspace:
 
     E, log p = softmax(x W^T)        dX = diag(r) E W        dW += E^T diag(r) x        r = c * row_scale
 
-`LogitsWalk` is the same walk for losses whose gradient in the logits is no row scale times E (an entropy bonus, a
-divergence from a teacher). There the chunk's logits stay as they are until the coefficients are known, and are then
-overwritten by the gradient.
+`LogitsWalk` is the same walk for losses whose gradient in the logits is not a per-row scalar times E (an entropy bonus,
+a divergence from a teacher). The chunk's logits stay as they are until the coefficients are known, and the gradient
+then overwrites them.
 
-A loss that is `coupled` knows a coefficient only when it has seen all of the token's sequence (PEAR's sequence level,
-GSPO). Its chunks end where sequences end. If it is `separable` too, a coefficient is a number known at once (`own`)
-times one of the whole sequence (`factor`), and a sequence longer than a chunk is deferred: dW is gathered with the
-former and scaled once the latter is known. The first such sequence does that in dW itself, before anything else is
-there; a further one needs a (V, D) buffer of its own. Where the workspace has no room for that, or the loss is not
-separable, the log-probs of all but the sequence's last chunk are made first (up to a fourth product).
+The coefficients of a coupled loss are known once all tokens of their sequence are observed (PEAR's sequence level,
+GSPO). Its chunks end where sequences end, and only a sequence longer than a chunk is special. If the loss is
+`separable`, each coefficient is a part known now (`known_coefficients`) times one factor per sequence
+(`pending_factor`). The first long sequence is then accumulated into dW with the known part, before dW holds anything
+else, and dW is rescaled once the factor is known. For further long sequences, or if the loss is not separable, the
+log-probs of all but the sequence's last chunk are made first (up to a fourth product).
 """
 
 from dataclasses import dataclass
@@ -25,31 +25,23 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
+from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.packing import Pack
-from pear_kernels.engine.schedule import Chunk, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
 
 
 @dataclass
 class Gradients:
-    """Where gradients are gathered. Empty (0,) tensors stand for those nobody asked for."""
+    """Where gradients are accumulated. Empty (0,) tensors stand for those that nobody wants."""
 
-    hidden: Tensor  # (N, D): hidden's dtype, but float32 for float16, whose range a coefficient of 1/N would leave
+    hidden: Tensor  # (N, D): hidden's dtype, but float32 for float16, which cannot represent coefficients of 1/N
     weight: Tensor  # (V, D): float32 (float64); rounded to the weight's dtype once, in the backward pass
     bias: Tensor  # (V,): like weight
-    written: bool = False  # whether a chunk is in: the first one writes `weight`, which starts as garbage; others add
-
-    def own_head(self) -> "Gradients":
-        """The same dX, and a dW and db apart."""
-        return Gradients(self.hidden, torch.empty_like(self.weight), torch.zeros_like(self.bias))
-
-    def add_head_(self, other: "Gradients") -> None:
-        self.weight.add_(other.weight)
-        self.bias.add_(other.bias)
+    written: bool = False  # `weight` starts uninitialised: the first chunk writes it, later ones add to it
 
 
 class Walk:
-    """One call: which tokens, which head, which gradients, and the buffers they are gathered in."""
+    """One call: which tokens, which head, which gradients, and the buffers they are accumulated in."""
 
     def __init__(
         self,
@@ -72,19 +64,20 @@ class Walk:
         self.entropy = torch.zeros_like(self.logprobs) if entropy else None  # (n,)
         self.divergence: Tensor | None = None  # (n,), of a `LogitsWalk` with a teacher
         self.top1 = torch.zeros_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
-        self.target_scale: Tensor | None = None  # (n,): dW[target] less this times x, if the head keeps that apart
+        # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
+        self.target_scale: Tensor | None = None
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
-        def buffer(shape: tuple[int, ...], dtype: torch.dtype, is_wanted: bool) -> Tensor:
+        def buffer(shape: torch.Size, dtype: torch.dtype, is_wanted: bool) -> Tensor:
             return torch.empty(shape if is_wanted else (0,), dtype=dtype, device=hidden.device)
 
         self.grads = Gradients(
-            buffer(tuple(hidden.shape), grad_dtype, wanted.hidden),
-            buffer(tuple(head.weight.shape), head.dtype, wanted.weight),
-            buffer(tuple(head.weight.shape[:1]), head.dtype, wanted.bias).zero_(),
+            buffer(hidden.shape, grad_dtype, wanted.hidden),
+            buffer(head.weight.shape, head.dtype, wanted.weight),
+            buffer(head.weight.shape[:1], head.dtype, wanted.bias).zero_(),
         )
         if pack.tokens < len(hidden):
-            self.grads.hidden.zero_()  # ignored tokens have no gradient, and no chunk ever visits them
+            self.grads.hidden.zero_()  # no chunk visits ignored tokens, whose gradient is 0
 
     # ---- whole walks
 
@@ -94,56 +87,52 @@ class Walk:
             if how == "visit":
                 self.visit(objective, *chunks)
             elif how == "deferred":
-                self.visit_deferred(objective, chunks, self.grads)
-            elif how == "own buffer":
-                own = self.grads.own_head()
-                self.visit_deferred(objective, chunks, own)
-                self.grads.add_head_(own)
+                self.visit_deferred(objective, chunks)
             else:
                 self.visit_twice(objective, chunks)
         self.finish(objective)
 
     def score_all(self, objective: Objective) -> None:
-        """Fills `logprobs` (and `entropy`), and shows them to the objective. No gradient."""
+        """Fills `logprobs` (and `entropy`), and passes them to the objective. No gradient."""
         for _, chunks in self.start().steps:
             for begin, end in chunks:
                 self.score(objective, begin, end, gradient=False)
 
     def start(self, objective: Objective | None = None) -> Schedule:
-        """The plan of the walk, and the workspace for it. Only what is planned here runs."""
-        coupled = objective is not None and objective.coupled
-        # lengths leave the device here: the one thing a coupled loss waits for. A static pack may not
-        known = coupled and any(self.wanted) and self.pack.counts is None
+        """The schedule of the walk, and the workspace for it. The walk executes the schedule and nothing else."""
+        coupling = None
+        if objective is not None and objective.coupled:
+            # a host sync, for the lengths: the only one that a coupled loss adds. A static pack may not sync
+            known = any(self.wanted) and self.pack.counts is None
+            coupling = Coupling(
+                objective.separable,
+                objective.scalable,
+                self.pack.lengths.tolist() if known else None,
+                objective.coupled_sequences() if known else None,
+            )
         planned = schedule(
             self.pack.tokens,
             self.wanted,
             row_bytes=self.row_bytes(),
             workspace_bytes=self.workspace_bytes,
-            coupled=coupled,
-            separable=not coupled or objective.separable,
-            scalable=not coupled or objective.scalable,
-            lengths=self.pack.lengths.tolist() if known else None,
-            coupled_sequences=objective.coupled_sequences() if known else None,
-            head_bytes=self.head.dtype.itemsize
-            * (self.wanted.weight * self.head.planned.numel() + self.wanted.bias * self.head.planned[0]),
+            coupling=coupling,
         )
         self.reserve(planned)
         return planned
 
     def row_bytes(self) -> int:
-        """Bytes of workspace that a row of a chunk takes."""
+        """Bytes of workspace per row of a chunk."""
         return self.head.row_bytes(any(self.wanted))
 
     def reserve(self, planned: Schedule) -> None:
-        """The workspace of all chunks."""
+        """Allocates the workspace of all chunks."""
         self.head.reserve(planned.rows, planned.gradient)
 
     def finish(self, objective: Objective) -> None:
-        """What is left when every chunk has passed."""
+        """Completes the gradients after the last chunk."""
         scale = objective.rescale() if any(self.wanted) else None
         if scale is not None and self.grads.written:
-            gathered = self.grads.hidden, self.grads.weight, self.grads.bias, self.target_scale
-            for values in gathered:
+            for values in (self.grads.hidden, self.grads.weight, self.grads.bias, self.target_scale):
                 if values is not None:
                     values.mul_(scale)
         if not self.grads.written:
@@ -158,80 +147,95 @@ class Walk:
                 self.target_scale,
             )
 
-    # ---- steps of a walk; chunks come from the right to the left
+    # ---- steps of a walk; chunks come from right to left
 
     def visit(self, objective: Objective, chunk: Chunk) -> None:
         """One chunk whose coefficients are known as soon as its log-probs are."""
         x, softmax = self.score(objective, *chunk, gradient=any(self.wanted))
         if any(self.wanted):
-            self.accumulate(*chunk, x, softmax, objective.coefficients(*chunk), self.grads)
+            self.accumulate(*chunk, x, softmax, objective.coefficients(*chunk))
 
-    def visit_deferred(self, objective: Objective, chunks: list[Chunk], into: Gradients) -> None:
-        """Chunks whose coefficients are known after the last: gradients with the objective's `own`, then scaled.
+    def visit_deferred(self, objective: Objective, chunks: list[Chunk]) -> None:
+        """Chunks whose coefficients are known after the last: accumulated with their known part, then rescaled.
 
-        Those of the hidden states row by row. Those of the head as a whole, so only one sequence may be in `into`, and
-        the objective must be separable (or the head frozen).
+        dX is rescaled row by row. dW is rescaled as a whole, so it must hold this one sequence and the objective must
+        be separable, or the head must be frozen.
         """
         for begin, end in chunks:
             x, softmax = self.score(objective, begin, end, gradient=True)
-            # never skipped, so that `into` is written
-            self.accumulate(begin, end, x, softmax, objective.known_coefficients(begin, end), into, may_skip=False)
+            # never skipped, so that dW is written
+            self.accumulate(begin, end, x, softmax, objective.known_coefficients(begin, end), may_skip=False)
         for begin, end in chunks:
-            factor = objective.pending_factor(begin, end).to(self.head.dtype)
+            factor = self.checked(begin, end, objective.pending_factor(begin, end)).to(self.head.dtype)
             if self.wanted.hidden:
                 index = self.pack.index[begin:end]
-                into.hidden.index_copy_(0, index, into.hidden[index].mul_(factor[:, None]))
+                self.grads.hidden.index_copy_(0, index, self.grads.hidden[index].mul_(factor[:, None]))
             if self.target_scale is not None:
                 self.target_scale[begin:end].mul_(factor)
-        into.weight.mul_(factor[0])
-        into.bias.mul_(factor[0])
+        self.grads.weight.mul_(factor[0])
+        self.grads.bias.mul_(factor[0])
 
     def visit_twice(self, objective: Objective, chunks: list[Chunk]) -> None:
-        """Chunks whose coefficients are known after the last: log-probs of all but that one first, which goes once."""
+        """Chunks whose coefficients are known after the last: log-probs of all but the last chunk are made first."""
         *earlier, last = chunks
         for begin, end in earlier:
             self.score(objective, begin, end, gradient=False)
         self.visit(objective, last)
         for begin, end in earlier:
             x, softmax = self.softmax(begin, end, gradient=True)
-            self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end), self.grads)
+            self.accumulate(begin, end, x, softmax, objective.coefficients(begin, end))
 
     # ---- one chunk
 
-    def score(self, objective: Objective, begin: int, end: int, *, gradient: bool) -> tuple[Tensor, Softmax]:
-        """Product 1 of a chunk, its log-probs (and entropies) kept and shown to the objective."""
+    def score(self, objective: Objective, begin: int, end: int, *, gradient: bool) -> tuple[Tensor, Softmax | Scores]:
+        """Product 1 of a chunk. Its log-probs (and entropies) are kept and passed to the objective."""
         x, softmax = self.softmax(begin, end, gradient=gradient, entropy=self.entropy is not None)
         if self.entropy is not None:
-            self.entropy[begin:end] = softmax.entropy
+            self.entropy[begin:end] = present(softmax.entropy)
         objective.observe(begin, end, softmax.logprobs, softmax.entropy)
         return x, softmax
 
-    def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Softmax]:
+    def softmax(
+        self, begin: int, end: int, *, gradient: bool, entropy: bool = False
+    ) -> tuple[Tensor, Softmax | Scores]:
         """Product 1 of a chunk: its rows x (R, D) and their softmax, E in the workspace if `gradient`."""
         x = self.rows(begin, end)
         softmax = self.head.softmax(x, self.target[begin:end], gradient=gradient, entropy=entropy)
         self.logprobs[begin:end] = softmax.logprobs
-        self.top1[begin:end] = softmax.top1
+        self.top1[begin:end] = present(softmax.top1)
         return x, softmax
 
     def accumulate(
         self,
         begin: int,
         end: int,
-        x: Tensor,
-        softmax: Softmax,
-        coefficients: Tensor | None,
-        into: Gradients,
+        x: Tensor,  # (R, D)
+        softmax: Softmax | Scores,
+        coefficients: Tensor | Coefficients | None,
         *,
         may_skip: bool = True,
     ) -> None:
-        """The gradient products of one chunk, for coefficients (end - begin,), or for ones."""
-        row_scale = softmax.row_scale if coefficients is None else coefficients * softmax.row_scale
+        """The gradient products of one chunk, for coefficients (R,), or for ones."""
+        assert isinstance(softmax, Softmax)
+        if isinstance(coefficients, Coefficients):
+            raise TypeError("an objective that returns Coefficients must have on_logits = True")
+        row_scale = softmax.row_scale
+        if coefficients is not None:
+            row_scale = self.checked(begin, end, coefficients) * row_scale
         row_scale = row_scale.to(self.head.dtype)
-        if may_skip and self.may_look and not row_scale.any():
-            self.skip(begin, end, into)
+        if may_skip and self.may_branch and not row_scale.any():
+            self.skip(begin, end)
         else:
-            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, into)
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass)
+
+    def checked(self, begin: int, end: int, coefficients: Tensor) -> Tensor:
+        """An objective's (end - begin,), with 0 for ghosts."""
+        if coefficients.shape != (end - begin,):
+            raise ValueError(
+                f"an objective must return one coefficient per token, of shape {(end - begin,)} for [{begin}, {end}), "
+                f"got {tuple(coefficients.shape)}"
+            )
+        return self.pack.zero_ghosts(coefficients, begin, end)
 
     def products(
         self,
@@ -241,35 +245,34 @@ class Walk:
         factor: Tensor,  # (R, V)
         row_scale: Tensor,  # (R,)
         target_mass: Tensor | None,  # (R,)
-        into: Gradients,
     ) -> None:
         """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias."""
         if self.wanted.hidden:
             self.head.write_grad_hidden_(
-                into.hidden, self.pack.index[begin:end], factor, row_scale, self.target[begin:end], target_mass
+                self.grads.hidden, self.pack.index[begin:end], factor, row_scale, self.target[begin:end], target_mass
             )
         if self.wanted.weight:
-            self.head.add_grad_weight_(into.weight, factor, x, row_scale, first=not into.written)
+            self.head.add_grad_weight_(self.grads.weight, factor, x, row_scale, first=not self.grads.written)
         if self.wanted.bias:
-            self.head.add_grad_bias_(into.bias, factor, row_scale)
+            self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
         if target_mass is not None and self.wanted.head:
             if self.target_scale is None:
                 self.target_scale = torch.zeros(self.pack.tokens, dtype=self.head.dtype, device=x.device)
             self.target_scale[begin:end] = row_scale * target_mass
-        into.written = True
+        self.grads.written = True
 
-    def skip(self, begin: int, end: int, into: Gradients) -> None:
-        """A chunk in which no token has a weight: its gradient is 0, and no product is taken."""
+    def skip(self, begin: int, end: int) -> None:
+        """A chunk whose coefficients are all 0: its gradient is 0, and no product is taken."""
         if self.wanted.hidden:
-            into.hidden.index_fill_(0, self.pack.index[begin:end], 0.0)
+            self.grads.hidden.index_fill_(0, self.pack.index[begin:end], 0.0)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """(R, D) hidden states of these tokens, as operand of a product."""
         return self.head.as_operand(self.pack.take(self.hidden, begin, end))
 
     @property
-    def may_look(self) -> bool:
-        """Whether a number may be read back without a wait: on a CPU, but not where a GPU's walk is played through."""
+    def may_branch(self) -> bool:
+        """Whether Python may branch on values: on a CPU, where that is no host sync, but not in a static pack."""
         return self.logprobs.device.type == "cpu" and self.pack.counts is None
 
 
@@ -283,8 +286,19 @@ class LogitsWalk(Walk):
 
     head: LogitsHead
 
-    def __init__(self, *arguments, teacher: TeacherSource | None = None, **options):
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: LogitsHead,
+        target: Tensor,
+        pack: Pack,
+        wanted: Wanted,
+        workspace_bytes: int | None,
+        *,
+        entropy: bool = False,
+        teacher: TeacherSource | None = None,
+    ):
+        super().__init__(hidden, head, target, pack, wanted, workspace_bytes, entropy=entropy)
         self.teacher = teacher
         self.divergence = None if teacher is None else torch.zeros_like(self.logprobs)  # (n,)
 
@@ -297,7 +311,7 @@ class LogitsWalk(Walk):
             self.teacher.reserve(planned.rows)
 
     def softmax(self, begin: int, end: int, *, gradient: bool, entropy: bool = False) -> tuple[Tensor, Scores]:
-        """Product 1 of a chunk (and the teacher's), what comes of its rows, and its logits in the workspace.
+        """Product 1 of a chunk (and the teacher's), the per-row results, and the logits in the workspace.
 
         A walk that keeps entropies makes them each time, since their gradient needs them again.
         """
@@ -306,8 +320,8 @@ class LogitsWalk(Walk):
         scores = self.head.scores(x, self.target[begin:end], entropy=self.entropy is not None, teacher=teacher)
         self.logprobs[begin:end] = scores.logprobs
         self.top1[begin:end] = scores.top1
-        if teacher is not None:
-            self.divergence[begin:end] = scores.divergence
+        if self.divergence is not None:
+            self.divergence[begin:end] = present(scores.divergence)
         return x, scores
 
     def accumulate(
@@ -315,16 +329,18 @@ class LogitsWalk(Walk):
         begin: int,
         end: int,
         x: Tensor,
-        scores: Scores,
-        coefficients: Coefficients,
-        into: Gradients,
+        softmax: Softmax | Scores,
+        coefficients: Tensor | Coefficients | None,
         *,
         may_skip: bool = True,
     ) -> None:
         """The gradient products of one chunk."""
-        given = [factor for factor in coefficients if factor is not None]
-        if may_skip and self.may_look and not any(factor.any() for factor in given):
-            self.skip(begin, end, into)
+        assert isinstance(softmax, Scores)
+        if not isinstance(coefficients, Coefficients):
+            raise TypeError(f"an objective with on_logits must return Coefficients, got {type(coefficients).__name__}")
+        given = [None if part is None else self.checked(begin, end, part) for part in coefficients]
+        if may_skip and self.may_branch and not any(part.any() for part in given if part is not None):
+            self.skip(begin, end)
         else:
-            dz, row_scale = self.head.gradient(scores, *coefficients)
-            self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None, into)
+            dz, row_scale = self.head.gradient(softmax, *given)
+            self.products(begin, end, x, dz, row_scale.to(self.head.dtype), None)

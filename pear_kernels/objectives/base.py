@@ -1,17 +1,21 @@
 """What all losses share: how the custom op makes one (`Loss`, `Problem`), its divisor, and statistics over tokens."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import BackendLogitsHead
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
+from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.packing import Pack
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import PEARWeights
 from pear_kernels.options import CallOptions, Options, Reduction
+
+T = TypeVar("T")
 
 OF_ALL = (  # statistics that every loss adds: means over the tokens that count (with labels, over the right ones)
     "token_accuracy",  # share of tokens that no other token is likelier than
@@ -20,7 +24,7 @@ OF_ALL = (  # statistics that every loss adds: means over the tokens that count 
 
 
 class Problem(NamedTuple):
-    """One call of a loss: what its objective is made of."""
+    """One call of a loss: all that its objective depends on."""
 
     pack: Pack
     options: dict[type[Options], Any]  # by their classes
@@ -35,7 +39,8 @@ class Problem(NamedTuple):
     @property
     def denominator(self) -> Tensor | float | None:
         """() or a number: what replaces the divisor; None for nothing."""
-        return self.columns.get("denominator", self.options[CallOptions].denominator)
+        call: CallOptions = self.options[CallOptions]
+        return self.columns.get("denominator", call.denominator)
 
     def scale(self) -> Tensor:
         """(n,) float64: what multiplies each token's weighted loss."""
@@ -44,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class Loss:
-    """How the custom op makes a loss. One object of a subclass for each loss, in `objectives.LOSSES`."""
+    """How the custom op makes a loss. `objectives.LOSSES` has one object of a subclass for each loss."""
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         """Names of the statistics of a call with these columns, in order; the op appends `OF_ALL`."""
@@ -55,20 +60,20 @@ class Loss:
         raise NotImplementedError
 
     def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
-        """Whether the objective is made of the tokens' entropies."""
+        """Whether the objective depends on the tokens' entropies."""
         return False
 
     def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
-        """Whether the call runs as a `LogitsWalk`: its gradient in the logits is no per-row scalar times E."""
+        """Whether the call runs as a `LogitsWalk`: its gradient in the logits is not a per-row scalar times E."""
         return False
 
     def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
-        """What a `LogitsWalk` compares the head with."""
+        """The teacher that a `LogitsWalk` compares the head with."""
         return None
 
 
 class FixedCoefficients(Objective):
-    """Coefficients known beforehand: the backward pass of `linear_logprobs`; or none, where nothing has a gradient."""
+    """Coefficients given beforehand: the backward pass of `linear_logprobs`; or none, if nothing has a gradient."""
 
     def __init__(self, *coefficients: Tensor | None):  # (n,) each: one, or the fields of `Coefficients`
         self.known = coefficients
@@ -76,9 +81,50 @@ class FixedCoefficients(Objective):
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         """Nothing depends on them."""
 
-    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients | None:
+    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients:
         parts = [None if part is None else part[begin:end] for part in self.known]
-        return parts[0] if len(parts) == 1 else Coefficients(*parts)
+        if len(parts) > 1:
+            return Coefficients(*parts)
+        return present(parts[0])
+
+
+class TokenObjective(Objective):
+    """L = sum_t L_t * scale_t. `terms` makes L_t and c_t = dL_t / d(-log p_t), once for each token."""
+
+    sequence_sums: PEARWeights | None = None  # of a coupled loss: its log-ratios, summed over sequences
+
+    def __init__(self, problem: Problem, token_scale: Tensor):
+        super().__init__(problem.pack)
+        self.token_scale = token_scale  # (n,)
+        self.losses, self.weights = torch.zeros_like(self.logprobs), torch.zeros_like(self.logprobs)  # L and c, (n,)
+        self.made = 0  # tokens whose L and c are made
+
+    def terms(self, begin: int, end: int, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(end - begin,) L and c of these tokens; of a coupled loss, once their sequences are observed."""
+        raise NotImplementedError
+
+    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
+        super().observe(begin, end, logprobs)
+        if self.sequence_sums is not None:
+            self.sequence_sums.observe(begin, end, logprobs)
+        else:
+            self.make(begin, end, entropy)
+
+    def coefficients(self, begin: int, end: int) -> Tensor:
+        if self.sequence_sums is not None:
+            self.make(begin, end)
+        return self.weights[begin:end] * self.token_scale[begin:end]
+
+    def make(self, begin: int, end: int, entropy: Tensor | None = None) -> None:
+        """Fills `losses` and `weights` of these tokens."""
+        for whole, part in zip((self.losses, self.weights), self.terms(begin, end, entropy), strict=True):
+            whole[begin:end] = self.pack.zero_ghosts(part, begin, end)
+        self.made += end - begin
+
+    def make_rest(self) -> None:
+        """Before `finish`: without gradients, nothing has asked a coupled loss for its coefficients."""
+        if self.made < self.pack.tokens:
+            self.make(0, self.pack.tokens)
 
 
 def token_scale(
@@ -105,9 +151,19 @@ def token_scale(
 
 
 def effective_sample_size(total: Tensor, squares: Tensor, tokens: int | Tensor) -> Tensor:
-    """(): (sum w)^2 / (n sum w^2), the share of n tokens that carry the gradient; 0 without weights."""
+    """(): (sum w)^2 / (n sum w^2), the share of n tokens that carry the gradient; 0 if all weights are 0."""
     return total.square() / (tokens * squares).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+@contextlib.contextmanager
+def set_to(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Within it, a call finds a function of the caller, which no op can take as an argument."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -1,4 +1,4 @@
-"""Distillation: the loss that a divergence from a teacher makes, with PEAR's weights or without."""
+"""Distillation: a divergence from a teacher as loss, with PEAR's weights or without."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import BackendLogitsHead
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
+from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.schedule import Wanted
-from pear_kernels.objectives.base import Loss, Problem
+from pear_kernels.objectives.base import Loss, Problem, at_least_one
 from pear_kernels.objectives.pear import STATS, PEARObjective, pear_objective
 from pear_kernels.objectives.teachers import OfflineTeacher, loaded_teacher
 from pear_kernels.objectives.weighted import WEIGHTED_STATS, WEIGHTINGS, WeightedObjective
@@ -21,7 +21,7 @@ class DistillObjective(Objective):
     def __init__(self, weights: PEARObjective | WeightedObjective, nll_coef: float):
         self.weights = weights
         self.nll_coef = nll_coef
-        self.coupled, self.separable = weights.coupled, weights.separable
+        self.coupled, self.separable, self.scalable = weights.coupled, weights.separable, weights.scalable
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
         self.weights.observe(begin, end, logprobs, entropy)
@@ -31,7 +31,7 @@ class DistillObjective(Objective):
 
     def known_coefficients(self, begin: int, end: int) -> Coefficients:
         known = self.weights.known_coefficients(begin, end)
-        return self.both(self.weights.token_scale.new_ones(end - begin) if known is None else known)
+        return self.both(known if isinstance(known, Tensor) else self.weights.token_scale.new_ones(end - begin))
 
     def pending_factor(self, begin: int, end: int) -> Tensor:
         return self.weights.pending_factor(begin, end)
@@ -42,18 +42,20 @@ class DistillObjective(Objective):
     def both(self, factor: Tensor) -> Coefficients:
         return Coefficients(factor * self.nll_coef if self.nll_coef else None, None, factor)
 
-    def finish(self, logprobs: Tensor, entropy: Tensor | None, divergence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(
+        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), weights (n,), and the statistics, the mean divergence first."""
+        divergence = present(divergence)
         pack, scale = self.weights.pack, self.weights.token_scale
         _, weights, stats = self.weights.finish(logprobs)
         losses = divergence - self.nll_coef * logprobs if self.nll_coef else divergence
-        loss = pack.zero_ghosts(weights * scale * losses).sum()
-        tokens = torch.as_tensor(pack.counted, device=scale.device).clamp(min=1)
-        return loss, weights, torch.cat([(pack.zero_ghosts(divergence).sum() / tokens)[None], stats])
+        loss, total = pack.sums((weights * scale * losses, divergence)).unbind()
+        return loss, weights, torch.cat([(total / at_least_one(pack.counted))[None], stats])
 
 
 class DistillLoss(Loss):
-    """`linear_distill_loss`, by a teacher in memory or one known by its K most likely tokens."""
+    """`linear_distill_loss`, with a teacher in memory or one given by its K most likely tokens."""
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return "divergence", *(STATS if "behavior_logprobs" in given else WEIGHTED_STATS)

@@ -26,6 +26,8 @@ WEIGHT, SQUARE = map(Terms._fields.index, ("weight", "square"))  # the square co
 class PEARObjective(Objective):
     """L = sum_t G_t * scale_s * -log pi(y_t) / divisor, with G detached."""
 
+    scalable = True
+
     def __init__(self, weights: PEARWeights):
         self.weights = weights
         self.pack, self.token_scale = weights.pack, weights.token_scale  # (n,)

@@ -1,11 +1,11 @@
-"""Policy losses, as the engine sees them: from log-probs to a loss and a coefficient. Every backend uses these.
+"""Policy losses: from log-probs to a loss and a coefficient. Every backend uses these.
 
 With `r_t = pi(y_t) / pi_old(y_t)` and the advantage `A_t`, an objective is a function of (n,) float64 tensors
 
     (log p, log r, A, options)  ->  (L, c),        c_t = dL_t / d(-log p_t)
 
-so that `c_t (softmax - onehot)` is the gradient of the logits. In GSPO the ratio is a sequence's; there
-`PolicyObjective` hands in its logarithm, the same for all tokens of a sequence.
+so that `c_t (softmax - onehot)` is the gradient of the logits. GSPO's ratio is that of a sequence; `PolicyObjective`
+then passes its logarithm, the same for all tokens of the sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.objective import Coefficients, Objective
+from pear_kernels.engine.objective import Coefficients, Objective, present
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import MAX_LOG_RATIO
-from pear_kernels.objectives.base import Loss, Problem, at_least_one, token_scale
+from pear_kernels.objectives.base import Loss, Problem, TokenObjective, at_least_one, token_scale
 from pear_kernels.options import UNCLIPPED, Options, PolicyOptions, PolicyReduction
 
 POLICY_STATS = (
@@ -48,7 +48,7 @@ def clipped(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: Po
     surrogate = torch.minimum(free, ratio.clamp(1 - options.clip_low, 1 + options.clip_high) * advantages)
     if options.dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, options.dual_clip * advantages), surrogate)
-    return -surrogate, torch.where(surrogate == free, free, 0.0)  # where a bound is in force, nothing flows
+    return -surrogate, torch.where(surrogate == free, free, 0.0)  # no gradient where a bound is in force
 
 
 def cispo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def sapo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: Polic
 
 
 def reinforce(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
-    """-A log p, the plain policy gradient (Williams 1992). No ratio in it: `old_logprobs` is for statistics alone."""
+    """-A log p, the plain policy gradient (Williams 1992). Without a ratio: `old_logprobs` is for statistics alone."""
     return -advantages * logprobs, advantages
 
 
@@ -78,7 +78,7 @@ Formula = Callable[[Tensor, Tensor, Tensor, PolicyOptions], tuple[Tensor, Tensor
 class PolicyKind(NamedTuple):
     formula: Formula
     reduction: str  # that of its paper
-    of_sequences: bool = False  # the ratio is exp of the mean log-ratio of a sequence
+    sequence_ratio: bool = False  # the ratio is exp of the mean log-ratio of a sequence
 
 
 KINDS = {
@@ -95,15 +95,15 @@ KINDS = {
 }
 
 
-# What log r_ref counts for at most in r_ref, so that a loss and a gradient of this dtype stay finite, sums included
+# Upper bound of log r_ref in r_ref, so that a loss and a gradient of this dtype stay finite, sums included
 MAX_KL_LOG_RATIO = {torch.float32: 80.0, torch.float64: MAX_LOG_RATIO}
 
 
 def k3(log_ratio: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """r - 1 - log r of log r (Schulman's k3, GRPO's equation 4, where r = pi_ref / pi), and d/d(log r) of it.
 
-    r is no more than exp of `MAX_KL_LOG_RATIO` for results of `dtype`, in both. (verl clamps log r to 20 and KL to 10,
-    where no gradient is left; TRL clamps nothing, and a float32 loss is infinite from log r = 89 on.)
+    r is at most exp of `MAX_KL_LOG_RATIO` for results of `dtype`, in both. (verl clamps log r to 20 and KL to 10, which
+    leaves no gradient there; TRL clamps nothing, and a float32 loss is infinite from log r = 89 on.)
     """
     excess = log_ratio.clamp(max=MAX_KL_LOG_RATIO[dtype]).expm1()
     return excess - log_ratio, excess
@@ -112,46 +112,44 @@ def k3(log_ratio: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 # ---- the whole loss
 
 
-class PolicyObjective(Objective):
+class PolicyObjective(TokenObjective):
     """L = sum_t (policy loss_t * w_t + beta KL_t - entropy_coef H_t) * scale_t, with w_t the sampler's correction."""
 
-    def __init__(self, problem: Problem):
-        self.pack, self.dtype, self.make_weights = problem.pack, problem.dtype, problem.weights
-        self.options = options = problem.options[PolicyOptions]
-        self.kind = KINDS[options.objective]
-        self.token_scale = policy_scale(problem)  # (n,)
-        by_sequence = "sequence_advantages" in problem.columns
-        if by_sequence:
-            self.raw_advantages = problem.columns["sequence_advantages"][problem.pack.sequence].double()
-        else:
-            self.raw_advantages = problem.take("advantages").double()
-        taken = (problem.take(name) for name in PolicyLoss.logprobs)
-        self.old_logprobs, self.ref_logprobs, sampler_logprobs = (x if x is None else x.double() for x in taken)
-        self.logprobs = torch.zeros_like(self.raw_advantages)
-        self.sampler_log_ratio = None
-        by_token = sampler_logprobs is not None and options.sampler_level == "token"
-        # a constant of at least 0 that multiplies the loss may as well multiply the advantage, in every objective
-        self.advantages = self.raw_advantages
-        if sampler_logprobs is not None:
-            log_ratio = self.old_logprobs - sampler_logprobs
-            self.sampler_log_ratio = log_ratio if by_token else self.sums_of_sequences(log_ratio)
-            self.advantages = self.advantages * self.sampler_ratio(capped=True)
-        # without old_logprobs every ratio is 1, of a sequence too: the loss is not coupled
-        self.coupled = self.kind.of_sequences and self.old_logprobs is not None
-        self.parts = [self.advantages]
-        alike = by_sequence and not by_token
-        if options.objective == "gspo" and not alike:
-            # s is one number, and min(s A, clip(s) A) is linear in A on either side of 0: only the means count
-            of_sign = self.advantages.clamp(min=0), self.advantages.clamp(max=0)
-            self.parts = [self.sums_of_sequences(part) / self.lengths for part in of_sign]
-            alike = True
-        self.separable = alike and options.beta == 0
-        self.sums = problem.weights(self.old_logprobs, self.pack, UNCLIPPED) if self.coupled else None
+    scalable = True
 
-    @property
-    def lengths(self) -> Tensor:
-        """(n,) tokens of each token's sequence."""
-        return self.pack.stop - self.pack.start
+    def __init__(self, problem: Problem):
+        super().__init__(problem, policy_scale(problem))
+        self.dtype, self.make_weights = problem.dtype, problem.weights
+        self.options: PolicyOptions = problem.options[PolicyOptions]
+        self.kind = KINDS[self.options.objective]
+        self.lengths = self.pack.stop - self.pack.start  # (n,) tokens of each token's sequence
+        by_sequence = problem.columns.get("sequence_advantages")
+        advantages = problem.take("advantages") if by_sequence is None else by_sequence[self.pack.sequence]
+        self.raw_advantages = self.advantages = present(advantages).double()
+        columns = (problem.take(name) for name in PolicyLoss.logprobs)
+        self.old_logprobs, self.ref_logprobs, sampler_logprobs = (x if x is None else x.double() for x in columns)
+        self.sampler_log_ratio: Tensor | None = None
+        alike = by_sequence is not None  # whether the tokens of a sequence share one advantage
+        if sampler_logprobs is not None and self.old_logprobs is not None:
+            log_ratio = self.old_logprobs - sampler_logprobs
+            if self.options.sampler_level == "token":
+                self.sampler_log_ratio, alike = log_ratio, False
+            else:
+                self.sampler_log_ratio = self.sums_of_sequences(log_ratio)
+            # a constant of at least 0 that multiplies the loss may as well multiply the advantage, in every objective
+            cap = torch.inf if self.options.sampler_clip is None else self.options.sampler_clip
+            self.advantages = self.advantages * self.sampler_ratio(self.sampler_log_ratio).clamp(max=cap)
+        # without old_logprobs every ratio is 1, of a sequence too: the loss is not coupled
+        if self.kind.sequence_ratio and self.old_logprobs is not None:
+            self.coupled = True
+            self.sequence_sums = problem.weights(self.old_logprobs, self.pack, UNCLIPPED)
+        self.parts = [self.advantages]
+        if self.options.objective == "gspo" and not alike:
+            # s is one number, and min(s A, clip(s) A) is linear in A on either side of 0: only the means count
+            signed = self.advantages.clamp(min=0), self.advantages.clamp(max=0)
+            self.parts = [self.sums_of_sequences(part) / self.lengths for part in signed]
+            alike = True
+        self.separable = alike and self.options.beta == 0
 
     def sums_of_sequences(self, values: Tensor) -> Tensor:
         """(n,) sum of `values` (n,) over each token's sequence, in an order that repeats on every backend."""
@@ -160,24 +158,14 @@ class PolicyObjective(Objective):
         sums.observe(0, n, values)
         return sums.log_weights(0, n)
 
-    def sampler_ratio(self, capped: bool) -> Tensor:
-        """(n,) pi_old / pi_sampler, of a token or of all its sequence."""
-        limit = torch.inf if self.options.sampler_clip is None or not capped else self.options.sampler_clip
-        return self.sampler_log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=limit)
+    @staticmethod
+    def sampler_ratio(log_ratio: Tensor) -> Tensor:
+        """(n,) pi_old / pi_sampler, of a token or of its whole sequence."""
+        return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
-    # ---- what the engine asks
+    # ---- formulas, on any range of tokens
 
-    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
-        self.logprobs[begin:end] = logprobs
-        if self.coupled:
-            self.sums.observe(begin, end, logprobs)
-
-    def coefficients(self, begin: int, end: int) -> Tensor:
-        return self.terms(begin, end)[1] * self.token_scale[begin:end]
-
-    # ---- formulas, on any stretch of tokens
-
-    def own_log_ratio(self, begin: int, end: int) -> Tensor:
+    def token_log_ratio(self, begin: int, end: int) -> Tensor:
         """(end - begin,) log pi / pi_old of each token."""
         if self.old_logprobs is None:
             return torch.zeros_like(self.logprobs[begin:end])
@@ -185,58 +173,56 @@ class PolicyObjective(Objective):
 
     def log_ratio(self, begin: int, end: int) -> Tensor:
         """(end - begin,) log r: a token's own, or the mean of its sequence's."""
-        if not self.coupled:
-            return self.own_log_ratio(begin, end)
-        return (self.sums.log_weights(begin, end) / self.lengths[begin:end]).clamp(max=MAX_LOG_RATIO)
+        if self.sequence_sums is None:
+            return self.token_log_ratio(begin, end)
+        return (self.sequence_sums.log_weights(begin, end) / self.lengths[begin:end]).clamp(max=MAX_LOG_RATIO)
 
-    def terms(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """(end - begin,) loss of each token but for its entropy, and its coefficient, both before `token_scale`."""
+    def terms(self, begin: int, end: int, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(end - begin,) loss of each token without its entropy, and its coefficient, both before `token_scale`."""
         logprobs, log_ratio = self.logprobs[begin:end], self.log_ratio(begin, end)
         found = [self.kind.formula(logprobs, log_ratio, part[begin:end], self.options) for part in self.parts]
         if self.options.beta:
-            ref_log_ratio = self.ref_logprobs[begin:end] - logprobs
+            ref_log_ratio = present(self.ref_logprobs)[begin:end] - logprobs
             kl, slope = k3(ref_log_ratio, self.dtype)
             if self.options.unbiased_kl:
-                # the slope is that of r k3, r (r_ref - 1 - k3): log r_ref, of which a difference would lose all digits
-                ratio = self.own_log_ratio(begin, end).exp()
+                # the slope of r k3 is r (r_ref - 1 - k3) = r log r_ref; the difference would lose all digits
+                ratio = self.token_log_ratio(begin, end).exp()
                 kl, slope = ratio * kl, ratio * ref_log_ratio
             found.append((self.options.beta * kl, self.options.beta * slope))
-        losses, coefficients = zip(*found, strict=True)
-        return sum(losses), sum(coefficients)
+        (loss, coefficient), *others = found
+        for other in others:
+            loss, coefficient = loss + other[0], coefficient + other[1]
+        return loss, coefficient
 
     # ---- after the walk
 
     def finish(
-        self, logprobs: Tensor, entropy: Tensor, divergence: Tensor | None = None
+        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), coefficients before `token_scale` (n,) and `POLICY_STATS` (11,), float64."""
-        loss, coefficients = self.terms(0, self.pack.tokens)
-        loss = self.pack.zero_ghosts((loss - self.options.entropy_coef * entropy) * self.token_scale).sum()
-        return loss, self.pack.zero_ghosts(coefficients), self.statistics(entropy)
-
-    def statistics(self, entropy: Tensor) -> Tensor:
-        """(11,) `POLICY_STATS`."""
+        self.make_rest()
         options, nothing = self.options, torch.zeros_like(self.logprobs)
         log_ratio = self.log_ratio(0, self.pack.tokens)
-        ratio, own = log_ratio.exp(), self.own_log_ratio(0, self.pack.tokens)
-        sampler = nothing + 1 if self.sampler_log_ratio is None else self.sampler_ratio(capped=False)
+        ratio, token_log_ratio = log_ratio.exp(), self.token_log_ratio(0, self.pack.tokens)
+        sampler = nothing + 1 if self.sampler_log_ratio is None else self.sampler_ratio(self.sampler_log_ratio)
         values = (
             -self.logprobs,
-            k3(own, self.dtype)[0],
+            k3(token_log_ratio, self.dtype)[0],
             nothing if self.ref_logprobs is None else k3(self.ref_logprobs - self.logprobs, self.dtype)[0],
             (ratio < 1 - options.clip_low) & (self.raw_advantages < 0),
             (ratio > 1 + options.clip_high) & (self.raw_advantages > 0),
             ratio,
             sampler,
             sampler > (torch.inf if options.sampler_clip is None else options.sampler_clip),
-            entropy,
+            present(entropy),
+            (self.losses - options.entropy_coef * present(entropy)) * self.token_scale,
         )
-        tokens = at_least_one(self.pack.counted)
-        means = torch.stack([self.pack.zero_ghosts(value.double()).sum() for value in values]) / tokens
+        sums = self.pack.sums(values)
+        means = sums[:-1] / at_least_one(self.pack.counted)
         # a 0 beside the ratios is below each of them, and stands for their maximum where there is none
         largest = torch.cat([self.pack.zero_ghosts(ratio), nothing.new_zeros(1)]).amax()
         counted = torch.full_like(largest, 1) * self.pack.counted
-        return torch.cat([means[:6], largest[None], means[6:], counted[None]])
+        return sums[-1], self.weights, torch.cat([means[:6], largest[None], means[6:], counted[None]])
 
 
 def policy_scale(problem: Problem) -> Tensor:
@@ -247,17 +233,18 @@ def policy_scale(problem: Problem) -> Tensor:
     if reduction == "constant_length":
         if denominator is None:
             lengths = columns["cu_seqlens"].diff()
+            # without a max_length, the longest sequence, which a batch is padded to
             longest = lengths.new_full((1,), options.max_length) if options.max_length else lengths
-            # without a max_length, the longest sequence: what a batch is padded to
             denominator = (longest.amax() if len(longest) else longest.sum()).clamp(min=1) * max(len(lengths), 1)
         reduction = "sum"
     return token_scale(problem.pack, reduction, denominator, columns.get("sequence_scale"))
 
 
 class EntropyBonus(Objective):
-    """A policy loss with the gradient of its entropy bonus, for a `LogitsWalk`."""
+    """A policy loss with the gradient of its entropy bonus, for a `LogitsWalk`.
 
-    separable = scalable = False  # the two coefficients of a token have no common factor
+    Neither separable nor scalable: the two coefficients of a token have no common factor.
+    """
 
     def __init__(self, policy: PolicyObjective):
         self.policy = policy
@@ -268,11 +255,11 @@ class EntropyBonus(Objective):
 
     def coefficients(self, begin: int, end: int) -> Coefficients:
         policy = self.policy
-        of_entropy = -policy.options.entropy_coef * policy.token_scale[begin:end]
-        return Coefficients(policy.coefficients(begin, end), of_entropy)
+        bonus = -policy.options.entropy_coef * policy.token_scale[begin:end]
+        return Coefficients(policy.coefficients(begin, end), bonus)
 
     def finish(
-        self, logprobs: Tensor, entropy: Tensor, divergence: Tensor | None = None
+        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self.policy.finish(logprobs, entropy)
 

@@ -1,4 +1,4 @@
-"""Teachers: what the caller passes, and what the engine takes its distribution from, chunk by chunk."""
+"""Teachers: the tensors that the caller passes, and the source of distributions that the engine reads, per chunk."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class TopKTeacher(NamedTuple):
 
 
 class LoadedTeacher:
-    """`TeacherSource` of a `Teacher`: its logits are made beside ours, chunk by chunk."""
+    """`TeacherSource` of a `Teacher`: its logits are made beside the student's, chunk by chunk."""
 
     def __init__(self, hidden: Tensor, head: BackendLogitsHead, pack: Pack, options: DivergenceOptions):
         self.hidden, self.head, self.pack, self.options = hidden, head, pack, options
@@ -52,10 +52,10 @@ class OfflineTeacher:
         self.ids, self.logprobs, self.pack, self.options = ids, logprobs, pack, options
 
     def row_bytes(self) -> int:
-        return 64 * self.ids.shape[1]  # eight numbers a token and outcome
+        return 64 * self.ids.shape[1]  # eight float64 numbers per token and outcome
 
     def reserve(self, rows: int) -> None:
-        """What a chunk takes is made with it."""
+        """Nothing: a chunk's tensors are allocated with the chunk."""
 
     def rows(self, begin: int, end: int) -> TopKRows:
         ids = self.pack.take(self.ids, begin, end).long()
@@ -64,7 +64,7 @@ class OfflineTeacher:
             ids = torch.where(ghost, torch.arange(ids.shape[1], device=ids.device), ids)
         given = self.pack.take(self.logprobs, begin, end)
         top = given.double()
-        # no less than the log-probs' own rounding: 0 would make a reverse KL infinite where they only sum up to 1
+        # at least the rounding of the log-probs: a reverse KL is infinite at 0, and rounded log-probs may sum to 1
         rest = (1 - top.exp().sum(1)).clamp(min=torch.finfo(given.dtype).eps)
         return TopKRows(self.options, ids, top, rest)
 
@@ -75,5 +75,6 @@ def loaded_teacher(problem: Problem, student: BackendLogitsHead, options: Diverg
     hidden = columns["teacher_hidden"]
     dtype = torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
     dtype = torch.float64 if student.dtype == torch.float64 else dtype
-    head = type(student)(columns["teacher_weight"], columns.get("teacher_bias"), own.temperature, own.softcap, dtype)
+    arguments = columns["teacher_weight"], columns.get("teacher_bias"), own.temperature, own.softcap, dtype
+    head = type(student)(*arguments)  # type: ignore[call-arg]  # a protocol does not say how a head is made
     return LoadedTeacher(hidden, head, problem.pack, options)

@@ -1,14 +1,14 @@
-"""Weightings of SFT that are PEAR's neighbours, as the engine sees them: from log-probs to a loss and a coefficient.
+"""Other weightings of SFT than PEAR's: from log-probs to a loss and a coefficient.
 
 A weighting is a function of (n,) float64 tensors, `(Tokens, options) -> (L, c)` with `c_t = dL_t / d(-log p_t)`. For
-most of them L is `w * -log p` with a detached w, and c is w. `WeightedObjective` is what all of them share with weights
-that are given, or made by a function of the caller's.
+most of them L is `w * -log p` with a detached w, and c is w. `WeightedObjective` serves these, weights that are given,
+and weights by a function of the caller.
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -17,10 +17,17 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.engine.head import BackendLogitsHead
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource
+from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import MAX_LOG_RATIO
-from pear_kernels.objectives.base import Loss, Problem, at_least_one, effective_sample_size
+from pear_kernels.objectives.base import (
+    Loss,
+    Problem,
+    TokenObjective,
+    at_least_one,
+    effective_sample_size,
+    set_to,
+)
 from pear_kernels.objectives.teachers import loaded_teacher
 from pear_kernels.options import UNCLIPPED, DivergenceOptions, Options, WeightingOptions
 
@@ -35,16 +42,16 @@ WEIGHTED_STATS = (
 )
 
 
-MIN_MISSED = 1e-30  # least probability of "another token" to divide by, so that float32 holds what comes of it
+MIN_MISSED = 1e-30  # least probability of "another token" to divide by, so that the quotient is finite in float32
 
 
 class Tokens(NamedTuple):
-    """What a weighting may look at, of n tokens: (n,) float64, without gradients."""
+    """The inputs of a weighting, of n tokens: (n,) float64, without gradients."""
 
     logprobs: Tensor
     entropy: Tensor | None  # in nats, where the weighting asks for it
     log_ratio: Tensor | None  # log pi - log pi_ref: a token's, or the mean of its sequence's
-    index: Tensor  # (n,) int64, where the tokens stand in the caller's flat tensors
+    index: Tensor  # type: ignore[assignment]  # (n,) int64, where the tokens stand in the caller's flat tensors
 
 
 # ---- one formula each
@@ -63,13 +70,13 @@ def dft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 
 def iw_sft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """clip(exp(tau mean(log pi - log pi_ref)), 0, iw_max), the mean being a sequence's: iw-SFT (arXiv 2507.12856)."""
-    w = (options.iw_tau * tokens.log_ratio).clamp(max=MAX_LOG_RATIO).exp().clamp(max=options.iw_max)
+    w = (present(tokens.log_ratio) * options.iw_tau).clamp(max=MAX_LOG_RATIO).exp().clamp(max=options.iw_max)
     return w * -tokens.logprobs, w
 
 
 def psft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """r 1[r <= 1 + psft_clip], r = pi / pi_ref: PSFT (arXiv 2508.17784), PPO's clip with an advantage of 1."""
-    r = tokens.log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    r = present(tokens.log_ratio).clamp(max=MAX_LOG_RATIO).exp()
     w = torch.where(r > 1 + options.psft_clip, 0.0, r)  # NaN stays NaN
     return w * -tokens.logprobs, w
 
@@ -77,11 +84,11 @@ def psft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """p, and asft_kl times the KL from the initial model: ASFT (arXiv 2509.23753).
 
-    Its authors sum KL(pi_ref, pi) over the vocabulary. From one log-prob a token, what can be had exactly is that KL
-    for the outcomes "this token" and "another one": a lower bound of it, whose gradient in the target's logit is the
-    same, p - p_ref. (1 - p counts for at least `MIN_MISSED` in the coefficient, which then stays finite.)
+    Its authors sum KL(pi_ref, pi) over the vocabulary. One log-prob per token gives that KL exactly for the outcomes
+    "this token" and "another token": a lower bound of theirs, whose gradient in the target's logit is the same,
+    p - p_ref. (1 - p is at least `MIN_MISSED` in the coefficient, which then stays finite.)
     """
-    log_p, log_q = tokens.logprobs, tokens.logprobs - tokens.log_ratio
+    log_p, log_q = tokens.logprobs, tokens.logprobs - present(tokens.log_ratio)
     p, missed, missed_ref = log_p.exp(), -torch.expm1(log_p), -torch.expm1(log_q.clamp(max=0.0))
     tiny = torch.finfo(torch.float64).tiny
     other = torch.xlogy(missed_ref, missed_ref) - torch.xlogy(missed_ref, missed.clamp(min=tiny))
@@ -92,7 +99,7 @@ def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 
 def idft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """p^a with a = clip(exp(-(log p + H)), idft_clip), H the entropy: IDFT (arXiv 2602.12222)."""
-    a = (-(tokens.logprobs + tokens.entropy)).clamp(max=MAX_LOG_RATIO).exp().clamp(*options.idft_clip)
+    a = (-(tokens.logprobs + present(tokens.entropy))).clamp(max=MAX_LOG_RATIO).exp().clamp(*options.idft_clip)
     w = (a * tokens.logprobs).exp()
     return w * -tokens.logprobs, w
 
@@ -103,21 +110,21 @@ Formula = Callable[[Tokens, WeightingOptions], tuple[Tensor, Tensor]]
 class Weighting(NamedTuple):
     formula: Formula
     needs_entropy: bool = False
-    of_sequences: bool = False  # the log-ratio is the mean of a sequence's
+    sequence_ratio: bool = False  # the log-ratio is the mean over the sequence
 
 
 WEIGHTINGS = {
     "none": Weighting(none),
     "dft": Weighting(dft),
-    "iw-sft": Weighting(iw_sft, of_sequences=True),
+    "iw-sft": Weighting(iw_sft, sequence_ratio=True),
     "psft": Weighting(psft),
     "asft": Weighting(asft),
     "idft": Weighting(idft, needs_entropy=True),
 }
 
 
-def by(weights: Callable[[Tokens], Tensor]) -> Weighting:
-    """w = weights(tokens), whatever they hold."""
+def detached(weights: Callable[[Tokens], Tensor]) -> Weighting:
+    """L = w * -log p with w = weights(tokens)."""
 
     def formula(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
         w = weights(tokens)
@@ -129,71 +136,53 @@ def by(weights: Callable[[Tokens], Tensor]) -> Weighting:
 # ---- the whole loss
 
 
-class WeightedObjective(Objective):
-    """L = sum_t L_t * scale_t, L_t and its coefficient by a weighting's formula."""
+class WeightedObjective(TokenObjective):
+    """L = sum_t L_t * scale_t, with L_t and its coefficient from a weighting's formula."""
+
+    separable = scalable = True
 
     def __init__(self, problem: Problem, weighting: Weighting):
-        self.pack = pack = problem.pack
+        super().__init__(problem, problem.scale())
         self.weighting = weighting
-        self.token_scale = problem.scale()  # (n,)
         ref_logprobs = problem.take("ref_logprobs")
         self.ref_logprobs = None if ref_logprobs is None else ref_logprobs.double()
         self.options = problem.options.get(WeightingOptions, WeightingOptions())
-        self.coupled = weighting.of_sequences
-        self.logprobs, self.losses, self.weights = (
-            torch.zeros(pack.tokens, dtype=torch.float64, device=pack.index.device) for _ in range(3)
-        )
-        # log-ratios summed over sequences are PEAR's sequence level without its clips
-        self.sums = problem.weights(self.ref_logprobs, pack, UNCLIPPED) if self.coupled else None
+        if weighting.sequence_ratio:
+            self.coupled = True
+            # log-ratios summed over sequences are PEAR's sequence level without its clips
+            self.sequence_sums = problem.weights(present(self.ref_logprobs), self.pack, UNCLIPPED)
 
-    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
-        self.logprobs[begin:end] = logprobs
-        if self.sums is not None:
-            self.sums.observe(begin, end, logprobs)
-            return
-        ratio = None if self.ref_logprobs is None else logprobs - self.ref_logprobs[begin:end]
-        self.weigh(begin, end, entropy, ratio)
-
-    def coefficients(self, begin: int, end: int) -> Tensor:
-        if self.sums is not None:
-            self.weigh_sequences(begin, end)
-        return self.weights[begin:end] * self.token_scale[begin:end]
-
-    def weigh_sequences(self, begin: int, end: int) -> None:
-        """`weigh` by the means of the tokens' sequences, which are all observed."""
-        mean = self.sums.log_weights(begin, end) / (self.pack.stop - self.pack.start)[begin:end]
-        self.weigh(begin, end, None, mean)
-
-    def weigh(self, begin: int, end: int, entropy: Tensor | None, log_ratio: Tensor | None) -> None:
-        """Fills `losses` and `weights` of these tokens, before `token_scale`."""
-        tokens = Tokens(self.logprobs[begin:end], entropy, log_ratio, self.pack.index[begin:end])
-        for whole, part in zip((self.losses, self.weights), self.weighting.formula(tokens, self.options), strict=True):
-            whole[begin:end] = self.pack.zero_ghosts(part, begin, end)
+    def terms(self, begin: int, end: int, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        logprobs, ratio = self.logprobs[begin:end], None
+        if self.sequence_sums is not None:
+            ratio = self.sequence_sums.log_weights(begin, end) / (self.pack.stop - self.pack.start)[begin:end]
+        elif self.ref_logprobs is not None:
+            ratio = logprobs - self.ref_logprobs[begin:end]
+        return self.weighting.formula(Tokens(logprobs, entropy, ratio, self.pack.index[begin:end]), self.options)
 
     def finish(
         self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), coefficients before `token_scale` (n,) and `WEIGHTED_STATS` (7,), float64."""
-        if self.sums is not None:
-            self.weigh_sequences(0, self.pack.tokens)
-        losses, weights = self.losses, self.weights
-        nothing = torch.zeros_like(logprobs)
+        self.make_rest()
+        weights, nothing = self.weights, torch.zeros_like(logprobs)
         ratio = nothing if self.ref_logprobs is None else logprobs - self.ref_logprobs
-        values = (-logprobs, ratio, weights, weights == 0, weights.square(), losses * self.token_scale)
-        *sums, squares, loss = (self.pack.zero_ghosts(value.double()).sum() for value in values)
+        sums = self.pack.sums(
+            (-logprobs, ratio, weights, weights == 0, weights.square(), self.losses * self.token_scale)
+        )
         tokens = at_least_one(self.pack.counted)
-        nll, ratio, mean, zero = (total / tokens for total in sums)
-        effective = effective_sample_size(sums[2], squares, tokens)
+        nll, ratio, mean, zero = (sums[:4] / tokens).unbind()
+        effective = effective_sample_size(sums[2], sums[4], tokens)
         # a 0 beside the weights stands for their maximum where there is none
         largest = torch.cat([weights, nothing.new_zeros(1)]).amax()
-        counted = torch.full_like(loss, 1) * self.pack.counted
-        return loss, weights, torch.stack([nll, ratio, mean, largest, zero, effective, counted])
+        counted = torch.full_like(largest, 1) * self.pack.counted
+        return sums[5], weights, torch.stack([nll, ratio, mean, largest, zero, effective, counted])
 
 
 class AnchoredObjective(Objective):
-    """L = sum_t scale_t * (L_t + kl_coef * D_t): the KL to a teacher's whole distribution beside another objective.
+    """L = sum_t scale_t * (L_t + kl_coef * D_t): another objective plus the KL to a teacher's whole distribution.
 
-    That objective must not be coupled.
+    The other objective must not be coupled.
     """
 
     def __init__(self, weights: WeightedObjective, kl_coef: float):
@@ -207,10 +196,12 @@ class AnchoredObjective(Objective):
         kl = self.kl_coef * self.weights.token_scale[begin:end]
         return Coefficients(self.weights.coefficients(begin, end), None, kl)
 
-    def finish(self, logprobs: Tensor, entropy: Tensor | None, divergence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(
+        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), and the other objective's weights (n,) and statistics."""
         loss, weights, stats = self.weights.finish(logprobs)
-        pull = self.weights.pack.zero_ghosts(divergence * self.weights.token_scale).sum()
+        pull = self.weights.pack.sums([present(divergence) * self.weights.token_scale])[0]
         return loss + self.kl_coef * pull, weights, stats
 
 
@@ -224,9 +215,9 @@ class WeightedLoss(Loss):
         options = problem.options[WeightingOptions]
         if "weights" in problem.columns:
             known = problem.columns["weights"].double()
-            weighting = by(lambda tokens: known[tokens.index])
+            weighting = detached(lambda tokens: known[tokens.index])
         elif options.weighting is None:
-            weighting = by(_function.get())
+            weighting = detached(_function.get())
         elif "teacher_hidden" in problem.columns:  # "asft", whose KL is to a whole distribution
             return AnchoredObjective(WeightedObjective(problem, WEIGHTINGS["dft"]), options.asft_kl)
         else:
@@ -244,20 +235,19 @@ class WeightedLoss(Loss):
         return loaded_teacher(problem, student, DivergenceOptions())
 
 
-# ---- weights by a function of the caller's
+# ---- weights by a function of the caller
 
-# the function of the call that runs, which no op can take as an argument
+# the function of the call that runs
 _function: ContextVar[Callable[[Tokens], Tensor]] = ContextVar("weights")
 
 
-@contextlib.contextmanager
-def weights_by(function: Callable[..., Tensor]) -> Iterator[None]:
+def weights_by(function: Callable[..., Tensor]) -> AbstractContextManager[None]:
     """Within it, a call of the op without weights takes those of `function`, checked."""
     called = as_called(function)
 
     def weights(tokens: Tokens) -> Tensor:
         with torch.no_grad():
-            # copies: the function may overwrite what it is given, and the pass needs both again
+            # copies: the function may overwrite its arguments, and the pass needs both again
             found = called(tokens.logprobs.clone(), tokens.index.clone())
         if not isinstance(found, Tensor) or found.shape != tokens.logprobs.shape:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -269,38 +259,33 @@ def weights_by(function: Callable[..., Tensor]) -> Iterator[None]:
         checks.check_weights(found, torch.ones_like(found, dtype=torch.bool))
         return found.double()
 
-    token = _function.set(weights)
-    try:
-        yield
-    finally:
-        _function.reset(token)
+    return set_to(_function, weights)
 
 
 def as_called(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The caller's function as one of log-probs and index, by what it can be called with.
+    """The caller's function as one of log-probs and index, by its signature.
 
-    It is given the index if it has a parameter of that name, or if log-probs alone are too few arguments.
+    It gets the index if it has a parameter of that name, or if log-probs alone are too few arguments.
 
     Raises:
         TypeError: for a function that can be called with neither.
     """
     try:
-        # what a module is called by takes any arguments: its forward says which it needs, torch.compile's by the module
+        # a module's __call__ takes any arguments: its forward has the signature, of a compiled one that of the module
         own = getattr(function, "_orig_mod", function)
         signature = inspect.signature(own.forward if isinstance(own, torch.nn.Module) else own)
     except (TypeError, ValueError):  # a builtin such as torch.exp, which shows none
         return lambda logprobs, index: function(logprobs)
 
-    def takes(*arguments, **named) -> bool:
+    def takes(*arguments: None, **named: None) -> bool:
         try:
             signature.bind(*arguments, **named)
         except TypeError:
             return False
         return True
 
-    of_index = signature.parameters.get("index")
-    bound = isinstance(own, functools.partial) and "index" in own.keywords  # to another value than ours
-    if takes(None, index=None) and of_index is not None and not bound:
+    bound = isinstance(own, functools.partial) and "index" in own.keywords  # to a value of the caller
+    if takes(None, index=None) and "index" in signature.parameters and not bound:
         return lambda logprobs, index: function(logprobs, index=index)
     if takes(None):
         return lambda logprobs, index: function(logprobs)

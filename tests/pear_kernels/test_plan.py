@@ -45,7 +45,7 @@ def counted_walk(problem, level, wanted, workspace_bytes, static=False, **option
 
 @pytest.mark.parametrize("level", ["token", "block", "sequence"])
 @pytest.mark.parametrize("gradient, train_head", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("D, rows", [(4, 20), (64, 20), (64, 400)])  # at D = 4 a dW of its own fits beside 20 rows
+@pytest.mark.parametrize("D, rows", [(4, 20), (64, 20), (64, 400)])
 def test_products_and_chunks_are_those_of_the_walk(level, gradient, train_head, D, rows):
     for lengths, static in itertools.product(PACKS, (False, True)):
         check_products_and_chunks(lengths, level, gradient, train_head, D, rows, static)

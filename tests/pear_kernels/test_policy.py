@@ -21,7 +21,7 @@ from pear_kernels.backends.torch.head import Head
 from pear_kernels.backends.torch.logits_head import LogitsHead
 from pear_kernels.engine import packing
 from pear_kernels.engine.packing import pack_tokens
-from pear_kernels.engine.schedule import Wanted, schedule
+from pear_kernels.engine.schedule import Coupling, Wanted, schedule
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.formulas.weights import PEARWeights as TorchWeights
 from pear_kernels.objectives.base import Problem as LossProblem
@@ -385,21 +385,19 @@ def test_products_with_a_kl(products, objective, beta, old):
 
 
 def test_schedule_of_sequences_whose_tokens_differ():
-    """None is scaled after its gradient is in dW: no sequence is deferred, and none has a buffer of its own."""
-    options = dict(row_bytes=1, workspace_bytes=20, lengths=[10, 50, 5, 45], coupled=True)
+    """dW cannot be rescaled once such a sequence is in it: none is deferred."""
     trained, frozen = Wanted(True, True, False), Wanted(True, False, False)
 
-    def steps(wanted, separable, head_bytes):
-        planned = schedule(110, wanted, separable=separable, head_bytes=head_bytes, **options)
+    def steps(wanted, separable):
+        coupling = Coupling(separable, scalable=True, lengths=[10, 50, 5, 45])
+        planned = schedule(110, wanted, row_bytes=1, workspace_bytes=20, coupling=coupling)
         assert sorted(chunk for _, chunks in planned.steps for chunk in chunks)[-1][1] == 110
         return [how for how, _ in planned.steps]
 
-    assert steps(trained, True, 1) == ["deferred", "own buffer", "visit", "visit"]
-    assert steps(trained, True, 100) == ["deferred", "twice", "visit", "visit"]
-    for head_bytes in (1, 100):
-        assert steps(trained, False, head_bytes) == ["twice", "twice", "visit", "visit"]
-        # rows of dX are scaled one by one, so a frozen head costs nothing more
-        assert steps(frozen, False, head_bytes) == ["deferred", "deferred", "visit", "visit"]
+    assert steps(trained, True) == ["deferred", "twice", "visit", "visit"]
+    assert steps(trained, False) == ["twice", "twice", "visit", "visit"]
+    # rows of dX are scaled one by one, so a frozen head costs nothing more
+    assert steps(frozen, False) == ["deferred", "deferred", "visit", "visit"]
 
 
 # ---- statistics, faces
