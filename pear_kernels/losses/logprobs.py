@@ -10,7 +10,7 @@ from pear_kernels import checks
 from pear_kernels.losses.shared import Inputs, checked_inputs
 from pear_kernels.objectives.teachers import TopKTeacher
 from pear_kernels.ops import logprobs as ops
-from pear_kernels.ops.arguments import spec_and_numbers
+from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.options import CallOptions, HeadKeywords, HeadOptions, Options, gather, takes
 
 

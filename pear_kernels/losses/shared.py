@@ -10,7 +10,7 @@ from pear_kernels import checks
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL
 from pear_kernels.objectives.teachers import Teacher
-from pear_kernels.ops.arguments import spec_and_numbers
+from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.ops.loss import linear_loss
 from pear_kernels.options import CallOptions, Options, TeacherOptions
 from pear_kernels.sharding import local_head

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.losses.shared import flat
-from pear_kernels.ops.arguments import spec_and_numbers
+from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.ops.weights import pear_weights as op
 from pear_kernels.options import HeadOptions, Options, PEAROptions, WeightsKeywords, gather, takes
 

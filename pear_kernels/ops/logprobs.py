@@ -1,21 +1,15 @@
 """The custom ops of `linear_logprobs`, forward and backward, and of `linear_topk_logprobs`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.checks import forbid_double_backward
-from pear_kernels.engine.memory import explain_out_of_memory
-from pear_kernels.engine.packing import pack_tokens, unpack
-from pear_kernels.engine.schedule import Wanted
-from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.engine.walk import LogitsWalk
 from pear_kernels.objectives.base import FixedCoefficients
-from pear_kernels.ops import backends
-from pear_kernels.ops.arguments import parse
-from pear_kernels.options import CallOptions, HeadOptions
-from pear_kernels.sharding import meet, sharded, sharded_topk, whole_vocabulary
-
-NOTHING = Wanted(False, False, False)
+from pear_kernels.ops.call import Call, parse
+from pear_kernels.sharding import sharded_topk
 
 
 @torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
@@ -25,26 +19,17 @@ def linear_logprobs(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     numbers: Tensor,  # (k,) float64 on the CPU
-    spec: str,  # `arguments.Spec`
+    spec: str,  # `call.Spec`
     group: str | None,  # name of the process group whose ranks share the vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(logprobs (N,), entropy (N,) or empty)."""
-    given, size = parse(spec), target.numel()
-    options = given.decode(numbers)
-    own = options[HeadOptions]
-    shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
-    valid = target != own.ignore_index
-    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
-    backend.check_values({"target": target}, valid, whole_vocabulary(weight, shard), own.ignore_index)
-    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
-    pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
-    own_head = backend.head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
-    head = sharded(own_head, shard, own.temperature, own.softcap)
-    with explain_out_of_memory("linear_logprobs", hidden, head, NOTHING, own.workspace_bytes):
-        walk = Walk(hidden, head, target, pack, NOTHING, own.workspace_bytes, entropy=given.return_entropy)
+    call = Call((hidden, weight, bias, target), numbers, spec, group)
+    head = call.head()
+    with call.explain_out_of_memory("linear_logprobs", head):
+        walk = call.walk(head, call.given.return_entropy)
         walk.score_all(FixedCoefficients())
-    entropy = walk.logprobs.new_empty(0) if walk.entropy is None else unpack(walk.entropy, pack, size)
-    return unpack(walk.logprobs, pack, size).to(head.dtype), entropy.to(head.dtype)
+    entropy = hidden.new_empty(0, dtype=call.given.dtype) if walk.entropy is None else call.unpack(walk.entropy)
+    return call.unpack(walk.logprobs), entropy
 
 
 @linear_logprobs.register_fake
@@ -68,22 +53,13 @@ def linear_logprobs_backward(
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
-    given = parse(spec)
-    options = given.decode(numbers)
-    own, gradients = options[HeadOptions], Wanted(*wanted)
-    valid_tokens = options[CallOptions].valid_tokens
-    pack = pack_tokens(target != own.ignore_index, one_sequence(target), tokens=valid_tokens)
     on_logits = grad_entropy is not None
-    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
-    shard = meet(group, hidden, weight, target, wanted, own.workspace_bytes)
-    make_head = backend.logits_head if on_logits else backend.head
-    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
-    head = sharded(own_head, shard, own.temperature, own.softcap)
-    known = [None if grad is None else pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
+    call = Call((hidden, weight, bias, target), numbers, spec, group, wanted, checked=True)
+    head: Any = call.logits_head() if on_logits else call.head()
+    known = [None if grad is None else call.pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
     nll = None if known[0] is None else -known[0]
-    with explain_out_of_memory("the backward pass of linear_logprobs", hidden, head, gradients, own.workspace_bytes):
-        kind = LogitsWalk if on_logits else Walk
-        walk = kind(hidden, head, target, pack, gradients, own.workspace_bytes, entropy=on_logits)
+    with call.explain_out_of_memory("the backward pass of linear_logprobs", head):
+        walk = call.logits_walk(head, entropy=True) if on_logits else call.walk(head, entropy=False)
         walk.run(FixedCoefficients(nll, known[1]) if on_logits else FixedCoefficients(nll))
         grads = walk.grads
         return (
@@ -111,7 +87,7 @@ def save(ctx, inputs, output):
 
 
 def backward(ctx, grad_logprobs, grad_entropy):
-    forbid_double_backward("linear_logprobs")
+    checks.forbid_double_backward("linear_logprobs")
     if not parse(ctx.spec).return_entropy:
         grad_entropy = None
     wanted = list(ctx.needs_input_grad[:3])
@@ -132,35 +108,26 @@ def linear_topk_logprobs(
     target: Tensor,  # (N,)
     k: int,
     numbers: Tensor,  # (k,) float64 on the CPU
-    spec: str,  # `arguments.Spec`
+    spec: str,  # `call.Spec`
     group: str | None,  # name of the process group whose ranks share the vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(ids (N, k), logprobs (N, k)); at ignored tokens 0..k-1 and 0."""
-    given = parse(spec)
-    options = given.decode(numbers)
-    own = options[HeadOptions]
-    shard = meet(group, hidden, weight, target, workspace_bytes=own.workspace_bytes)
-    vocabulary, valid = whole_vocabulary(weight, shard), target != own.ignore_index
-    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
-    backend.check_values({"target": target}, valid, vocabulary, own.ignore_index)
-    checks.check_k("k", k, vocabulary)
-    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
-    pack = pack_tokens(valid, one_sequence(target), tokens=options[CallOptions].valid_tokens)
-    head = backend.logits_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
-    if shard is not None:
-        shard.plan(head)
-    size = target.numel()
+    call = Call((hidden, weight, bias, target), numbers, spec, group)
+    checks.check_k("k", k, call.vocabulary)
+    head, pack, size = call.logits_head(), call.pack, target.numel()
+    if call.shard is not None:
+        call.shard.plan(head)
     ids = torch.arange(k, device=target.device).repeat(size, 1)
     logprobs = torch.zeros(size, k, dtype=head.dtype, device=target.device)
-    with explain_out_of_memory("linear_topk_logprobs", hidden, head, NOTHING, own.workspace_bytes):
-        walk = LogitsWalk(hidden, head, target, pack, NOTHING, own.workspace_bytes)
+    with call.explain_out_of_memory("linear_topk_logprobs", head):
+        walk = LogitsWalk(hidden, head, target, pack, call.wanted, call.own.workspace_bytes)
         for _, chunks in walk.start().steps:
             for begin, end in chunks:
                 x = walk.rows(begin, end)
-                if shard is None:
+                if call.shard is None:
                     top, where = head.log_softmax(x, 1.0).topk(k, dim=1)
                 else:
-                    top, where = sharded_topk(head, shard, x, k)
+                    top, where = sharded_topk(head, call.shard, x, k)
                 index = pack.index[begin:end]
                 if pack.counts is None:
                     ids[index], logprobs[index] = where, top
@@ -175,8 +142,3 @@ def linear_topk_logprobs(
 def _(hidden, weight, bias, target, k, numbers, spec, group):
     shape = *target.shape, k
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=parse(spec).dtype)
-
-
-def one_sequence(target: Tensor) -> Tensor:
-    """(2,) int64: the bounds of (N,) tokens as one sequence."""
-    return torch.arange(2, device=target.device) * target.numel()

@@ -5,18 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
 from pear_kernels.checks import forbid_double_backward
-from pear_kernels.engine.memory import explain_out_of_memory
-from pear_kernels.engine.packing import pack_tokens, unpack
-from pear_kernels.engine.schedule import Wanted
-from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.engine.walk import Walk
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL, Problem
 from pear_kernels.ops import backends
-from pear_kernels.ops.arguments import parse
-from pear_kernels.options import CallOptions, HeadOptions
-from pear_kernels.sharding import meet, sharded, whole_vocabulary
+from pear_kernels.ops.call import Call, parse
 
 
 def compute(
@@ -26,63 +20,40 @@ def compute(
     target: Tensor,  # (N,)
     columns: list[Tensor],  # (N,), (S,), (S+1,) or (), by their names in spec
     numbers: Tensor,  # (k,) float64 on the CPU
-    spec: str,  # `arguments.Spec`
+    spec: str,  # `call.Spec`
     group: str | None,  # name of the process group whose ranks share the vocabulary
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs (N,), weights (N,), stats, dX, dW, db); the last three are empty where not wanted."""
-    given = parse(spec)
-    options, named, loss = given.decode(numbers), dict(zip(given.columns, columns, strict=True)), LOSSES[given.name]
-    own, gradients = options[HeadOptions], Wanted(*wanted)
-    shard = meet(group, hidden, weight, target, wanted, own.workspace_bytes)
-    backend = backends.choose(own.backend, hidden.device, given.compute_dtype)
-    valid = target != own.ignore_index
-    backend.check_values({"target": target, **named}, valid, whole_vocabulary(weight, shard), own.ignore_index)
-    checks.check_valid_tokens(options[CallOptions].valid_tokens, valid)
-    pack = pack_tokens(valid, named["cu_seqlens"], tokens=options[CallOptions].valid_tokens)
-    problem = Problem(pack, options, named, backend.weights, given.dtype)
-    on_logits = loss.needs_logits(problem, gradients)
-    make_head = backend.logits_head if on_logits else backend.head
-    own_head = make_head(weight, bias, own.temperature, own.softcap, given.compute_dtype)
-    head = sharded(own_head, shard, own.temperature, own.softcap)
+    call = Call((hidden, weight, bias, target), numbers, spec, group, wanted, columns)
+    given, loss = call.given, LOSSES[call.given.name]
+    problem = Problem(call.pack, call.options, call.columns, call.backend.weights, given.dtype)
+    on_logits = loss.needs_logits(problem, call.wanted)
     objective = loss.objective(problem, on_logits)
-    with explain_out_of_memory(given.name, hidden, head, gradients, own.workspace_bytes):
-        entropy = given.return_entropy or loss.needs_entropy(options)
-        arguments = hidden, head, target, pack, gradients, own.workspace_bytes
-        if on_logits:
-            walk: Walk = LogitsWalk(*arguments, teacher=loss.teacher(problem, own_head), entropy=entropy)
-        else:
-            walk = Walk(*arguments, entropy=entropy)
+    head: Any = call.logits_head() if on_logits else call.head()
+    with call.explain_out_of_memory(given.name, head):
+        entropy = given.return_entropy or loss.needs_entropy(call.options)
+        walk = call.logits_walk(head, entropy, loss.teacher(problem, head)) if on_logits else call.walk(head, entropy)
         walk.run(objective)
-    found = objective.finish(walk.logprobs, walk.entropy, walk.divergence)
-    stats = torch.cat([found[2], means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
-    size, grads = target.numel(), walk.grads
-    # never a view, to which a caller could add nothing in place
-    results = found[0].clone(), unpack(walk.logprobs, pack, size), unpack(found[1], pack, size), stats
-    one, two, three, four = (result.to(head.dtype) for result in results)
-    return one, two, three, four, grads.hidden, grads.weight, grads.bias
+    total, weights, stats = objective.finish(walk.logprobs, walk.entropy, walk.divergence)
+    stats = torch.cat([stats, means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
+    # the loss is never a view, to which a caller could add nothing in place
+    return (
+        total.clone().to(given.dtype), call.unpack(walk.logprobs), call.unpack(weights), stats.to(given.dtype),
+        walk.grads.hidden, walk.grads.weight, walk.grads.bias,
+    )  # fmt: skip
 
 
 def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tensor:
     """(1 or 2,) float64 `OF_ALL`: means over the tokens that count, or over those `among` (n,) bool them."""
-    of_all = torch.stack([walk.top1, *([walk.entropy] if return_entropy else [])])  # (1 or 2, n)
+    of_all = torch.stack([walk.top1, walk.entropy] if return_entropy and walk.entropy is not None else [walk.top1])
     counted = walk.pack.zero_ghosts(torch.ones_like(walk.logprobs))
     counted = counted if among is None else counted * among
     # a ghost's entropy may be anything
     return torch.where(counted > 0, of_all, 0.0).sum(1) / counted.sum().clamp(min=1)
 
 
-def fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    columns: list[Tensor],
-    numbers: Tensor,
-    spec: str,
-    group: str | None,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
+def fake(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
     """The shapes and dtypes of what `compute` returns."""
     given = parse(spec)
     stats = len(LOSSES[given.name].stats(given.columns)) + len(OF_ALL) - (not given.return_entropy)
@@ -116,7 +87,7 @@ class LinearLoss(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         given = parse(ctx.spec)
         forbid_double_backward(given.name)
         grads = [

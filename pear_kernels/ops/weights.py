@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.ops import backends
-from pear_kernels.ops.arguments import parse
+from pear_kernels.ops.call import parse
 from pear_kernels.options import HeadOptions, PEAROptions
 
 
@@ -15,7 +15,7 @@ def pear_weights(
     mask: Tensor,  # (N,) bool
     columns: list[Tensor],  # behavior_logprobs (N,), cu_seqlens (S+1,), and block_ids (N,) where given
     numbers: Tensor,  # (k,) float64 on the CPU
-    spec: str,  # `arguments.Spec`
+    spec: str,  # `call.Spec`
 ) -> Tensor:
     """(N,) weights in the dtype of `logprobs`."""
     given = parse(spec)

@@ -18,7 +18,7 @@ from pear_kernels.backends.torch.head import Head
 from pear_kernels.formulas.weights import PEARWeights
 from pear_kernels.objectives.base import token_scale
 from pear_kernels.objectives.pear import PEARObjective
-from pear_kernels.ops.arguments import spec_and_numbers
+from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.options import CallOptions
 from pear_kernels.reference import (
     naive_distill_loss,

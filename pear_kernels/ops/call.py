@@ -1,0 +1,142 @@
+"""How a call reaches a custom op, as a string and numbers (`spec_and_numbers`), and what the op makes of it (`Call`).
+
+`torch.compile` guards on the value of each number in an op's schema, and would compile anew for each value of a
+schedule until it gives up; and filling the defaults of a long schema takes time in every call. So an op takes all its
+numbers as one tensor, which is data, and the rest of its options as one string.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pear_kernels import checks
+from pear_kernels.engine.head import BackendHead, BackendLogitsHead
+from pear_kernels.engine.memory import explain_out_of_memory
+from pear_kernels.engine.objective import TeacherSource
+from pear_kernels.engine.packing import pack_tokens, unpack
+from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.walk import LogitsWalk, Walk
+from pear_kernels.ops import backends
+from pear_kernels.options import CallOptions, HeadOptions, Options, decode, encode
+from pear_kernels.sharding import meet, sharded, whole_vocabulary
+
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+class Spec(NamedTuple):
+    """What an op's string says."""
+
+    name: str  # of the public function
+    columns: tuple[str, ...]  # names of the tensors in the op's list
+    compute_dtype: torch.dtype  # operands of products are rounded to it, as autocast does
+    return_entropy: bool
+    options: str  # of `options.encode`
+
+    @property
+    def backend(self) -> str | None:
+        """`HeadOptions.backend`, which needs no numbers."""
+        found = re.search(r"\bbackend='(\w+)'", self.options)
+        return None if found is None else found.group(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of losses, log-probs, weights and dW: float32, or float64 for float64 inputs."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def decode(self, numbers: Tensor) -> dict[type[Options], Any]:
+        return decode(self.options, tuple(numbers.tolist()))
+
+
+def spec_and_numbers(
+    name: str,
+    columns: Iterable[str],
+    compute_dtype: torch.dtype,
+    options: Sequence[Options],
+    return_entropy: bool = False,
+) -> tuple[str, Tensor]:
+    """The string that `parse` reads, and the options' numbers (k,) float64 on the CPU."""
+    if torch.compiler.is_compiling():
+        encoded, values = encode(options)
+        # a product stays data where torch.full would make a constant of a number that is traced as a symbol
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        numbers = torch.stack([one * float(value) for value in values])
+    else:
+        encoded, values = _encoded(tuple(options))
+        # never kept for the next call, which may run under another mode: fake tensors, inference mode
+        numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return f"{name}|{','.join(columns)}|{compute_dtype}|{int(bool(return_entropy))}|{encoded}", numbers
+
+
+_encoded = functools.lru_cache(maxsize=256)(encode)
+
+
+@functools.lru_cache(maxsize=256)
+def parse(spec: str) -> Spec:
+    name, columns, compute_dtype, entropy, options = spec.split("|")
+    return Spec(name, tuple(columns.split(",")) if columns else (), DTYPES[compute_dtype], entropy == "1", options)
+
+
+class Call:
+    """One call inside an op: its options, backend and head, and the pack of its tokens after all checks of values."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],  # hidden (N, D), weight (V, D), bias (V,), target (N,)
+        numbers: Tensor,
+        spec: str,
+        group: str | None,
+        wanted: Sequence[bool] = (False, False, False),
+        columns: Sequence[Tensor] = (),
+        *,
+        checked: bool = False,  # the values, by an earlier pass
+    ):
+        self.hidden, self.weight, self.bias, self.target = tensors
+        self.given = parse(spec)
+        self.options = self.given.decode(numbers)
+        self.own: HeadOptions = self.options[HeadOptions]
+        self.columns = dict(zip(self.given.columns, columns, strict=True))
+        self.wanted = Wanted(*wanted)
+        self.shard = meet(group, self.hidden, self.weight, self.target, wanted, self.own.workspace_bytes)
+        self.vocabulary = whole_vocabulary(self.weight, self.shard)
+        self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
+        valid, tokens = self.target != self.own.ignore_index, self.options[CallOptions].valid_tokens
+        if not checked:
+            values = {"target": self.target, **self.columns}
+            self.backend.check_values(values, valid, self.vocabulary, self.own.ignore_index)
+            checks.check_valid_tokens(tokens, valid)
+        one = torch.arange(2, device=self.target.device) * self.target.numel()
+        self.pack = pack_tokens(valid, self.columns.get("cu_seqlens", one), tokens=tokens)
+
+    @property
+    def _of_head(self) -> tuple[Tensor, Tensor | None, float, float | None, torch.dtype]:
+        return self.weight, self.bias, self.own.temperature, self.own.softcap, self.given.compute_dtype
+
+    def head(self) -> BackendHead:
+        """The head over this rank's rows of the vocabulary."""
+        return self.backend.head(*self._of_head)
+
+    def logits_head(self) -> BackendLogitsHead:
+        """The same for a `LogitsWalk`."""
+        return self.backend.logits_head(*self._of_head)
+
+    def walk(self, head: BackendHead, entropy: bool) -> Walk:
+        return Walk(*self._of_walk(head), entropy=entropy)
+
+    def logits_walk(self, head: BackendLogitsHead, entropy: bool, teacher: TeacherSource | None = None) -> LogitsWalk:
+        return LogitsWalk(*self._of_walk(head), entropy=entropy, teacher=teacher)
+
+    def _of_walk(self, head: Any) -> tuple[Any, ...]:
+        whole = sharded(head, self.shard, self.own.temperature, self.own.softcap)
+        return self.hidden, whole, self.target, self.pack, self.wanted, self.own.workspace_bytes
+
+    def explain_out_of_memory(self, name: str, head: BackendHead) -> AbstractContextManager[None]:
+        return explain_out_of_memory(name, self.hidden, head, self.wanted, self.own.workspace_bytes)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(n,) in compact order to (N,) in the dtype of results, 0 at ignored tokens."""
+        return unpack(values, self.pack, self.target.numel()).to(self.given.dtype)
