@@ -1,32 +1,63 @@
-"""Bad input: each a clear error that names the argument."""
+"""Bad input: each rule once, tried on every function, module and class of options that takes the argument.
 
+A rule is a name, the arguments that break it, and the error. In an error " ... " stands for any text.
+"""
+
+import inspect
 import math
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pear_kernels import LinearPEARLoss, checks, linear_logprobs, linear_pear_loss, pear_weights
-from pear_kernels.backends.torch import head as cpu
+from pear_kernels import (
+    LinearDistillLoss,
+    LinearPEARLoss,
+    LinearPolicyLoss,
+    LinearWeightedLoss,
+    Teacher,
+    TopKTeacher,
+    checks,
+    linear_distill_loss,
+    linear_logprobs,
+    linear_pear_loss,
+    linear_policy_loss,
+    linear_topk_logprobs,
+    linear_weighted_loss,
+    pear_weights,
+)
+from pear_kernels.options import CLASSES, TeacherOptions
 
-N, D, V = 6, 4, 9
+N, D, V, K = 6, 4, 9, 3
+BOUNDS, TARGET, LABEL = torch.tensor([0, 2, N]), torch.arange(N), torch.tensor([True, False])
+inf, nan = math.inf, math.nan
 
 
-def call(**changes):
-    arguments = dict(
-        hidden=torch.randn(N, D), weight=torch.randn(V, D), target=torch.arange(N), behavior_logprobs=-torch.ones(N)
-    )
-    arguments.update(changes)
-    return linear_pear_loss(**arguments)
+def ones(*shape, **kind):
+    return -torch.ones(shape or N, **kind)
 
 
 def with_value(position, value, base=None):
-    tensor = -torch.ones(N) if base is None else base
+    tensor = ones() if base is None else base.clone()
     tensor[position] = value
     return tensor
+
+
+def teacher(**changes) -> Teacher:
+    return Teacher(torch.randn(N, 5), torch.randn(V, 5))._replace(**changes)
+
+
+def top_k(logprobs=None, ids=None, k=K) -> TopKTeacher:
+    """K tokens at each position, all of them sound but for row 2, which holds these."""
+    good = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01, 0.005, 0.004][:k]).log()
+    found = TopKTeacher(torch.arange(k).repeat(N, 1), good.repeat(N, 1))
+    if logprobs is not None:
+        found.logprobs[2] = torch.tensor(logprobs)
+    if ids is not None:
+        found.ids[2] = torch.tensor(ids)
+    return found
 
 
 def freed(tensor):
@@ -35,272 +66,503 @@ def freed(tensor):
     return tensor
 
 
-BAD = {
-    "target too large": (
-        dict(target=with_value(2, V, torch.arange(N))),
-        r"target must be in \[0, 9\).*got 9 at flat position 2",
-    ),
-    "target negative": (dict(target=with_value(2, -1, torch.arange(N))), r"target must be in .*got -1"),
-    "target of int32": (
-        dict(target=torch.arange(N, dtype=torch.int32)),
-        r"target must be torch.int64.*target.long\(\)",
-    ),
-    "target of floats": (dict(target=torch.zeros(N)), "target must be torch.int64"),
-    "target of another length": (
-        dict(target=torch.arange(N - 1)),
-        r"target must have hidden's leading shape \(6,\), got \(5,\)",
-    ),
-    "hidden of one dimension": (
-        dict(hidden=torch.randn(D)),
-        r"hidden must be \(N, D\) or \(B, T, D\), got shape \(4,\)",
-    ),
-    "weight transposed": (
-        dict(weight=torch.randn(D, V)),
-        r"weight must be \(V, D\) with hidden's D = 4, got shape \(4, 9\)",
-    ),
-    "weight flattened by FSDP": (
-        dict(weight=torch.randn(V * D)),
-        r"weight must be \(V, D\), whole, got shape \(36,\) with 36 numbers: FSDP or DeepSpeed.*patch_causal_lm",
-    ),
-    "weight emptied by FSDP or ZeRO-3": (dict(weight=torch.randn(0)), r"got shape \(0,\) with 0 numbers: FSDP"),
-    "weight whose memory FSDP has freed": (dict(weight=freed(torch.randn(V, D))), r"got shape \(9, 4\).*FSDP"),
-    "weight of integers": (
-        dict(weight=torch.ones(V, D, dtype=torch.int64)),
-        "weight must be float32, bfloat16, float16 or float64, got torch.int64",
-    ),
-    "weight of another dtype": (
-        dict(weight=torch.randn(V, D).bfloat16()),
-        "hidden and weight must have one dtype.*float32 and torch.bfloat16",
-    ),
-    "weight on another device": (
-        dict(weight=torch.randn(V, D, device="meta")),
-        "weight must be on the device of .*cpu, got meta",
-    ),
-    "bias of another length": (dict(bias=torch.zeros(V + 1)), r"bias must have \(V,\) \(9,\), got \(10,\)"),
-    "behavior of another length": (
-        dict(behavior_logprobs=-torch.ones(N + 1)),
-        r"behavior_logprobs must have target's shape \(6,\), got \(7,\)",
-    ),
-    "behavior in bfloat16": (
-        dict(behavior_logprobs=-torch.ones(N).bfloat16()),
-        "behavior_logprobs must be float32.*too coarse",
-    ),
-    "behavior nan": (
-        dict(behavior_logprobs=with_value(3, math.nan)),
-        "behavior_logprobs must be finite and at most 0, got nan at flat position 3",
-    ),
-    "behavior -inf": (dict(behavior_logprobs=with_value(3, -math.inf)), "behavior_logprobs must be finite"),
-    "behavior positive": (
-        dict(behavior_logprobs=with_value(3, 2e-4)),
-        r"behavior_logprobs must be .*1 such tokens\): score the data again",
-    ),
-    "cu_seqlens not ascending": (
-        dict(cu_seqlens=torch.tensor([0, 4, 2, N])),
-        r"cu_seqlens must be ascending, got \[0, 4, 2, 6\]",
-    ),
-    "cu_seqlens short of N": (
-        dict(cu_seqlens=torch.tensor([0, 4])),
-        "cu_seqlens must begin with 0 and end at N = 6, got 0 and 4",
-    ),
-    "cu_seqlens not from 0": (dict(cu_seqlens=torch.tensor([1, N])), "cu_seqlens must begin with 0"),
-    "cu_seqlens of floats": (dict(cu_seqlens=torch.tensor([0.0, N])), "cu_seqlens must be torch.int32 or torch.int64"),
-    "cu_seqlens of one number": (dict(cu_seqlens=torch.tensor([0])), r"cu_seqlens must be \(S\+1,\)"),
-    "level": (dict(level="word"), "level must be one of 'token', 'block', 'sequence', got 'word'"),
-    "block_size": (dict(block_size=0), "block_size must be an integer of at least 1.*got 0"),
-    "block_size of a float": (dict(block_size=2.5), "block_size must be an integer"),
-    "gamma zero": (dict(gamma=0.0), r"gamma must be in \(0, 1\], got 0.0"),
-    "gamma above one": (dict(gamma=1.01), r"gamma must be in \(0, 1\]"),
-    "gamma nan": (dict(gamma=math.nan), r"gamma must be in \(0, 1\]"),
-    "log_ratio_clip reversed": (dict(log_ratio_clip=(0.3, -0.08)), r"log_ratio_clip must be \(low, high\).*swap"),
-    "log_weight_clip reversed": (dict(log_weight_clip=(5.0, -10.0)), r"log_weight_clip must be \(low, high\).*swap"),
-    "log_ratio_clip of one": (dict(log_ratio_clip=(0.3,)), "log_ratio_clip must be two numbers"),
-    "reduction": (dict(reduction="none"), "reduction must be one of 'mean', 'sum', 'sequence_mean', got 'none'"),
-    "denominator": (dict(denominator=0.0), "denominator must be a positive number"),
-    "denominator zero, as a tensor": (
-        dict(denominator=torch.tensor(0)),
-        "denominator must be a positive number, got 0",
-    ),
-    "denominator nan": (dict(denominator=torch.tensor(math.nan)), "denominator must be a positive number, got nan"),
-    "gamma of text": (dict(gamma="0.9"), r"gamma must be in \(0, 1\], got '0.9'"),
-    "log_ratio_clip of one number": (dict(log_ratio_clip=0.3), "log_ratio_clip must be two numbers"),
-    "log_weight_clip without end": (dict(log_weight_clip=(0.0, math.inf)), "log_weight_clip must have a finite upper"),
-    "cu_seqlens of a list": (dict(cu_seqlens=[0, N]), "cu_seqlens must be a tensor"),
-    "workspace_bytes of a float": (dict(workspace_bytes=1e9), "workspace_bytes must be a positive integer"),
-    "denominator of two": (dict(denominator=torch.ones(2)), "denominator must hold one number"),
-    "sequence_scale of another length": (
-        dict(sequence_scale=torch.ones(2)),
-        r"sequence_scale must have \(S,\).*\(1,\), got \(2,\)",
-    ),
-    "sequence_scale nan": (dict(sequence_scale=torch.full((1,), math.nan)), "sequence_scale must be finite"),
-    "temperature": (dict(temperature=0.0), "temperature must be a positive number"),
-    "softcap": (dict(softcap=-1.0), "softcap must be a positive number"),
-    "workspace_bytes": (dict(workspace_bytes=0), "workspace_bytes must be a positive integer"),
-    "clip_blocks": (dict(clip_blocks=1), "clip_blocks must be True or False, got 1"),
-    "center": (dict(center="yes"), "center must be True or False, got 'yes'"),
-    "center at sequence level": (
-        dict(center=True, level="sequence"),
-        "center must be off at level 'sequence', got True.*all of them would be 1",
-    ),
-    "clip_length": (dict(clip_length=0), "clip_length must be an integer of at least 1.*or None, got 0"),
-    "clip_length of a float": (dict(clip_length=64.0), "clip_length must be an integer.*got 64.0"),
-    "normalize": (dict(normalize="token"), "normalize must be None or one of 'sequence', 'batch', got 'token'"),
-    "normalize at sequence level": (
-        dict(normalize="sequence", level="sequence"),
-        "normalize must be off at level 'sequence', got 'sequence'",
-    ),
-    "normalize batch and labels": (
-        dict(normalize="batch", sequence_label=torch.tensor([True])),
-        "normalize must not be 'batch' beside sequence_label.*use 'sequence'",
-    ),
-    **{
-        f"block_ids, {name}": (dict(level="block", block_ids=ids), message)
-        for name, ids, message in (
-            ("another length", torch.arange(N + 1), r"block_ids must have target's shape \(6,\), got \(7,\)"),
-            ("a list", [0] * N, "block_ids must be a tensor, got list"),
-            ("floats", torch.zeros(N), r"block_ids must be torch.int32 or torch.int64, got torch.float32.*int\(\)"),
-            ("meta", torch.zeros(N, device="meta").int(), "block_ids must be on the device of .*cpu, got meta"),
-            (
-                "descending",
-                torch.tensor([0, 4, -1, 2, 2, 5]),
-                "block_ids must not descend .*got 2 after 4 at flat pos.*3",
-            ),
-            (
-                "too small",
-                torch.tensor([0, 1, -2, 3, 4, 5]),
-                r"block_ids must be in \[0, 2147483648\).*got -2 at flat.*2",
-            ),
-            (
-                "too large",
-                torch.tensor([0, 1, 2, 3, 4, 2**31]),
-                "block_ids must be in .*got 2147483648 at flat position 5",
-            ),
-        )
-    },
-    "block_ids at token level": (
-        dict(block_ids=torch.arange(N)),
-        "block_ids must be None at level 'token'.*use level 'block'",
-    ),
-    "behavior nan where a block has a ratio": (
-        dict(level="block", block_ids=torch.arange(N), behavior_logprobs=with_value(3, math.nan)),
-        "behavior_logprobs must be finite and at most 0, got nan at flat position 3",
-    ),
+HEAD = dict(hidden=torch.randn(N, D), weight=torch.randn(V, D), target=TARGET)
+FUNCTIONS = {  # with arguments that are right
+    linear_pear_loss: dict(**HEAD, behavior_logprobs=ones(), cu_seqlens=BOUNDS),
+    linear_weighted_loss: dict(**HEAD, weighting="dft", cu_seqlens=BOUNDS),
+    linear_policy_loss: dict(**HEAD, old_logprobs=ones(), advantages=torch.ones(N), cu_seqlens=BOUNDS),
+    linear_distill_loss: dict(**HEAD, teacher=teacher(), behavior_logprobs=ones(), cu_seqlens=BOUNDS),
+    linear_logprobs: HEAD,
+    linear_topk_logprobs: dict(**HEAD, k=K),
+    pear_weights: dict(logprobs=ones(), behavior_logprobs=ones(), cu_seqlens=BOUNDS),
 }
+MODULES = LinearPEARLoss, LinearWeightedLoss, LinearPolicyLoss, LinearDistillLoss
 
 
-@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
-def test_linear_pear_loss(changes, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        call(**changes)
+def call(function, **changes):
+    return function(**(FUNCTIONS.get(function, {}) | changes))
 
 
-def test_cu_seqlens_with_padded_input():
-    with pytest.raises(ValueError, match="cu_seqlens is for packs"):
-        linear_pear_loss(
-            torch.randn(2, 3, D), torch.randn(V, D), torch.zeros(2, 3).long(), -torch.ones(2, 3),
-            cu_seqlens=torch.tensor([0, 3, 6]),
-        )  # fmt: skip
+def raises(message):
+    pattern = ".*".join(map(re.escape, message.split(" ... ")))
+    return pytest.raises((ValueError, TypeError), match=f"(?s)^{pattern}")
+
+
+def tried(rules, takers):
+    """Each rule on each taker of all its arguments."""
+    cases = []
+    for name, changes, message in rules:
+        matching = [taker for taker in takers if changes.keys() <= inspect.signature(taker).parameters.keys()]
+        assert matching, f"nothing takes {[*changes]}"
+        cases += [pytest.param(taker, changes, message, id=f"{taker.__name__}, {name}") for taker in matching]
+    return pytest.mark.parametrize("taker, changes, message", cases)
+
+
+# ---- options
+
+BLOCK_SIZE = "block_size must be an integer of at least 1 (response tokens a block), got "
+CLIP_LENGTH = "clip_length must be an integer of at least 1 (tokens with a log-ratio), or None, got "
+DUAL_CLIP = "dual_clip must be a number of at least 1 + clip_high = 1.2, or None, got "
+IGNORE_INDEX = "ignore_index must be an integer of at most 2**53 in size, got "
+MAX_LENGTH = "max_length must be an integer of at least 1 (tokens), or None, got "
+TAUS = "sapo_temperatures must be two positive numbers, for positive and for negative advantages, got "
+WORKSPACE = "workspace_bytes must be a positive integer of bytes, or None, got "
+FLOOR = "logprob_floor must be a log-prob, at most 0 (-inf for no bound), got "
+OF_ONE = "{name} must be two numbers (low, high), got "
+SWAP = "{name} must be (low, high) with low <= high, got "
+JS_BETA = "js_beta must lie between 0 and 1, got "
+AT_LEAST_0 = "{name} must be a number of at least 0, got "
+FLAG = "{name} must be True or False, got "
+OPTIONS = [  # a field, bad values of it, and the error before the value
+    ("temperature", (0.0, nan, inf, "1", None, True), "{name} must be a positive number, got "),
+    ("softcap", (-1.0, 0, inf, "1"), "softcap must be a positive number, or None for a head without one, got "),
+    ("ignore_index", (-100.0, None, True, 2**60), IGNORE_INDEX),
+    ("workspace_bytes", (0, 1e9), WORKSPACE),
+    ("backend", ("cuda",), "backend must be 'triton' or 'torch', or unset to go by the device, got "),
+    ("level", ("word", None), "level must be one of 'token', 'block', 'sequence', got "),
+    ("block_size", (0, 2.5, True), BLOCK_SIZE),
+    ("gamma", (0.0, 0, 1.01, nan, "0.9"), "gamma must be in (0, 1], got "),
+    ("log_ratio_clip", (0.3, (0.3,), None), OF_ONE),
+    ("log_ratio_clip", ((0.3, -0.08), (nan, 1)), SWAP),
+    ("log_weight_clip", ((5.0, -10.0),), SWAP),
+    ("log_weight_clip", ((0.0, inf),), "log_weight_clip must have a finite upper end, got "),
+    ("clip_blocks", (1,), FLAG),
+    ("center", ("yes", None), FLAG),
+    ("clip_length", (0, -1, 64.0), CLIP_LENGTH),
+    ("normalize", ("token",), "normalize must be None or one of 'sequence', 'batch', got "),
+    ("negative_lambda", (-0.1, nan, inf, "0.1"), AT_LEAST_0),
+    ("logprob_floor", (0.5, nan, inf, "-5"), FLOOR),
+    (
+        "weighting",
+        ("dff",),
+        "weighting must be one of 'none', 'dft', 'iw-sft', 'psft', 'asft', 'idft', got ",
+    ),
+    ("iw_tau", (nan, inf, "1"), "iw_tau must be a finite number, got "),
+    ("iw_max", (-1.0, nan), AT_LEAST_0),
+    ("psft_clip", (-0.1,), AT_LEAST_0),
+    ("asft_kl", (-0.1, "0.1"), AT_LEAST_0),
+    ("idft_clip", ((0.1,), 0.1), OF_ONE),
+    ("idft_clip", ((2.0, 0.1), (-0.1, 1.0), (0.1, inf)), "idft_clip must be (low, high) with 0 <= low <= high, got "),
+    ("objective", ("trpo", None), "objective must be one of 'ppo', 'grpo', ... got "),
+    ("beta", (-0.1, nan, "0.1"), AT_LEAST_0),
+    ("clip_low", (-0.2,), AT_LEAST_0),
+    ("clip_low", (1.5,), "clip_low must be at most 1, got "),
+    ("clip_high", (-0.2, inf), AT_LEAST_0),
+    ("dual_clip", (1.1, nan), DUAL_CLIP),
+    ("sampler_clip", (0.0,), "sampler_clip must be a positive number, or None for no cap, got "),
+    ("sampler_level", ("word",), "sampler_level must be 'token' or 'sequence', got "),
+    ("sapo_temperatures", (1.0, (1, 2, 3), (0.0, 1.0)), TAUS),
+    ("entropy_coef", (nan, "0"), "entropy_coef must be a finite number, got "),
+    ("max_length", (0, 8.0), MAX_LENGTH),
+    ("unbiased_kl", (1, None), FLAG),
+    ("divergence", ("kl",), "divergence must be one of 'forward', 'reverse', 'js', got "),
+    ("js_beta", (0.0, 1.0, nan), JS_BETA),
+    ("distill_temperature", (0.0, inf), "{name} must be a positive number, got "),
+    ("nll_coef", (-0.1, nan), AT_LEAST_0),
+    ("reduction", ("none",), "reduction must be one of 'mean', 'sum', 'sequence_mean', ... got "),
+    ("valid_tokens", (-1, 3.0, True, "3"), "valid_tokens must be an integer of at least 0, or None, got "),
+    ("denominator", (0.0, -1, nan, inf, "3", True), "denominator must be a positive number, got "),
+]  # fmt: skip
+OPTIONS = [
+    (f"{name}={value!r}", {name: value}, message.format(name=name) + repr(value))
+    for name, values, message in OPTIONS
+    for value in values
+]
+ALL_1 = "a sequence's tokens share one weight there, and all of them would be 1"
+TOGETHER = [
+    ("center at level sequence", dict(center=True, level="sequence"),
+     f"center must be off at level 'sequence', got True: {ALL_1}"),
+    ("normalize at level sequence", dict(normalize="sequence", level="sequence"),
+     f"normalize must be off at level 'sequence', got 'sequence': {ALL_1}"),
+    ("the swap", dict(log_ratio_clip=(0.3, -0.08)), "log_ratio_clip ... got (0.3, -0.08): swap the two"),
+    ("clip_low's reason", dict(clip_low=1.5), "clip_low ... got 1.5: ratios are kept above 1 - clip_low"),
+    ("dual_clip's reason", dict(dual_clip=1.1), "dual_clip ... got 1.1: it is what a ratio counts for at most where"),
+    ("js_beta's way out", dict(js_beta=1.0), "js_beta ... got 1.0: for either end take divergence 'forward' or 'rev"),
+    ("logprob_floor's reason", dict(logprob_floor=0.5), "logprob_floor ... got 0.5: wrong tokens below it are not pu"),
+]  # fmt: skip
+
+
+@tried(OPTIONS + TOGETHER, [*FUNCTIONS, *MODULES, *(set(CLASSES.values()) - {TeacherOptions})])
+def test_options(taker, changes, message):
+    with raises(message):
+        call(taker, **changes)
+
+
+def test_reductions_of_each_loss():
+    for function in (linear_pear_loss, linear_weighted_loss, linear_distill_loss):
+        for wrong in ("constant_length", None):
+            with raises(f"reduction must be one of 'mean', 'sum', 'sequence_mean', got {wrong!r}"):
+                call(function, reduction=wrong)
+    with raises("reduction must be one of 'mean', 'sum', 'sequence_mean', 'constant_length', got 'none'"):
+        call(linear_policy_loss, reduction="none")
+    assert call(linear_policy_loss, reduction=None).loss.isfinite()
+
+
+# ---- shapes, dtypes, devices, and what goes together
+
+OF_FLOATS = " must be float32, bfloat16, float16 or float64, got torch.int64"
+FSDP = (
+    ": FSDP or DeepSpeed has flattened it or taken it away, as they do ... patch_causal_lm does), or gather the weight"
+)
+META = " must be on the device of the other arguments, cpu, got meta: move it with "
+ARGUMENTS = [
+    ("int32", dict(target=TARGET.int()), "target must be torch.int64 token ids, got torch.int32: call target.long()"),
+    ("floats", dict(target=torch.zeros(N)), "target must be torch.int64 token ids, got torch.float32"),
+    ("target's length", dict(target=TARGET[1:]), "target must have hidden's leading shape (6,), got (5,)"),
+    ("target None", dict(target=None), "target must be a tensor, got NoneType"),
+    ("hidden (D,)", dict(hidden=torch.randn(D)), "hidden must be (N, D) or (B, T, D), got shape (4,)"),
+    ("hidden of integers", dict(hidden=torch.ones(N, D).long()), "hidden" + OF_FLOATS),
+    ("transposed", dict(weight=torch.randn(D, V)),
+     "weight must be (V, D) with hidden's D = 4, got shape (4, 9): pass the LM head's weight as nn.Linear stores it"),
+    ("flattened by FSDP", dict(weight=torch.randn(V * D)),
+     "weight must be (V, D), whole, got shape (36,) with 36 numbers" + FSDP),
+    ("emptied by ZeRO-3", dict(weight=torch.randn(0)), "weight ... got shape (0,) with 0 numbers" + FSDP),
+    ("freed by FSDP", dict(weight=freed(torch.randn(V, D))), "weight ... got shape (9, 4) with 36 numbers" + FSDP),
+    ("one token", dict(weight=torch.randn(1, D)), "weight must have a vocabulary of at least 2 rows, got shape (1, 4)"),
+    ("weight of integers", dict(weight=torch.ones(V, D).long()), "weight" + OF_FLOATS),
+    ("another dtype", dict(weight=torch.randn(V, D).bfloat16()),
+     "hidden and weight must have one dtype outside autocast, got torch.float32 and torch.bfloat16: cast one of"),
+    ("meta", dict(weight=torch.randn(V, D, device="meta")), f"weight{META}weight.to('cpu')"),
+    ("bias' length", dict(bias=torch.zeros(V + 1)), "bias must have (V,) (9,), got (10,)"),
+    ("bias' dtype", dict(bias=torch.zeros(V).half()), "hidden and bias must have one dtype outside autocast, got"),
+    ("bias on meta", dict(bias=torch.zeros(V, device="meta")), f"bias{META}bias.to('cpu')"),
+    ("of floats", dict(cu_seqlens=BOUNDS.float()), "cu_seqlens must be torch.int32 or torch.int64, got torch.float32"),
+    ("of one", dict(cu_seqlens=torch.tensor([0])), "cu_seqlens must be (S+1,) with S >= 1, got shape (1,)"),
+    ("list", dict(cu_seqlens=[0, N]), "cu_seqlens must be a tensor (S+1,) of int32 or int64, got list"),
+    ("denominator of two", dict(denominator=torch.ones(2)), "denominator must hold one number, got a tensor of shape"),
+    ("scale's length", dict(sequence_scale=torch.ones(3)), "sequence_scale must have (S,), ... (2,), got (3,)"),
+    ("scale on meta", dict(sequence_scale=torch.ones(2, device="meta")), f"sequence_scale{META}sequence_scale.to("),
+    *(
+        rule
+        for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+        for rule in (
+            (f"{name}' length", {name: ones(N + 1)}, f"{name} must have ... shape (6,), got (7,)"),
+            (f"{name} a list", {name: [-1.0] * N}, f"{name} must be a tensor, got list"),
+            *(
+                (
+                    f"{name} {half}",
+                    {name: ones(dtype=half)},
+                    f"{name} must be float32 (or float64), got {half}: half precision is too coarse for ratios, so",
+                )
+                for half in (torch.bfloat16, torch.float16)
+            ),
+            (f"{name} int", {name: ones().long()}, f"{name} must be float32 (or float64), got torch.int64"),
+            (f"{name} meta", {name: ones(device="meta")}, f"{name}{META}{name}.to('cpu')"),
+        )
+    ),
+    # blocks
+    *(
+        (f"block_ids {what}", dict(level="block", block_ids=ids), "block_ids must " + message)
+        for what, ids, message in (
+            ("length", torch.arange(N + 1), "have ... shape (6,), got (7,)"),
+            ("list", [0] * N, "be a tensor, got list"),
+            ("floats", torch.zeros(N), "be torch.int32 or torch.int64, got torch.float32: call block_ids.int()"),
+            ("meta", torch.zeros(N, device="meta").int(), "be on the device of the other arguments, cpu, got meta"),
+        )
+    ),
+    ("block_ids at token level", dict(block_ids=TARGET),
+     "block_ids must be None at level 'token', where every token is its own block: use level 'block'"),
+    ("block_ids without log-ratios", dict(teacher=teacher(), level="block", block_ids=TARGET, behavior_logprobs=None),
+     "block_ids is given, but behavior_logprobs is None: there are no log-ratios to put into blocks"),
+    # pear_weights' own
+    ("logprobs' dtype", dict(logprobs=ones().half()), "logprobs must be float32 (or float64), got torch.float16: half"),
+    ("logprobs' shape", dict(logprobs=ones(1, 1, N)), "logprobs must be (N,) or (B, T), got shape (1, 1, 6)"),
+    ("mask of floats", dict(mask=torch.ones(N)),
+     "mask must be torch.bool, True at response tokens, got torch.float32: call mask.bool()"),
+    ("mask's length", dict(mask=torch.ones(5).bool()), "mask must have logprobs' shape (6,), got (5,)"),
+    # labels
+    ("label of integers", dict(sequence_label=LABEL.long()), "sequence_label must be torch.bool, ... got torch.int64"),
+    ("label of floats", dict(sequence_label=LABEL.float()), "sequence_label must be torch.bool, ... got torch.float32"),
+    ("label's length", dict(sequence_label=torch.ones(3).bool()), "sequence_label must have (S,), ... (2,), got (3,)"),
+    ("of each token", dict(sequence_label=torch.ones(N).bool()), "sequence_label must have (S,), ... (2,), got (6,)"),
+    ("label of a list", dict(sequence_label=[True, False]), "sequence_label must be a tensor, got list"),
+    ("label on meta", dict(sequence_label=torch.ones(2, device="meta").bool()), "sequence_label" + META),
+    ("normalize batch and labels", dict(normalize="batch", sequence_label=LABEL),
+     "normalize must not be 'batch' beside sequence_label, ... use 'sequence', which is of right ones alone"),
+    # policies
+    ("advantages' length", dict(advantages=torch.ones(3)),
+     "advantages must be (S,) = (2,), one per sequence, or have target's shape (6,), one per token, got (3,)"),
+    ("advantages (S, 1)", dict(advantages=torch.ones(2, 1)), "advantages must be (S,) = (2,), ... got (2, 1)"),
+    ("advantages of integers", dict(advantages=torch.ones(2).long()),
+     "advantages must be floating-point, got torch.int64: call advantages.float()"),
+    ("advantages of a list", dict(advantages=[1.0, 2.0]), "advantages must be a tensor, got list"),
+    ("advantages on meta", dict(advantages=torch.ones(2, device="meta")), "advantages" + META),
+    ("no reference policy", dict(beta=0.1),
+     "beta is 0.1, but ref_logprobs is None: pass the reference policy's log-probs"),
+    ("no old policy", dict(old_logprobs=None, sampler_logprobs=ones()),
+     "sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None"),
+    # weightings
+    ("neither", dict(weighting=None, weights=None), "give one of weights and weighting, got neither"),
+    ("both", dict(weights=torch.ones(N)), "give one of weights and weighting, got both, weighting being 'dft'"),
+    ("two names", dict(weights="dft", weighting="psft"),
+     "give one of weights and weighting, got both, weighting being 'psft'"),
+    ("an unknown name", dict(weights="dff", weighting=None),
+     "weighting must be one of 'none', 'dft', 'iw-sft', 'psft', 'asft', 'idft', got 'dff'"),
+    *(
+        (
+            f"no reference for {name}",
+            dict(weighting=name),
+            f"weighting is {name!r}, but ref_logprobs is None: pass the targets' log-probs under the {whose}",
+        )
+        for name, whose in (("iw-sft", "initial model"), ("psft", "previous policy"), ("asft", "initial model"))
+    ),
+    *(
+        (f"weights {what}", dict(weighting=None, weights=weights), "weights " + message)
+        for what, weights, message in (
+            ("length", torch.ones(N + 1), "must have target's shape (6,), got (7,)"),
+            ("list", [1.0] * N, "must be a tensor, got list"),
+            ("int", torch.ones(N).long(), "must be float32 (or float64), got torch.int64: call weights.float()"),
+            ("half", torch.ones(N).bfloat16(), "must be float32 (or float64), got torch.bfloat16"),
+            ("meta", torch.ones(N, device="meta"), "must be on the device of the other arguments, cpu, got meta"),
+            ("too few", lambda lp: lp[1:], "must return a tensor of the log-probs' shape (6,), got shape (5,)"),
+            ("none", lambda lp: None, "must return a tensor of the log-probs' shape (6,), got NoneType"),
+            ("of three", lambda a, b, c: a, "must be a function ... got <lambda>(a, b, c)"),
+            ("of nothing", lambda: 1, "must be a function ... got <lambda>()"),
+            ("complex", lambda lp: lp + 0j, "must return real numbers, got torch.complex"),
+        )
+    ),
+    *(
+        (f"reference {what}", dict(weighting=weighting, weights=weights, reference=reference), message)
+        for what, weighting, weights, reference, message in (
+            ("for dft", "dft", None, teacher(), "reference is for weighting 'asft', whose ... got 'dft'"),
+            ("for weights", None, torch.ones(N), teacher(), "reference is for weighting 'asft', whose ... got None"),
+            ("of top-k", "asft", None, top_k(), "reference must be a pear_kernels.Teacher, got TopKTeacher"),
+            ("of logits", "asft", None, torch.ones(N, V), "reference must be a pear_kernels.Teacher, got Tensor"),
+            ("of 11 tokens", "asft", None, teacher(weight=torch.randn(V + 2, 5)),
+             "reference.weight has a vocabulary of 11, and weight one of 9: a divergence needs the same tokens."),
+        )
+    ),
+    # teachers
+    *(
+        (f"teacher {what}", dict(teacher=given), message)
+        for what, given, message in (
+            ("None", None, "teacher must be a pear_kernels.Teacher or TopKTeacher, got NoneType"),
+            ("of logits", torch.randn(N, V), "teacher must be a pear_kernels.Teacher or TopKTeacher, got Tensor"),
+            ("of 11 tokens", teacher(weight=torch.randn(V + 2, 5)),
+             "teacher.weight has a vocabulary of 11, and weight one of 9: a divergence needs the same tokens."),
+            ("length", teacher(hidden=torch.randn(7, 5)), "teacher.hidden must have target's shape (6,) ... (7, 5)"),
+            ("of (N,)", teacher(hidden=torch.randn(N)), "teacher.hidden must have target's shape (6,) ... got (6,)"),
+            ("transposed", teacher(weight=torch.randn(5, V)), "teacher.weight must be (V, D') with ... got (5, 9)"),
+            ("dtypes", teacher(weight=torch.randn(V, 5).double()),
+             "teacher.hidden and teacher.weight must have one dtype outside autocast, got torch.float32 and torch.f"),
+            ("integers", teacher(hidden=torch.ones(N, 5).long()), "teacher.hidden" + OF_FLOATS),
+            ("bias", teacher(bias=torch.zeros(V + 1)), "teacher.bias must have (V,) (9,), got (10,)"),
+            ("temperature", teacher(temperature=0.0), "teacher.temperature must be a positive number, got 0.0"),
+            ("softcap", teacher(softcap=-1.0), "teacher.softcap must be a positive number, or None, got -1.0"),
+            ("meta", teacher(hidden=torch.randn(N, 5, device="meta")), "teacher.hidden" + META),
+            ("list", teacher(hidden=[1.0]), "teacher.hidden must be a tensor, got list"),
+            ("ids list", top_k()._replace(ids=[1]), "teacher.ids must be a tensor, got list"),
+            ("ids of floats", top_k()._replace(ids=torch.zeros(N, K)),
+             "teacher.ids must be torch.int64 or torch.int32, got torch.float32"),
+            ("ids' length", top_k()._replace(ids=torch.zeros(5, K)),
+             "teacher.ids must have target's shape (6,) and K last, got (5, 3)"),
+            ("ids (N,)", TopKTeacher(TARGET, ones()), "teacher.ids must have target's shape (6,) and K last, got (6,)"),
+            ("another K", top_k()._replace(logprobs=ones(N, K + 1)),
+             "teacher.logprobs must have the shape of teacher.ids (6, 3), got (6, 4)"),
+            ("half", top_k()._replace(logprobs=ones(N, K, dtype=torch.bfloat16)),
+             "teacher.logprobs must be float32 (or float64), got torch.bfloat16"),
+            ("K of the vocabulary", top_k(k=V),
+             "teacher.ids must have a K of at least 1 and less than the vocabulary's 9 tokens, got 9"),
+            ("K of zero", TopKTeacher(TARGET[:, None][:, :0], ones(N, 0)), "teacher.ids must have a K of ... got 0"),
+            ("ids meta", top_k()._replace(ids=torch.zeros(N, K, device="meta").long()), "teacher.ids" + META),
+        )
+    ),
+    ("return_entropy of top-k", dict(teacher=top_k(), return_entropy=True),
+     "return_entropy does not work with a TopKTeacher, whose pass makes no entropy of the student: pass False,"),
+    *(
+        (f"k={k!r}", dict(k=k), f"k must have a K of at least 1 and less than the vocabulary's 9 tokens, got {k!r}")
+        for k in (0, -1, V, V + 1, 2.5, "3", True)
+    ),
+]  # fmt: skip
+
+
+@tried(ARGUMENTS, FUNCTIONS)
+def test_arguments(taker, changes, message):
+    with raises(message):
+        call(taker, **changes)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_padded_rows(function):
+    def padded(name, value):
+        return (
+            value.view(2, 3, *value.shape[1:])
+            if getattr(value, "shape", ())[:1] == (N,) and name != "weight"
+            else value
+        )
+
+    arguments = {name: padded(name, value) for name, value in FUNCTIONS[function].items()}
+    if "teacher" in arguments:
+        for wrong, field in ((teacher(), "hidden"), (top_k(), "ids")):
+            with raises(
+                f"teacher.{field} must have target's shape (2, 3) ... got (6, {getattr(wrong, field).shape[1]})"
+            ):
+                function(**arguments | {"teacher": wrong, "cu_seqlens": None})
+        arguments["teacher"] = Teacher(torch.randn(2, 3, 5), torch.randn(V, 5))
+    if "cu_seqlens" in arguments:
+        with raises("cu_seqlens is for packs, but ... (B, T"):
+            function(**arguments)
+        del arguments["cu_seqlens"]
+    if "advantages" in arguments:
+        with raises("advantages must be (S,) = (2,), ... target's shape (2, 3), one per token, got (6,)"):
+            function(**arguments | {"advantages": torch.ones(6)})
+    if function is linear_pear_loss:
+        assert function(**arguments, sequence_label=LABEL).loss.isfinite()
+        with raises("sequence_label must have (S,), one flag per sequence (2,), got (2, 3)"):
+            function(**arguments, sequence_label=torch.ones(2, 3, dtype=torch.bool))
+    function(**arguments)
+
+
+# ---- values
+
+WHOSE = {
+    "behavior_logprobs": "its behaviour policy",
+    "old_logprobs": "the policy before the update",
+    "ref_logprobs": "the reference policy",
+    "sampler_logprobs": "the policy as it was sampled from",
+}
+AGAIN = ": write them again with `pear score --top_k`"
+VALUES = [
+    ("too large", dict(target=with_value(2, V, TARGET)),
+     "target must be in [0, 9) or ignore_index (-100), got 9 at flat position 2"),
+    ("negative", dict(target=with_value(2, -1, TARGET)),
+     "target must be in [0, 9) or ignore_index (-100), got -1 at flat position 2"),
+    ("not ascending", dict(cu_seqlens=torch.tensor([0, 4, 2, N])), "cu_seqlens must be ascending, got [0, 4, 2, 6]"),
+    ("short", dict(cu_seqlens=torch.tensor([0, 4])), "cu_seqlens must begin with 0 and end at N = 6, got 0 and 4: it"),
+    ("not from 0", dict(cu_seqlens=torch.tensor([1, N])), "cu_seqlens must begin with 0 and end at N = 6, got 1 and 6"),
+    ("zero, as a tensor", dict(denominator=torch.tensor(0)), "denominator must be a positive number, got 0"),
+    ("nan, as a tensor", dict(denominator=torch.tensor(nan)), "denominator must be a positive number, got nan"),
+    ("scale nan", dict(sequence_scale=torch.tensor([1, nan])), "sequence_scale must be finite, got [1.0, nan]"),
+    ("valid_tokens", dict(valid_tokens=5),
+     "valid_tokens must be the number of targets that are not ignore_index, got 5 where there are 6"),
+    *(
+        (f"{name} {value}", {name: with_value(3, value)},
+         f"{name} must be finite and at most 0, got {found} ... at flat position 3 (1 such tokens): score the data "
+         f"again under {whose}")
+        for name, whose in WHOSE.items()
+        for value, found in ((nan, "nan"), (-inf, "-inf"), (2e-4, "0.000199"))
+    ),
+    *(
+        (
+            f"block_ids {ids}",
+            dict(level="block", block_ids=torch.tensor(ids), cu_seqlens=None),
+            "block_ids must " + message,
+        )
+        for ids, message in (
+            ([0, 4, -1, 2, 2, 5], "not descend within a sequence, got 2 after 4 at flat position 3 (2 such)"),
+            ([0, 1, -2, 3, 4, 5], "be in [0, 2147483648), or -1 for no log-ratio, got -2 at flat position 2 (1 such)"),
+            ([0, 1, 2, 3, 4, 2**31],
+             "be in [0, 2147483648), or -1 for no log-ratio, got 2147483648 at flat position 5"),
+        )
+    ),
+    ("block_ids at level sequence", dict(level="sequence", block_ids=-TARGET), "block_ids must be in [0, 2147483648)"),
+    ("nan where a block has a ratio", dict(level="block", block_ids=TARGET, behavior_logprobs=with_value(3, nan)),
+     "behavior_logprobs must be finite and at most 0, got nan at flat position 3"),
+    ("advantages nan", dict(advantages=torch.tensor([1.0, nan])),
+     "advantages must be finite, got nan at flat position 1 (1 such): a reward was not finite, or was divided by"),
+    ("advantages inf", dict(advantages=with_value(4, inf)), "advantages must be finite, got inf at flat position 4"),
+    *(
+        (
+            f"weights {value}",
+            dict(weighting=None, weights=with_value(3, value)),
+            f"weights must be finite where a token counts, got {value} at flat position 3 (1 such)",
+        )
+        for value in (nan, -inf)
+    ),
+    *(
+        (f"top-k of {row}", dict(teacher=top_k(**row)), f"teacher.{message} at flat position 2 (1 such){AGAIN}")
+        for row, message in (
+            (dict(ids=[0, V, 1]), "ids must be in [0, 9), got [0, 9, 1]"),
+            (dict(ids=[0, -1, 1]), "ids must be in [0, 9), got [0, -1, 1]"),
+            (dict(ids=[4, 1, 4]), "ids must be distinct tokens, got [4, 1, 4]"),
+            (dict(logprobs=[-2.0, -1.0, -3.0]), "logprobs must be sorted, the largest first, got [-2.0, -1.0, -3.0]"),
+            (dict(logprobs=[-0.5, -0.6, -0.7]), "logprobs must have a sum of probabilities of at most 1, got 1.65 ..."),
+            (dict(logprobs=[-1.0, nan, -3.0]), "logprobs must be finite, got [-1.0, nan, -3.0]"),
+            (dict(logprobs=[-1.0, -2.0, -inf]), "logprobs must be finite, got [-1.0, -2.0, -inf]"),
+        )
+    ),
+]  # fmt: skip
+
+
+@tried(VALUES, FUNCTIONS)
+def test_values_and_their_switch(taker, changes, message, monkeypatch):
+    with raises(message):
+        call(taker, **changes)
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
+    try:
+        call(taker, **changes)  # anything may come of it but our error
+    except Exception as error:
+        assert not isinstance(error, ValueError)
+
+
+def test_switched_off_checks_change_no_result(monkeypatch):
+    checked = call(linear_pear_loss, denominator=3.0)
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
+    assert torch.equal(call(linear_pear_loss, denominator=3.0).loss, checked.loss)
+    with raises("gamma must be in (0, 1], got 2.0"):  # options stay checked
+        call(linear_pear_loss, gamma=2.0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_switch_itself_is_checked(function, monkeypatch):
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "no")
+    with raises("PEAR_KERNELS_CHECK_VALUES must be 0 (no checks of values) or 1, got 'no'"):
+        call(function)
+
+
+# ---- values that do not matter
 
 
 def test_what_stands_at_ignored_tokens_does_not_matter():
-    target = with_value(3, -100, torch.arange(N))
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(N, D), torch.randn(V, D)
-    losses = [
-        linear_pear_loss(hidden, weight, target, with_value(3, value)).loss.item() for value in (-1.0, math.nan, 7.0)
-    ]
-    assert losses[0] == losses[1] == losses[2]
+    head = dict(target=with_value(3, -100, TARGET))
+    loaded, offline, losses = teacher(), top_k(), []
+    for value, ids in ((-1.0, 1), (nan, -1), (7.0, V + 3), (inf, 0)):
+        column = with_value(3, value)
+        of_policies = dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_logprobs", "advantages"), column)
+        loaded.hidden[3], offline.ids[3], offline.logprobs[3] = value, ids, value
+        outputs = (
+            call(linear_pear_loss, **head, behavior_logprobs=column),
+            call(linear_pear_loss, **head, behavior_logprobs=column, sequence_label=LABEL),
+            call(linear_weighted_loss, **head, weights=column, weighting=None),
+            call(linear_weighted_loss, **head, weighting="asft", ref_logprobs=column),
+            call(linear_weighted_loss, **head, weighting="iw-sft", ref_logprobs=column),
+            call(linear_policy_loss, **head, **of_policies, beta=0.1, entropy_coef=0.1),
+            call(linear_distill_loss, **head, teacher=loaded, behavior_logprobs=column),
+            call(linear_distill_loss, **head, teacher=offline, behavior_logprobs=column),
+        )
+        losses.append([out.loss.item() for out in outputs])
+    assert losses[0] == losses[1] == losses[2] == losses[3] and all(map(math.isfinite, losses[0]))
 
 
 def test_nor_where_a_token_has_no_ratio():
-    torch.manual_seed(0)
-    arguments = dict(hidden=torch.randn(N, D), weight=torch.randn(V, D), level="block")
-    arguments["block_ids"] = with_value(3, -1, torch.arange(N))
+    blocks = dict(level="block", block_ids=with_value(3, -1, TARGET), cu_seqlens=None)
     losses = [
-        call(**arguments, behavior_logprobs=with_value(3, value), clip_blocks=clip_blocks).loss.item()
-        for value in (-1.0, math.nan, 7.0, -math.inf)
+        call(linear_pear_loss, **blocks, behavior_logprobs=with_value(3, value), clip_blocks=clip_blocks).loss.item()
+        for value in (-1.0, nan, 7.0, -inf)
         for clip_blocks in (False, True)
     ]
     assert len(set(losses)) == 1  # in blocks of one token
 
 
 def test_ids_may_start_anew_in_each_sequence_and_hold_anything_at_ignored_tokens():
-    bounds, target = torch.tensor([0, 3, N]), with_value(4, -100, torch.arange(N))
-    options = dict(level="block", target=target, cu_seqlens=bounds)
-    assert call(**options, block_ids=torch.tensor([1, 1, 2**31 - 1, 0, -77, 1])).loss.isfinite()
-    with pytest.raises(ValueError, match="block_ids must not descend .*got 0 after 1 at flat position 5"):
-        call(**options, block_ids=torch.tensor([0, 0, 0, 1, 0, 0]).int())
+    options = dict(level="block", target=with_value(4, -100, TARGET), cu_seqlens=torch.tensor([0, 3, N]))
+    ids = torch.tensor([1, 1, 2**31 - 1, 0, -77, 1])
+    assert call(linear_pear_loss, **options, block_ids=ids).loss.isfinite()
+    with raises("block_ids must not descend within a sequence, got 0 after 1 at flat position 5"):
+        call(linear_pear_loss, **options, block_ids=torch.tensor([0, 0, 0, 1, 0, 0]).int())
 
 
-def test_rounding_just_above_zero_is_no_error():
-    assert call(behavior_logprobs=with_value(3, 5e-5)).loss.isfinite()
+def test_rounding_is_no_error():
+    column = with_value(3, 5e-5)
+    of_policies = dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_logprobs"), column)
+    just_above_1 = torch.tensor([0.6, 0.3, 0.1 + 5e-5]).log().tolist()
+    assert call(linear_pear_loss, behavior_logprobs=column).loss.isfinite()
+    assert call(linear_policy_loss, **of_policies, beta=0.1).loss.isfinite()
+    assert call(linear_distill_loss, teacher=top_k(logprobs=just_above_1)).loss.isfinite()
+    assert call(linear_pear_loss, sequence_label=LABEL, logprob_floor=-inf).loss.isfinite()
 
 
-def test_linear_logprobs_and_module_check_too():
-    with pytest.raises(ValueError, match="target must be in"):
-        linear_logprobs(torch.randn(N, D), torch.randn(V, D), torch.full((N,), V))
-    with pytest.raises(ValueError, match="gamma must be in"):
-        LinearPEARLoss(gamma=2.0)
-    with pytest.raises(ValueError, match="clip_length must be"):
-        LinearPEARLoss(clip_length=-1)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(behavior_logprobs=-torch.ones(N + 1)), "behavior_logprobs must have logprobs' shape"),
-        (dict(logprobs=-torch.ones(N).half()), "logprobs must be float32"),
-        (dict(mask=torch.ones(N)), r"mask must be torch.bool.*mask.bool\(\)"),
-        (dict(mask=torch.ones(N - 1, dtype=torch.bool)), "mask must have logprobs' shape"),
-        (dict(logprobs=-torch.ones(1, 1, N)), r"logprobs must be \(N,\) or \(B, T\)"),
-        (dict(behavior_logprobs=torch.full((N,), math.nan)), "behavior_logprobs must be finite"),
-        (dict(cu_seqlens=torch.tensor([0, 3])), "cu_seqlens must begin with 0 and end at N"),
-        (dict(gamma=0), "gamma must be in"),
-        (dict(center=None), "center must be True or False"),
-        (dict(block_ids=torch.zeros(N)), "block_ids must be torch.int32 or torch.int64"),
-        (dict(block_ids=torch.zeros(N + 1).int()), "block_ids must have logprobs' shape"),
-        (dict(block_ids=torch.zeros(N).int()), "block_ids must be None at level 'token'"),
-        (dict(block_ids=-torch.arange(N), level="sequence"), "block_ids must be in"),
-    ],
-)
-def test_pear_weights(changes, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        pear_weights(**{"logprobs": -torch.ones(N), "behavior_logprobs": -torch.ones(N), **changes})
-
-
-# ---- checks of values: off the CPU, and switched off
-
-
-VALUES_THAT_ARE_BAD = {name: BAD[name] for name in ("target too large", "behavior nan", "cu_seqlens short of N")}
-
-
-@pytest.mark.parametrize("changes, message", VALUES_THAT_ARE_BAD.values(), ids=VALUES_THAT_ARE_BAD.keys())
-def test_checks_of_values_can_be_switched_off(changes, message, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
-    try:
-        call(**changes)  # anything may come of it but our error
-    except Exception as error:
-        assert not isinstance(error, ValueError)
-    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "1")
-    with pytest.raises(ValueError, match=message):
-        call(**changes)
-
-
-def test_switched_off_checks_change_no_result(monkeypatch):
-    arguments = dict(hidden=torch.randn(N, D), weight=torch.randn(V, D), denominator=3.0)
-    checked = call(**arguments)
-    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
-    assert torch.equal(call(**arguments).loss, checked.loss)
-    with pytest.raises(ValueError, match="gamma must be"):  # options stay checked
-        call(gamma=2.0)
-
-
-def test_the_switch_itself_is_checked(monkeypatch):
-    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "no")
-    with pytest.raises(ValueError, match="PEAR_KERNELS_CHECK_VALUES must be 0 .* or 1, got 'no'"):
-        call()
-    with pytest.raises(ValueError, match="PEAR_KERNELS_CHECK_VALUES"):
-        pear_weights(-torch.ones(N), -torch.ones(N))
+# ---- off the CPU
 
 
 class Asserts(TorchDispatchMode):
@@ -320,15 +582,23 @@ def test_checks_of_values_read_nothing_off_the_cpu():
     """A tensor of device "meta" has no values, so reading one raises, whichever way it is done."""
     big = 2**31 - 1
     floats, ids = torch.zeros(N, device="meta"), torch.zeros(N, dtype=torch.int64, device="meta")
+    top = torch.zeros(N, K, device="meta")
+    valid = ids == 0
     with Asserts() as asserts:
         checks.check_cu_seqlens(ids, big)
-        checks.check_target(ids, ids == 0, big, -big)
-        checks.check_logprobs("behavior_logprobs", floats, ids == 0)
+        checks.check_target(ids, valid, big, -big)
+        checks.check_valid_tokens(big, valid)
+        for name in WHOSE:
+            checks.check_logprobs(name, floats, valid)
         checks.check_denominator(floats[0])
         checks.check_sequence_scale(floats)
-        checks.check_block_ids(ids, ids == 0, ids)
-    names = ["cu_seqlens", "cu_seqlens", "target", "behavior_logprobs", "denominator", "sequence_scale"]
-    names += ["block_ids", "block_ids"]
+        checks.check_block_ids(ids, valid, ids)
+        checks.check_advantages(floats, None)
+        checks.check_advantages(floats, valid)
+        checks.check_weights(floats, valid)
+        checks.check_top_k(top.long(), top, valid, V)
+    names = ["cu_seqlens"] * 2 + ["target", "valid_tokens", *WHOSE, "denominator", "sequence_scale"]
+    names += ["block_ids"] * 2 + ["advantages"] * 2 + ["weights"] + ["teacher.ids"] * 2 + ["teacher.logprobs"] * 3
     assert [message.split()[1] for message in asserts.messages] == names
     # CUDA's assert takes no longer message
     assert all(message.startswith("pear_kernels: ") and len(message.encode()) < 255 for message in asserts.messages)
@@ -341,97 +611,39 @@ def test_checks_of_arguments_read_nothing(denominator, padded):
     shape = (2, N // 2) if padded else (N,)
     with FakeTensorMode(), torch.device("cuda"):
         head = dict(hidden=torch.randn(*shape, D), weight=torch.randn(V, D), target=torch.zeros(shape).long())
-        behavior = torch.zeros(shape)
-        bounds = None if padded else torch.zeros(3, dtype=torch.int32)
-        out = linear_pear_loss(
-            **head, behavior_logprobs=behavior, cu_seqlens=bounds, sequence_scale=torch.ones(2),
-            denominator=denominator(()) if callable(denominator) else denominator, level="block",
-            block_ids=torch.zeros(shape).int(), center=True, normalize="sequence",
-        )  # fmt: skip
-        results = [out.logprobs, linear_logprobs(**head), pear_weights(behavior, behavior, behavior < 1)]
+        bounds = {} if padded else {"cu_seqlens": torch.zeros(3, dtype=torch.int32)}
+        divisor = denominator(()) if callable(denominator) else denominator
+        common = dict(**head, **bounds, denominator=divisor, sequence_scale=torch.ones(2), valid_tokens=N)
+        column, label = torch.zeros(shape), torch.zeros(2, dtype=torch.bool)
+        blocks = dict(level="block", block_ids=torch.zeros(shape).int(), center=True, normalize="sequence")
+        of_policies = dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_logprobs"), column)
+        gspo = dict(objective="gspo", sampler_level="sequence", max_length=5, reduction="constant_length")
+        teachers = (
+            Teacher(torch.randn(*shape, 5), torch.randn(V, 5)),
+            TopKTeacher(torch.zeros(*shape, K).long(), torch.zeros(*shape, K)),
+        )
+        outputs = [
+            linear_pear_loss(**common, behavior_logprobs=column, **blocks),
+            linear_pear_loss(**common, behavior_logprobs=column, sequence_label=label),
+            linear_weighted_loss(**common, weights=column),
+            *(
+                linear_weighted_loss(**common, weighting=name, ref_logprobs=column)
+                for name in ("none", "dft", "iw-sft", "psft", "asft", "idft")
+            ),
+            *(
+                linear_policy_loss(**common, **of_policies, advantages=each, beta=0.1, entropy_coef=0.1, **gspo)
+                for each in (torch.ones(shape), torch.ones(2))
+            ),
+            *(
+                linear_distill_loss(**common, teacher=each, behavior_logprobs=given, divergence=divergence)
+                for each in teachers
+                for given in (None, column)
+                for divergence in ("forward", "reverse", "js")
+            ),
+        ]
+        results = [x for out in outputs for x in (out.logprobs, out.weights)]
+        results += [linear_logprobs(**head), pear_weights(column, column, column < 1)]
         assert all(result.is_cuda and result.shape == shape for result in results)
+        assert all(x.is_cuda and x.shape == (*shape, K) for x in linear_topk_logprobs(**head, k=K))
         with pytest.raises(DataDependentOutputException):
-            bool(out.loss > 0)  # as it would there
-
-
-# ---- out of memory
-
-
-CUDA_SAYS = "CUDA out of memory. Tried to allocate 8.00 GiB."
-CPU_SAYS = (
-    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
-)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError(CPU_SAYS)])
-@pytest.mark.parametrize("workspace_bytes, size", [(None, "128.0 MiB"), (3 << 20, "3.0 MiB")])
-def test_out_of_memory_names_the_workspace_and_the_option(error, workspace_bytes, size, monkeypatch):
-    def reserve(self, *_):
-        raise error
-
-    monkeypatch.setattr(cpu.Head, "reserve", reserve)
-    hidden, weight = torch.randn(N, D), torch.randn(V, D, requires_grad=True)
-    message = rf"ran out of memory. It asks for a workspace of up to {size} \(lower it: workspace_bytes, now"
-    with pytest.raises(type(error), match=message) as raised:
-        call(hidden=hidden, weight=weight, workspace_bytes=workspace_bytes)
-    assert type(raised.value) is type(error) and raised.value.__cause__ is error and str(error) in str(raised.value)
-    assert "float32 gradient of weight (V, D) = (9, 4)" in str(raised.value)
-    with pytest.raises(type(error), match=message) as raised:
-        linear_logprobs(hidden, weight, torch.arange(N), workspace_bytes=workspace_bytes)
-    assert "gradient of weight" not in str(raised.value)  # the forward pass makes none
-
-
-def test_out_of_memory_in_a_backward_pass(monkeypatch):
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
-    logprobs = linear_logprobs(hidden, weight, torch.arange(N))
-
-    def reserve(self, *_):
-        raise torch.OutOfMemoryError(CUDA_SAYS)
-
-    monkeypatch.setattr(cpu.Head, "reserve", reserve)
-    with pytest.raises(torch.OutOfMemoryError, match="backward pass of linear_logprobs.*workspace.*gradient of hidden"):
-        logprobs.sum().backward()
-
-
-def test_other_errors_stay_as_they_are(monkeypatch):
-    error = RuntimeError("something else")
-
-    def reserve(self, *_):
-        raise error
-
-    monkeypatch.setattr(cpu.Head, "reserve", reserve)
-    with pytest.raises(RuntimeError, match="^something else$") as raised:
-        call()
-    assert raised.value is error
-
-
-LITTLE_MEMORY = """
-import resource, torch
-from pear_kernels import linear_pear_loss
-
-def call(V, D, **options):
-    weight = torch.zeros(1, 1).expand(V, D).requires_grad_()
-    return linear_pear_loss(torch.ones(1000, D), weight, torch.zeros(1000).long(), -torch.ones(1000), **options)
-
-torch.set_num_threads(1)
-call(64, 8)
-address_space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (address_space + (100 << 20), resource.RLIM_INFINITY))
-for V, D, options in [(40_000, 8, {"workspace_bytes": 1 << 30}), (40_000, 1000, {})]:
-    try:
-        call(V, D, **options)
-    except RuntimeError as error:
-        print(str(error).split("[")[0])
-print(call(40_000, 8, workspace_bytes=8 << 20).loss.item())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space, which Linux counts")
-def test_memory_that_is_really_short():
-    """What PyTorch's CPU allocator says is recognised, and the advice helps."""
-    run = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    workspace, gradient, loss = run.stdout.splitlines()
-    assert workspace.startswith("linear_pear_loss ran out of memory. It asks for a workspace of up to 1024.0 MiB")
-    assert "152.6 MiB for the float32 gradient of weight (V, D) = (40000, 1000)" in gradient
-    assert float(loss) > 0
+            bool(outputs[0].loss > 0)  # as it would there
