@@ -1,10 +1,12 @@
 """The losses as their papers write them: full logits, one sequence at a time. Slow; for readers and for tests.
 
-Shares no code with the rest of the package. Gradients come from autograd through `log_softmax`.
+This module shares no code with the rest of the package. Gradients come from autograd through `log_softmax`.
 """
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +26,22 @@ def naive_weights(
     clip_length: int | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there); "batch" is the caller's."""
+    """G_1..G_T of arXiv 2602.01058, position by position (t counts from 1, as there).
+
+    `normalize` "batch" needs all sequences: the losses below apply it.
+    """
     T = len(logprobs)
     if block_ids is not None:
-        places = [(t, block_ids[t - 1].item()) for t in range(1, T + 1) if block_ids[t - 1] != -1]
+        places = [(t, int(block_ids[t - 1])) for t in range(1, T + 1) if block_ids[t - 1] != -1]
     else:
         places = [(t, t if level == "token" else (t - 1) // block_size) for t in range(1, T + 1)]
-    members = {}  # of each block, the positions of its log-ratios
+    members: dict[int, list[int]] = {}  # positions with a log-ratio, by block
     for t, block in places:
         members.setdefault(block, []).append(t)
     low, high = log_ratio_clip
     if clip_length is not None and len(places) > clip_length:
         low, high = low * clip_length / len(places), high * clip_length / len(places)
-    rho = {}
+    rho = {}  # sum of a block's clipped log-ratios
     for block, positions in members.items():
         ratios = [(logprobs[t - 1] - behavior_logprobs[t - 1]).item() for t in positions]
         if clip_blocks:
@@ -50,16 +55,32 @@ def naive_weights(
     for t in range(1, T + 1):
         later = [block for block, positions in members.items() if min(positions) > t]
         if level == "sequence":
-            value = sum(rho.values())
+            value = sum(rho.values(), 0.0)
         else:
-            value = sum(rho[block] + len(members[block]) * math.log(gamma) for block in later)
+            value = sum((rho[block] + len(members[block]) * math.log(gamma) for block in later), 0.0)
         log_g.append(min(max(value, log_weight_clip[0]), log_weight_clip[1]))
     G = torch.tensor(log_g, dtype=torch.float64, device=logprobs.device).exp()
     return (G / G.mean() if normalize == "sequence" and T else G).to(logprobs.dtype)
 
 
-def naive_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=None) -> Tensor:
-    """(N, V): capped, and divided by the temperature."""
+def naive_batch_weights(
+    logprobs: Tensor, behavior_logprobs: Tensor, sequences: list[Tensor], block_ids: Tensor | None = None, **pear: Any
+) -> Tensor:
+    """(N,) G of all sequences from (N,) columns and `responses`, 0 at ignored tokens; options of naive_weights."""
+    weights, lp = torch.zeros_like(logprobs), logprobs.detach()
+    for response in sequences:
+        ids = None if block_ids is None else block_ids[response]
+        behavior = behavior_logprobs[response].to(lp.dtype)
+        weights[response] = naive_weights(lp[response], behavior, block_ids=ids, **pear)
+    if pear.get("normalize") == "batch" and any(map(len, sequences)):
+        weights = weights / weights[torch.cat(sequences)].mean()
+    return weights
+
+
+def naive_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """(N, V): bounded by the softcap, and divided by the temperature."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -68,35 +89,41 @@ def naive_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=None) ->
     return logits / temperature
 
 
-def naive_logprobs(hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100) -> Tensor:
-    """log pi of each target from the full logits (N, V); 0 at ignored tokens."""
-    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
+def naive_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head: Any) -> Tensor:
+    """(N,) log pi of each target from the full logits; 0 at ignored tokens. `head`: options of naive_logits."""
     valid = target != ignore_index
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(naive_logits(hidden, weight, **head), dim=-1)
     return logprobs.gather(-1, target.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0.0)
 
 
 def naive_entropy(log_p: Tensor) -> Tensor:
-    """(N,) in nats, of log-probs (N, V); a token of probability 0 adds nothing."""
+    """(N,) in nats, from log-probs (N, V); a token of probability 0 adds nothing."""
     return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
 
 
 def responses(target: Tensor, cu_seqlens: list[int] | Tensor | None, ignore_index: int) -> list[Tensor]:
-    """Where the tokens that count stand, one tensor for each of the S sequences."""
+    """Positions of the tokens that count, one tensor for each of the S sequences."""
     bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
     edges = zip(bounds[:-1], bounds[1:], strict=True)
     return [begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1) for begin, end in edges]
 
 
-def reduced(losses: Tensor, sequences: list[Tensor], sequence_scale, reduction: str, denominator) -> Tensor:
-    """Losses (N,) of tokens to that of the batch: scaled by sequence, summed, and divided."""
+def reduced(
+    losses: Tensor,  # (N,)
+    sequences: list[Tensor],
+    sequence_scale: Tensor | None,  # (S,)
+    reduction: str,
+    denominator: float | None,
+) -> Tensor:
+    """(): the batch's loss: losses of tokens, scaled by sequence, summed and divided."""
     total = losses.sum() * 0
     for s, response in enumerate(sequences):
         term = losses[response].sum()
         if reduction == "sequence_mean" and len(response):
             term = term / len(response)
         total = total + (term if sequence_scale is None else term * sequence_scale[s])
-    divisor = {"mean": sum(map(len, sequences)), "sum": 1, "sequence_mean": sum(len(r) > 0 for r in sequences)}
+    lengths = [len(response) for response in sequences]
+    divisor = {"mean": sum(lengths), "sum": 1, "sequence_mean": sum(length > 0 for length in lengths)}
     return total / (denominator or max(divisor[reduction], 1))
 
 
@@ -113,20 +140,13 @@ def naive_pear_loss(
     logprob_floor: float = -5.0,
     level: str = "token",
     block_size: int = 4,
-    gamma: float = 0.999,
-    log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
-    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
-    block_ids: Tensor | None = None,  # (N,)
-    clip_blocks: bool = False,
-    center: bool = False,
-    clip_length: int | None = None,
-    normalize: str | None = None,
-    sequence_scale: Tensor | None = None,
+    sequence_scale: Tensor | None = None,  # (S,)
     reduction: str = "mean",
     denominator: float | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    **pear: Any,  # block_ids, gamma, normalize and the other options of naive_weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, logprobs, weights)` of linear_pear_loss: L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor.
 
@@ -135,33 +155,25 @@ def naive_pear_loss(
     logprobs = naive_logprobs(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )
-    weights, losses = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     sequences = responses(target, cu_seqlens, ignore_index)
-    for s, response in enumerate(sequences):
-        right = sequence_label is None or bool(sequence_label[s])
-        lp = logprobs[response]
-        ids = None if block_ids is None else block_ids[response]
-        G = naive_weights(
-            lp.detach(), behavior_logprobs[response].to(lp.dtype), level if right else "sequence",
-            1 if level == "token" else block_size, gamma, log_ratio_clip, log_weight_clip, ids, clip_blocks,
-            center and right, clip_length, normalize if right else None,
-        )  # fmt: skip
-        if right:
-            weights[response] = G
-            losses[response] = G * -lp
-        else:
-            pushed = lp.detach() > logprob_floor
-            weights[response] = -negative_lambda * G * pushed
-            losses[response] = -negative_lambda * G * torch.where(pushed, -lp, -logprob_floor)
-    if normalize == "batch" and sum(map(len, sequences)):
-        mean = torch.cat([weights[response] for response in sequences]).mean()
-        weights, losses = weights / mean, losses / mean
+    pear["block_size"] = 1 if level == "token" else block_size
+    weights = naive_batch_weights(logprobs, behavior_logprobs, sequences, level=level, **pear)
+    bounded = torch.zeros_like(logprobs)  # loss of wrong tokens at or below the floor, a constant
+    if sequence_label is not None:
+        pear |= {"level": "sequence", "center": False, "normalize": None}
+        wrong = [response for response, right in zip(sequences, sequence_label, strict=True) if not right]
+        G = naive_batch_weights(logprobs, behavior_logprobs, wrong, **pear)
+        for response in wrong:
+            pushed = logprobs[response].detach() > logprob_floor
+            weights[response] = -negative_lambda * G[response] * pushed
+            bounded[response] = -negative_lambda * G[response] * ~pushed * -logprob_floor
+    losses = weights * -logprobs + bounded
     loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
     return loss, logprobs.detach(), weights
 
 
-def needs_index(weights) -> bool:
-    """Whether a function of weights takes the tokens' places too: its second argument has no default, or that name."""
+def needs_index(weights: Callable[..., Tensor]) -> bool:
+    """Whether a weight function takes the tokens' index: its second argument has no default, or is named so."""
     try:
         parameters = inspect.signature(getattr(weights, "forward", weights)).parameters.values()
     except (TypeError, ValueError):  # a builtin
@@ -174,11 +186,11 @@ def naive_weighted_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     target: Tensor,  # (N,)
-    weights=None,  # (N,), a function of log-probs (n,) and perhaps of their places (n,), or a name
+    weights: Tensor | Callable[..., Tensor] | str | None = None,  # (N,), f(logprobs (n,)), f(logprobs, index) or a name
     *,
     weighting: str | None = None,
     ref_logprobs: Tensor | None = None,  # (N,)
-    reference=None,  # of hidden (N, D'), weight (V, D'), bias, temperature, softcap: for "asft", in place of the above
+    reference: Any = None,  # for "asft", in place of the above: a model in memory, as the `teacher` of naive_teacher
     iw_tau: float = 1.0,
     iw_max: float = 16.0,
     psft_clip: float = 0.28,
@@ -200,11 +212,11 @@ def naive_weighted_loss(
     y = target.where(counts, 0)[:, None]
     logprobs = log_p.gather(1, y)[:, 0].where(counts, 0.0)
     lp, p = logprobs.detach(), logprobs.detach().exp()
-    ref = None if ref_logprobs is None else ref_logprobs.to(lp.dtype).where(counts, 0.0)
+    ref = torch.zeros_like(lp) if ref_logprobs is None else ref_logprobs.to(lp.dtype).where(counts, 0.0)
     name = weights if isinstance(weights, str) else weighting
     sequences = responses(target, cu_seqlens, ignore_index)
     extra = torch.zeros_like(logprobs)
-    factors = None  # d loss_t / d(-log pi), where that is more than w_t
+    factors = None  # d loss_t / d(-log pi), where it is more than w_t
     if isinstance(weights, Tensor):
         w = weights.to(lp.dtype)
     elif callable(weights):
@@ -222,12 +234,12 @@ def naive_weighted_loss(
     elif name == "psft":
         r = torch.exp(lp - ref)
         w = torch.where(r <= 1 + psft_clip, r, 0.0)
-    elif name == "asft" and reference is not None:  # its whole distribution, not that of two outcomes
+    elif name == "asft" and reference is not None:  # KL of whole distributions, not of two outcomes
         w, counted = p, counts.nonzero()[:, 0]
         extra[counted] = asft_kl * naive_kl(naive_teacher(reference, counted, lp.dtype), log_p[counted])
     elif name == "asft":
         w, log_q = p, ref.clamp(max=0)
-        log_not_p = torch.logsumexp(log_p.scatter(1, y, -math.inf), 1)  # its own sum, right where p is near 1
+        log_not_p = torch.logsumexp(log_p.scatter(1, y, -math.inf), 1)  # a sum of its own, exact where p is near 1
         log_not_q = torch.log(-torch.expm1(log_q))  # -inf where q = 1
         extra = asft_kl * naive_kl(torch.stack([log_q, log_not_q], 1), torch.stack([logprobs, log_not_p], 1))
         factors = p + asft_kl * (log_q.exp() - p) / log_not_p.detach().exp()
@@ -242,35 +254,41 @@ def naive_weighted_loss(
 
 
 def naive_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v log(a_v / b_v) over the last dimension; where a_v is 0, so is the term."""
+    """KL(a || b) = sum_v a_v log(a_v / b_v) over the last dimension; a term with a_v = 0 is 0."""
     there = log_a > -math.inf
     return (log_a.exp() * (log_a.where(there, 0.0) - log_b.where(there, 0.0))).sum(-1)
 
 
 def naive_divergence(log_p: Tensor, log_q: Tensor, divergence: str = "forward", js_beta: float = 0.5) -> Tensor:
-    """Of a student p from a teacher q, both log-probs of all outcomes in the last dimension (arXiv 2306.13649)."""
+    """Of a student p from a teacher q, given as log-probs over the last dimension (arXiv 2306.13649)."""
     if divergence == "forward":
         return naive_kl(log_q, log_p)
     if divergence == "reverse":
         return naive_kl(log_p, log_q)
     m = js_beta * log_q.exp() + (1 - js_beta) * log_p.exp()
-    # the floor is for outcomes that neither has, whose terms are 0
+    # the floor is for outcomes of probability 0 in both, whose terms are 0
     log_m = torch.log(m.clamp(min=torch.finfo(m.dtype).tiny))
     return js_beta * naive_kl(log_q, log_m) + (1 - js_beta) * naive_kl(log_p, log_m)
 
 
 @torch.no_grad()
-def naive_teacher(teacher, index: Tensor, dtype: torch.dtype, distill_temperature: float = 1.0) -> Tensor:
-    """(n, V) log q of a teacher with a head of its own, at these tokens (n,)."""
-    hidden, weight, bias = (x if x is None else x.to(dtype) for x in (teacher.hidden, teacher.weight, teacher.bias))
-    head = dict(bias=bias, temperature=teacher.temperature, softcap=teacher.softcap)
-    return torch.log_softmax(naive_logits(hidden[index], weight, **head) / distill_temperature, dim=-1)
+def naive_teacher(teacher: Any, index: Tensor, dtype: torch.dtype, distill_temperature: float = 1.0) -> Tensor:
+    """(n, V) log q at these tokens (n,) of a teacher in memory.
+
+    It has hidden (N, D'), weight (V, D'), bias (V,) or None, temperature and softcap.
+    """
+    bias = None if teacher.bias is None else teacher.bias.to(dtype)
+    logits = naive_logits(
+        teacher.hidden.to(dtype)[index], teacher.weight.to(dtype), bias=bias, temperature=teacher.temperature,
+        softcap=teacher.softcap,
+    )  # fmt: skip
+    return torch.log_softmax(logits / distill_temperature, dim=-1)
 
 
 def naive_distill_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    teacher,  # of hidden (N, D'), weight (V, D'), bias, temperature, softcap; or of ids and logprobs (N, K)
+    teacher: Any,  # of naive_teacher; or with ids and logprobs (N, K)
     target: Tensor,  # (N,)
     behavior_logprobs: Tensor | None = None,  # (N,)
     *,
@@ -278,16 +296,6 @@ def naive_distill_loss(
     js_beta: float = 0.5,
     distill_temperature: float = 1.0,
     nll_coef: float = 0.0,
-    level: str = "token",
-    block_size: int = 4,
-    gamma: float = 0.999,
-    log_ratio_clip: tuple[float, float] = (-0.08, 0.3),
-    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
-    block_ids: Tensor | None = None,  # (N,)
-    clip_blocks: bool = False,
-    center: bool = False,
-    clip_length: int | None = None,
-    normalize: str | None = None,
     bias: Tensor | None = None,
     cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
     sequence_scale: Tensor | None = None,
@@ -296,6 +304,7 @@ def naive_distill_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    **pear: Any,  # level, block_size, block_ids, gamma and the other options of naive_weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, logprobs, weights)` of linear_distill_loss: L = sum_t stop_gradient(G_t) (D_t + nll_coef * -log pi)."""
     logprobs = naive_logprobs(
@@ -304,9 +313,9 @@ def naive_distill_loss(
     counted = (target != ignore_index).nonzero().squeeze(-1)
     logits = naive_logits(hidden[counted], weight, bias=bias, temperature=temperature, softcap=softcap)
     log_p = torch.log_softmax(logits / distill_temperature, dim=-1)  # (n, V)
-    if hasattr(teacher, "ids"):  # K + 1 outcomes: the last is any other id
+    if hasattr(teacher, "ids"):  # K + 1 outcomes: the last is any other token
         ids, log_q = teacher.ids[counted].long(), teacher.logprobs[counted].to(log_p.dtype)
-        rounding = torch.finfo(teacher.logprobs.dtype).eps  # what the last outcome's probability is at least
+        rounding = torch.finfo(teacher.logprobs.dtype).eps  # least probability of the last outcome
         rest_of_q = torch.log((1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=rounding))
         log_q = torch.cat([log_q, rest_of_q], -1)
         rest_of_p = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
@@ -315,18 +324,11 @@ def naive_distill_loss(
         log_q = naive_teacher(teacher, counted, log_p.dtype, distill_temperature)
     divergences = torch.zeros_like(logprobs)
     divergences[counted] = naive_divergence(log_p, log_q, divergence, js_beta)
-    weights = torch.zeros_like(logprobs)
     sequences = responses(target, cu_seqlens, ignore_index)
-    for response in sequences:
-        weights[response] = 1.0
-        if behavior_logprobs is not None:
-            weights[response] = naive_weights(
-                logprobs[response].detach(), behavior_logprobs[response].to(logprobs.dtype), level, block_size, gamma,
-                log_ratio_clip, log_weight_clip, None if block_ids is None else block_ids[response], clip_blocks,
-                center, clip_length, normalize,
-            )  # fmt: skip
-    if normalize == "batch" and behavior_logprobs is not None and sum(map(len, sequences)):
-        weights = weights / torch.cat([weights[response] for response in sequences]).mean()
+    if behavior_logprobs is None:
+        weights = torch.ones_like(logprobs).where(target != ignore_index, 0.0)
+    else:
+        weights = naive_batch_weights(logprobs, behavior_logprobs, sequences, **pear)
     losses = weights * (divergences - nll_coef * logprobs)
     return reduced(losses, sequences, sequence_scale, reduction, denominator), logprobs.detach(), weights
 
@@ -360,12 +362,10 @@ def naive_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """`(loss, logprobs)` of linear_policy_loss, a sequence at a time; every gradient is autograd's."""
-    logprobs = naive_logprobs(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
-    )
-    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
-    entropy = naive_entropy(torch.log_softmax(logits, dim=-1))  # (N,)
+    """`(loss, logprobs)` of linear_policy_loss, one sequence at a time; all gradients come from autograd."""
+    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    logprobs = naive_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
+    entropy = naive_entropy(torch.log_softmax(naive_logits(hidden, weight, **head), dim=-1))  # (N,)
 
     bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
     total, sequences, tokens = logprobs.sum() * 0, 0, 0
@@ -396,7 +396,7 @@ def naive_policy_loss(
             log_w = old - sampler_logprobs[response]
             w = torch.exp(log_w if sampler_level == "token" else log_w.sum())
             loss = loss * (w if sampler_clip is None else w.clamp(max=sampler_clip)).detach()
-        if beta:
+        if ref_logprobs is not None and beta:
             log_r = ref_logprobs[response] - lp
             loss = loss + beta * (torch.exp(lp - old) if unbiased_kl else 1) * (torch.exp(log_r) - log_r - 1)
         loss = loss - entropy_coef * entropy[response]
