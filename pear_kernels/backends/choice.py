@@ -1,7 +1,7 @@
 """Which of the two backends a call runs on: "torch" (any device) or "triton" (kernels for NVIDIA GPUs).
 
-The caller's wish, an argument or the environment variable PEAR_KERNELS_BACKEND, comes first; without one the tensors'
-device decides. This is asked inside the custom ops, so `torch.compile` never traces it.
+The caller's choice, by argument or by the environment variable PEAR_KERNELS_BACKEND, comes first; otherwise the
+tensors' device decides. The custom ops call this when they run, so `torch.compile` never traces it.
 """
 
 import functools
@@ -21,11 +21,11 @@ _warned = False
 def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """ "triton" or "torch", for tensors on `device` whose products run in `dtype`.
 
-    float64 always runs on "torch". An explicit "triton" that cannot be had is an error; where nobody chose, a GPU that
-    the kernels cannot run on gets "torch" and one warning a process.
+    float64 always runs on "torch". An explicit "triton" that cannot run is an error. Without a choice, a GPU on which
+    the kernels cannot run gets "torch", with one warning per process.
 
     Raises:
-        ValueError: for an unknown backend, or "triton" where it cannot run.
+        ValueError: for an unknown backend, or for "triton" where it cannot run.
     """
     name = "backend" if backend is not None else VARIABLE
     chosen = check_backend(backend if backend is not None else os.environ.get(VARIABLE) or None, name)
@@ -42,7 +42,7 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
 
 @functools.cache
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on tensors of this device, and what to do about it; None where they can."""
+    """Why the kernels cannot run on tensors of this device, and what to do about it; None if they can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -67,7 +67,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 lets the kernels run on CPU tensors; Triton reads it when they are first imported."""
+    """Whether TRITON_INTERPRET=1 lets the kernels run on CPU tensors. Triton reads it when kernels are first imported."""
     try:
         import triton
     except ImportError:
@@ -76,7 +76,7 @@ def interpreting() -> bool:
 
 
 def fall_back(obstacle: str) -> None:
-    """Says so, once a process."""
+    """Warn about it, once per process."""
     global _warned
     if not _warned:
         _warned = True
