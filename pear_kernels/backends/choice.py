@@ -67,7 +67,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 lets the kernels run on CPU tensors. Triton reads it when kernels are first imported."""
+    """Whether TRITON_INTERPRET=1 lets the kernels run on CPU tensors. Triton reads it at import of the first kernel."""
     try:
         import triton
     except ImportError:
