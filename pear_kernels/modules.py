@@ -42,10 +42,14 @@ class LinearLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in fields.items())
 
 
-def forward_of(function: Callable[P, LossOutput]) -> Callable[Concatenate[Any, P], LossOutput]:
-    """A module's `forward`: `function` with the module's options. Types and signature are those of `function`."""
+def forward_of(function: Callable[P, LossOutput]) -> Callable[[object], Callable[Concatenate[Any, P], LossOutput]]:
+    """Decorator of a module's `forward`, which becomes `function` with the module's options, in types and signature.
+
+    Not an assignment: to a type checker that would have the type of `nn.Module.forward`, which takes anything.
+    """
 
     def forward(self: LinearLoss, /, *arguments: P.args, **named: P.kwargs) -> LossOutput:
+        """The function's tensors, and its other arguments that are no options: those are the module's."""
         return function(*arguments, **{**named, "options": self.options})  # type: ignore[arg-type]
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -53,15 +57,16 @@ def forward_of(function: Callable[P, LossOutput]) -> Callable[Concatenate[Any, P
     options = {"options", *(name for cls in function.option_classes for name in cls.names())}  # type: ignore[attr-defined]
     left = [each for each in parameters if each.name not in options]
     forward.__signature__ = inspect.Signature([own, *left], return_annotation=LossOutput)  # type: ignore[attr-defined]
-    forward.__doc__ = f"Arguments of `{function.__name__}` but for its options, which are the module's."
-    return forward
+    return lambda _: forward
 
 
 class LinearPEARLoss(LinearLoss):
     """`linear_pear_loss` (arXiv 2602.01058) as a module, with its keywords."""
 
     function = staticmethod(linear_pear_loss)
-    forward = forward_of(linear_pear_loss)
+
+    @forward_of(linear_pear_loss)
+    def forward(self) -> None: ...
 
     @takes(*linear_pear_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PEARKeywords]):
@@ -72,7 +77,9 @@ class LinearWeightedLoss(LinearLoss):
     """`linear_weighted_loss` as a module, with its keywords: by a named weighting, or with weights in each call."""
 
     function = staticmethod(linear_weighted_loss)
-    forward = forward_of(linear_weighted_loss)
+
+    @forward_of(linear_weighted_loss)
+    def forward(self) -> None: ...
 
     @takes(*linear_weighted_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(
@@ -89,7 +96,9 @@ class LinearDistillLoss(LinearLoss):
     """`linear_distill_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_distill_loss)
-    forward = forward_of(linear_distill_loss)
+
+    @forward_of(linear_distill_loss)
+    def forward(self) -> None: ...
 
     @takes(*linear_distill_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[DistillKeywords]):
@@ -100,7 +109,9 @@ class LinearPolicyLoss(LinearLoss):
     """`linear_policy_loss` as a module, with its keywords."""
 
     function = staticmethod(linear_policy_loss)
-    forward = forward_of(linear_policy_loss)
+
+    @forward_of(linear_policy_loss)
+    def forward(self) -> None: ...
 
     @takes(*linear_policy_loss.option_classes)  # type: ignore[attr-defined]
     def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PolicyKeywords]):
