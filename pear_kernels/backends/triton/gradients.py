@@ -1,7 +1,7 @@
-"""What surrounds products 2 and 3: row scales before and after them, and the target's term, which is no product.
+"""Kernels around products 2 and 3: row scales, the target's term, the bias.
 
-E has a 0 where the target stands. Its gradient there, -c (1 - p), is applied apart and in float32: rounded with the
-rest of E it would be the largest error of the gradient, and a scatter into E would be one more pass.
+E is 0 at the target. The target's gradient, -c (1 - p), is applied separately, in float32: if it were rounded to E's
+dtype, it would be the gradient's largest error, and writing it into E would take another pass.
 """
 
 import triton
@@ -33,7 +33,7 @@ def write_grad_hidden(
     row_scale,  # (R,) float64
     target,  # (R,) int64
     target_mass,  # (R,) float64, or None
-    index,  # (R,) int64, where in out
+    index,  # (R,) int64, rows of out
     out,  # (N, D)
     D,
     BLOCK_D: tl.constexpr,
@@ -61,7 +61,7 @@ def scale_and_round(
     size,
     BLOCK: tl.constexpr,
 ):
-    """out = upstream gradient, rounded once. (PyTorch's product of two dtypes into a third takes twice the time.)"""
+    """out = upstream * gradient, rounded once. (PyTorch's product of two dtypes into a third takes twice the time.)"""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(gradient + at, mask=at < size) * tl.load(upstream).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < size)
@@ -70,7 +70,7 @@ def scale_and_round(
 @triton.jit(do_not_specialize=["R"])
 def add_grad_bias(
     e,  # (R, V)
-    e_stride,  # from row to row
+    e_stride,  # elements from row to row
     row_scale,  # (R,) float64
     grad,  # (V,) float32
     R,
@@ -94,45 +94,44 @@ def add_grad_bias(
 @triton.jit(do_not_specialize_on_alignment=["hidden"])
 def subtract_targets(
     hidden,  # (N, D)
-    hidden_stride,  # from row to row
+    hidden_stride,  # elements from row to row
     index,  # (n,) int64, rows of hidden
     order,  # (n,) int64, tokens sorted by target
     targets,  # (n,) int64, sorted
-    stops,  # (n,) int64, one past the last token of the same target
+    stops,  # (n,) int64, one past the last token with the same target
     scale,  # (n,) float64
     grad_weight,  # (V, D) float32, or None
     grad_bias,  # (V,) float32, or None
     D,
-    ROUNDED: tl.constexpr,  # the dtype that operands of products are rounded to
+    ROUNDED: tl.constexpr,  # dtype of the operands of products
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_weight[y_t] -= scale_t hidden_t and grad_bias[y_t] -= scale_t: a target's tokens by one program, in order.
+    """grad_weight[y_t] -= scale_t hidden_t and grad_bias[y_t] -= scale_t.
 
-    Programs of tokens that are not the first of their target have nothing to do.
+    The program of a target's first token adds all of that target's tokens, in order; the other programs return.
     """
     first = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + first)
-    before = tl.load(targets + tl.maximum(first - 1, 0))
-    if (first == 0) | (y != before):
+    if (first == 0) | (y != tl.load(targets + tl.maximum(first - 1, 0))):
         stop = tl.load(stops + first)
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        of_bias = tl.zeros((BLOCK_N,), tl.float64)
+        bias_total = tl.zeros((BLOCK_N,), tl.float64)
         for n in range(first, stop, BLOCK_N):
             place = n + tl.arange(0, BLOCK_N)
             live = place < stop
             token = tl.load(order + place, mask=live, other=0)
-            by = tl.load(scale + token, mask=live, other=0.0)
-            of_bias += by
+            factor = tl.load(scale + token, mask=live, other=0.0)
+            bias_total += factor
             if grad_weight is not None:
                 row = tl.load(index + token, mask=live, other=0)
-                inside = (live & (by != 0))[:, None] & (column < D)[None, :]  # an ignored token's row may hold NaN
+                inside = (live & (factor != 0))[:, None] & (column < D)[None, :]  # an ignored token's row may hold NaN
                 x = tl.load(hidden + row[:, None] * hidden_stride + column[None, :], mask=inside, other=0.0)
-                total += x.to(ROUNDED).to(tl.float32) * by.to(tl.float32)[:, None]
+                total += x.to(ROUNDED).to(tl.float32) * factor.to(tl.float32)[:, None]
         if grad_weight is not None:
             at = grad_weight + y * D + column
             tl.store(at, tl.load(at, mask=column < D, other=0.0) - tl.sum(total, 0), mask=column < D)
         if grad_bias is not None:
             if tl.program_id(1) == 0:
-                tl.store(grad_bias + y, tl.load(grad_bias + y) - tl.sum(of_bias, 0).to(tl.float32))
+                tl.store(grad_bias + y, tl.load(grad_bias + y) - tl.sum(bias_total, 0).to(tl.float32))

@@ -1,10 +1,12 @@
-"""The engine's operations on an NVIDIA GPU: Triton for whatever has an epilogue or works on rows, cuBLAS for products.
+"""The engine's operations on an NVIDIA GPU: Triton kernels for epilogues and row work, cuBLAS for plain products.
 
-Where `pear_kernels.backends.torch.head` explains the arithmetic, this file differs in three points. E has the
-operands' dtype, since the gradient products read it twice, and everything else comes from float32 accumulators. The
-target's share of the gradient is kept apart in float32 (`target_mass`) and its rounding is not among E's. And nothing
-is ever read back: rows that need another anchor are found, and their tiles made again, by the device alone.
+`pear_kernels.backends.torch.head` explains the arithmetic. Three points differ here. E has the operands' dtype, because
+the gradient products read it twice; everything else comes from float32 accumulators. The target's part of the gradient
+is kept separately in float32 (`target_mass`), so it is not rounded with E. And there is no host sync: the device alone
+finds the rows that need another anchor and recomputes their tiles.
 """
+
+from typing import TypeAlias
 
 import torch
 import triton.language as tl
@@ -12,22 +14,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pear_kernels.backends.triton import gradients, rows, tiles
+from pear_kernels.backends.triton.formulas import MAX_EXPONENT
 from pear_kernels.backends.triton.launch import launch
 from pear_kernels.backends.triton.product import exp_product
 from pear_kernels.engine.head import Softmax, padded_vocabulary, triton_row_bytes
 
-ALIGNMENT = 16  # bytes, of what descriptors and vector loads begin at
-MAX_EXPONENT = 40.0  # of exp, as in pear_kernels.backends.torch.head
-CACHED_BYTES = 24 << 20  # of x that row tiles worked on together may have, to stay in the L2 cache
-ROW_BLOCK = 1024  # columns that a row kernel takes at a time
-FLOAT16_PEAK = 1024.0  # to which the largest number of a float16 operand is brought: far from its largest and smallest
+ALIGNMENT = 16  # bytes: descriptors and vector loads begin at multiples of it
+CACHED_BYTES = 24 << 20  # most bytes of x that row tiles processed together have, so that they stay in the L2 cache
+ROW_BLOCK = 1024  # columns per step of a row kernel
+FLOAT16_PEAK = 1024.0  # largest entry of a float16 operand after scaling: far from float16's largest and smallest
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# (R,) float64 each: log p, row scale, target mass, top1, and the entropy or None
+RowResults: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Head:
-    """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, each part where it is given."""
+    """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, where each of these is given."""
 
-    dtype = torch.float32  # of accumulators and gradients of the head
+    dtype = torch.float32  # of accumulators and of the head's gradients
+    workspace: Tensor | None = None  # (rows, padded V); None in passes that store no logits
 
     def __init__(
         self,
@@ -49,20 +55,24 @@ class Head:
         self.padded = padded_vocabulary(self.vocabulary)
         aligned = self.hidden_size * compute_dtype.itemsize % ALIGNMENT == 0
         self.descriptors = self.architecture != "sm_80" and aligned
-        # what cuBLAS goes by; set by torch.set_float32_matmul_precision too
+        # the switch that cuBLAS obeys; torch.set_float32_matmul_precision sets it too
         exact = compute_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.precision = "tf32x3" if exact else "tf32"
 
+    def _is_plain(self, gradient: bool) -> bool:
+        """Whether a pass stores float32 logits, which cuBLAS computes."""
+        return self.choice.plain(gradient, self.compute_dtype)
+
     def row_bytes(self, gradient: bool) -> int:
-        plain = self.choice.plain(gradient, self.compute_dtype)
+        plain = self._is_plain(gradient)
         tile = (self.choice.softmax if gradient else self.choice.logprobs).vocabulary
         itemsize = self.compute_dtype.itemsize
         return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=gradient, plain=plain, tile=tile)
 
     def reserve(self, rows: int, gradient: bool) -> None:
         device = self.weight.device
-        self.workspace = None
-        plain = self.choice.plain(gradient, self.compute_dtype)
+        self.workspace = None  # freed before the new one is allocated
+        plain = self._is_plain(gradient)
         if gradient or plain:
             dtype = self.dtype if plain else self.compute_dtype
             self.workspace = torch.empty(rows, self.padded, dtype=dtype, device=device)
@@ -71,7 +81,7 @@ class Head:
             self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
 
     def as_operand(self, x: Tensor) -> Tensor:
-        """Operand of a product: rounded to the compute dtype, contiguous and aligned; a copy only where it is not."""
+        """Operand of a product: rounded to the compute dtype, contiguous and aligned; copied only if it is not."""
         x = x.to(self.compute_dtype).contiguous()
         return x.clone() if x.data_ptr() % ALIGNMENT else x
 
@@ -82,22 +92,23 @@ class Head:
     ) -> Softmax:
         if logit is None:
             logit, slope, anchor = self._target_logits(x, target)
-        else:  # of a shard, whose target_mass nobody looks at; -1, a target elsewhere, is no column
+        else:  # a shard, whose target_mass is not used; target -1, on another shard, matches no column
             slope, anchor = torch.ones_like(logit), logit.float()
         logprobs, row_scale, target_mass, top1 = (torch.empty_like(logit) for _ in range(4))
         entropies = torch.empty_like(logit) if entropy else None
         out = logprobs, row_scale, target_mass, top1, entropies
-        if self.choice.plain(gradient, self.compute_dtype):
+        if self._is_plain(gradient):
             exp = self._plain(x, target, logit, slope, out, gradient)
         else:
             exp = self._fused(x, target, logit, slope, anchor, out, gradient)
-        return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1)
+        # without a gradient nothing reads `exp`
+        return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1)  # type: ignore[arg-type]
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         return self._target_logits(x, target)[0]
 
     def _target_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The target's logit and d logit / d raw (R,) float64, and that logit as the anchor (R,) float32."""
+        """(R,) each: the target's logit and d logit / d raw, float64, and that logit as the anchor, float32."""
         R = len(x)
         logit, slope = (torch.empty(R, dtype=torch.float64, device=x.device) for _ in range(2))
         anchor = torch.empty(R, dtype=torch.float32, device=x.device)
@@ -109,8 +120,10 @@ class Head:
         )  # fmt: skip
         return logit, slope, anchor
 
-    def _fused(self, x, target, logit, slope, anchor, out, gradient: bool) -> Tensor | None:
-        """exp_product, and what its sums come to; then the same again for tiles that asked for it."""
+    def _fused(
+        self, x: Tensor, target: Tensor, logit: Tensor, slope: Tensor, anchor: Tensor, out: RowResults, gradient: bool
+    ) -> Tensor | None:
+        """exp_product and `finish`, twice: the second pass recomputes tiles in which exp would have overflowed."""
         R, V, device = len(x), self.vocabulary, x.device
         tile = self.choice.softmax if gradient else self.choice.logprobs
         row_tiles, tile_count = -(-R // tile.rows), -(-V // tile.vocabulary)
@@ -118,10 +131,10 @@ class Head:
         sums, maxima = (torch.empty(tile_count, R, dtype=torch.float32, device=device) for _ in range(2))
         exp_logs = None if entropies is None else torch.empty_like(sums)
         redo = torch.zeros(row_tiles + 1, dtype=torch.int32, device=device)
-        exp = self.workspace[:R, :V] if gradient else None
+        exp = self.workspace[:R, :V] if gradient and self.workspace is not None else None
         group = max(1, CACHED_BYTES // (tile.rows * self.hidden_size * x.itemsize))
         for again in (False, True):
-            # the second look is mostly at nothing: few programs, which one number tells to leave
+            # the second pass rarely has work: few programs, which read one number and return
             persistent = tile.persistent and not again
             programs = row_tiles * tile_count
             if persistent or again:
@@ -147,10 +160,12 @@ class Head:
             )  # fmt: skip
         return exp
 
-    def _plain(self, x, target, logit, slope, out, gradient: bool) -> Tensor | None:
-        """The product by cuBLAS, then one kernel over its rows; E takes the place of the logits."""
-        logits, exp = self._logits(x)
-        exp = exp if gradient else None
+    def _plain(
+        self, x: Tensor, target: Tensor, logit: Tensor, slope: Tensor, out: RowResults, gradient: bool
+    ) -> Tensor | None:
+        """cuBLAS's product, then one kernel over its rows; E overwrites the logits."""
+        logits, narrow = self._logits(x)
+        exp = narrow if gradient else None
         max_exponent = float("-inf") if self.compute_dtype == torch.float16 else MAX_EXPONENT
         launch(
             rows.softmax_rows, (len(x),),
@@ -168,11 +183,12 @@ class Head:
 
     def _views(self, rows: int) -> tuple[Tensor, Tensor]:
         """The workspace as float32 logits (R, V), and the front part of its rows in the compute dtype."""
-        rows = self.workspace[:rows]
-        return rows[:, : self.vocabulary], rows.view(self.compute_dtype)[:, : self.vocabulary]
+        assert self.workspace is not None  # made by `reserve`
+        logits = self.workspace[:rows]
+        return logits[:, : self.vocabulary], logits.view(self.compute_dtype)[:, : self.vocabulary]
 
-    def _blocks(self, matrix: Tensor | None, stride: int, rows: int, columns: int):
-        """A row-major matrix as exp_product takes it. (A single row may have any stride of its own.)"""
+    def _blocks(self, matrix: Tensor | None, stride: int, rows: int, columns: int) -> Tensor | TensorDescriptor | None:
+        """A row-major matrix as exp_product takes it. (`stride` is given because a single row may report any.)"""
         if matrix is None or not self.descriptors:
             return matrix
         return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], [rows, columns])
@@ -206,10 +222,10 @@ class Head:
             grad.div_(unit)
 
     def _unit(self, x: Tensor, row_scale: Tensor) -> Tensor | None:
-        """For float16, whose range c x would leave: a power of two () that brings a chunk's c x into the middle of it.
+        """float16: a power of two () that scales a chunk's c x, which may exceed float16's range, to its middle.
 
-        dW is gathered in that unit and put back, which rounds nothing and costs two passes over dW a chunk. The other
-        dtypes have the range of float32.
+        dW is accumulated in that unit and divided by it again, which rounds nothing and costs two passes over dW per
+        chunk. None for the other dtypes, which have float32's range.
         """
         if self.compute_dtype != torch.float16:
             return None
@@ -231,7 +247,7 @@ class Head:
         target: Tensor,
         scale: Tensor,
     ) -> None:
-        """Tokens are sorted by target, so that one program has all of a target's and no order is left to chance."""
+        """Sorts tokens by target, so that one program adds all tokens of a target, in an order that repeats."""
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         targets, order = torch.sort(target, stable=True)
         stops = torch.searchsorted(targets, targets, right=True)
@@ -243,7 +259,7 @@ class Head:
 
 
 def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in another dtype, in one pass; `gradient` is contiguous."""
+    """gradient * upstream, rounded to `dtype`, in one pass; `gradient` is contiguous."""
     out = torch.empty_like(gradient, dtype=dtype)
     block = 4096
     launch(
@@ -254,10 +270,10 @@ def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> T
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out = a b, or out += a b: by cuBLAS, float32 out of whatever operands, whose products are summed in float32."""
+    """out = a b, or out += a b, by cuBLAS: float32 sums and result, whatever the operands' dtype."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=1 if add else 0, out=out)
     elif a.is_cuda:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=1 if add else 0, alpha=1, out=out)
-    else:  # the interpreter, on a CPU, which has no such product
+    else:  # Triton's interpreter runs on a CPU, which has no such product
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=1 if add else 0, out=out)

@@ -1,8 +1,8 @@
-"""The one place where kernels are launched: on their tensors' device, or into a list instead of onto it.
+"""The only place that launches kernels: on the device of their tensors, or into a list.
 
-No kernel's launch depends on what another one computed, so a whole pass can be *recorded*: with `recorder` set to a
-list, `launch` appends to it and runs nothing. `python -m bench.kernels` compiles what it finds there, on machines
-without a GPU and on tensors of device "meta".
+No launch depends on results of another kernel, so a whole pass can be *recorded*: if `recorder` is a list, `launch`
+appends to it and runs nothing. `python -m bench.kernels` records on tensors of device "meta", without a GPU, and
+compiles every recorded launch.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class Launch(NamedTuple):
-    """What would have run: the kernel, its positional arguments and constexprs."""
+    """A recorded launch."""
 
-    kernel: Any
+    kernel: Any  # a `triton.JITFunction`, which has no type stubs
     grid: tuple[int, ...]
-    args: tuple
+    args: tuple[Any, ...]  # tensors, descriptors, numbers, None
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -31,11 +31,13 @@ class Launch(NamedTuple):
 
 recorder: list[Launch] | None = None
 
-# multiply-adds may be one instruction; said because Triton's own default is about to change
+# A multiply and an add may become one instruction. Set here because Triton's default is about to change.
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 1, **constexprs) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constexprs: Any
+) -> None:
     """kernel[grid](*args, **constexprs), unless the grid is empty."""
     if recorder is not None:
         recorder.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
@@ -46,8 +48,8 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
-def on_device_of(args: tuple) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+def on_device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensors' device the current one, on which Triton launches."""
     for arg in args:
         tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
         if isinstance(tensor, torch.Tensor):
@@ -57,13 +59,13 @@ def on_device_of(args: tuple) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def loading_allowed() -> Iterator[None]:
-    """A kernel's first launch loads it, which a thread that captures a CUDA graph may do only if it says so."""
+    """Lets a thread that captures a CUDA graph load kernels, as each kernel's first launch does."""
     if not capturing():
         yield
         return
     mode = ctypes.c_int(RELAXED)
     driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # leaves the mode that was in `mode`
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # swaps: `mode` is now the old mode
     try:
         yield
     finally:

@@ -1,51 +1,18 @@
-"""Product 1 with its epilogue: logits stay in the accumulators, and what leaves the chip is exp of them.
+"""Product 1 with the softmax in its epilogue: logits stay in the accumulators, only their exponentials are stored.
 
     z = x W^T (+ b, softcap, temperature)      E_v = exp(z_v - anchor), E_y = 0      S = sum_v E_v
 
-A program makes one tile of (rows, vocabulary). It writes E (where a gradient is wanted) and, for each of its rows, the
-tile's share of S, of max_v (z_v - anchor) and, for the entropy, of sum_v E_v log E_v. `rows.finish` adds up the shares,
-tile by tile in order, so that results are bitwise repeatable. Without E, nothing of the vocabulary's size is written.
-
-Everything here is float32, out of the accumulators; E alone is rounded, to the dtype of the next products.
+A program computes one tile of (rows, vocabulary). It stores E (if a gradient is wanted) and, for each of its rows, the
+tile's partial S, partial max_v (z_v - anchor) and, for the entropy, partial sum_v E_v log E_v. `rows.finish` adds the
+partial sums tile by tile, in order, so results repeat bit for bit. Without E, nothing of the vocabulary's size is
+stored. All arithmetic is float32, on the accumulators. Only E is rounded, to the dtype of the operands of products 2
+and 3.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tanh(u):
-    """To the last digits of u's dtype: near 0 the usual form would cancel, which a large softcap multiplies."""
-    t = 1 - 2 / (1 + tl.exp(2 * u))
-    if u.dtype == tl.float32:
-        s = u * u
-        series = u * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
-        t = tl.where(s < 0.0625, series, t)
-    return t
-
-
-@triton.jit
-def exp_of(z, INTERPRETED: tl.constexpr):
-    """exp, with 0 for what is no normal float32: tl.exp takes three more instructions to be right below 1e-38."""
-    if INTERPRETED:
-        exp = tl.exp(z)
-    else:
-        z = z * 1.4426950408889634  # log2 e
-        exp = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
-    return exp
-
-
-@triton.jit
-def activate(z, softcap, inverse_temperature, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """The head's softcap and temperature, on raw logits: (logits, d logits / d raw but for the 1 / temperature)."""
-    slope = tl.full(z.shape, 1.0, z.dtype)
-    if SOFTCAP:
-        t = tanh(z / softcap)
-        slope = 1 - t * t
-        z = t * softcap
-    if TEMPERATURE:
-        z = z * inverse_temperature
-    return z, slope
+from pear_kernels.backends.triton.formulas import activate, exp_flushed
 
 
 @triton.jit
@@ -59,7 +26,7 @@ def load_block(
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """A block of a matrix, 0 past its edges."""
+    """A block of a matrix; 0 past the matrix's edges."""
     if DESCRIPTORS:
         block = source.load([first_row, first_column])
     else:
@@ -74,7 +41,7 @@ def load_block(
 def finish_tile(
     acc,  # (BLOCK_R, COLUMNS) float32, x W^T
     e,  # E (R, V), a descriptor or a pointer; or None
-    e_stride,  # from row to row
+    e_stride,  # elements from row to row
     bias,  # (V,) or None
     row,  # (BLOCK_R,)
     y,  # (BLOCK_R,) the targets
@@ -92,17 +59,17 @@ def finish_tile(
     DESCRIPTORS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """exp of a tile of logits: E is stored; returns the rows' sums of E and of E log E, and maxima of log E."""
+    """Stores E of a tile of logits. Returns each row's sum of E, maximum of log E and sum of E log E."""
     column = first_column + tl.arange(0, COLUMNS)
     inside = column < V
     z = acc
     if bias is not None:
         z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     z, slope = activate(z, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
-    # neither the target nor the columns past the vocabulary, which the last tile has, count
+    # excluded: the target, and columns past the vocabulary (in the last tile)
     counts = inside[None, :] & (column[None, :] != y[:, None])
     z = tl.where(counts, z - anchor[:, None], float("-inf"))
-    exp = exp_of(z, INTERPRETED)
+    exp = exp_flushed(z, INTERPRETED)
     if e is not None:
         factor = exp
         if SOFTCAP:
@@ -119,24 +86,24 @@ def finish_tile(
     return tl.sum(exp, 1), tl.max(z, 1), exp_log
 
 
-# a chunk may begin anywhere and have any number of rows: neither is worth a compilation of its own
+# chunks have any number of rows and any alignment of their targets; neither may cause a compilation
 @triton.jit(do_not_specialize=["R", "group"], do_not_specialize_on_alignment=["target"])
 def exp_product(
     x,  # (R, D): a descriptor of blocks (BLOCK_R, BLOCK_D), or a pointer
     weight,  # (V, D): a descriptor of blocks (BLOCK_V, BLOCK_D), or a pointer
     e,  # (R, V): a descriptor of blocks (BLOCK_R, BLOCK_V / PARTS), or a pointer; None where only sums are wanted
-    e_stride,  # of E, from row to row
+    e_stride,  # of E, elements from row to row
     bias,  # (V,) or None
     target,  # (R,) int64
     anchor,  # (R,) float32
-    redo,  # (row tiles + 1,) int32: which to make again, and last whether any; None for all of them
-    sums,  # (vocabulary tiles, R) float32 out, each tile's sum of E
-    maxima,  # (vocabulary tiles, R) float32 out, of log E
-    exp_logs,  # (vocabulary tiles, R) float32 out, of E log E; None without the entropy
+    redo,  # (row tiles + 1,) int32: which row tiles to recompute; the last entry: whether any. None: compute all
+    sums,  # (vocabulary tiles, R) float32 out, partial sums of E
+    maxima,  # (vocabulary tiles, R) float32 out, partial maxima of log E
+    exp_logs,  # (vocabulary tiles, R) float32 out, partial sums of E log E; None without the entropy
     R,
     V,
     D,
-    group,  # row tiles that are worked on together, so that their x stays in the cache while W passes by
+    group,  # row tiles that are processed together, so that their x stays in the L2 cache while W is read
     softcap,
     inverse_temperature,
     SOFTCAP: tl.constexpr,
@@ -144,11 +111,11 @@ def exp_product(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,  # the tile is finished in 1 or 2 parts: two need half the shared memory to store E
-    PERSISTENT: tl.constexpr,  # programs go on to further tiles, and load the next while they finish one
-    DESCRIPTORS: tl.constexpr,  # from sm_90 on, where they are copied by the tensor memory accelerator
+    PARTS: tl.constexpr,  # 1, or 2: the tile's epilogue runs in halves and needs half the shared memory to store E
+    PERSISTENT: tl.constexpr,  # a program processes several tiles and loads the next while it stores one
+    DESCRIPTORS: tl.constexpr,  # matrices are descriptors, which the tensor memory accelerator copies (sm_90 and later)
     PRECISION: tl.constexpr,  # of float32 operands
-    INTERPRETED: tl.constexpr,  # the interpreter has no product of bfloat16 and no machine code
+    INTERPRETED: tl.constexpr,  # Triton's interpreter has no bfloat16 product and no inline machine code
 ):
     row_tiles = tl.cdiv(R, BLOCK_R)
     tiles = row_tiles * tl.cdiv(V, BLOCK_V)
@@ -156,7 +123,7 @@ def exp_product(
         tiles *= tl.load(redo + row_tiles)
     step = tl.num_programs(0)
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
-        # tiles go down the rows of a group first, then on to the next columns, then to the next group
+        # order of tiles: down the rows of a group, then the next columns, then the next group
         group_tiles = group * tl.cdiv(V, BLOCK_V)
         first_row_tile = tile // group_tiles * group
         in_group = min(row_tiles - first_row_tile, group)
@@ -195,8 +162,8 @@ def exp_product(
                     acc, e, e_stride, bias, row, y, at, first_row, first_column, R, V, softcap, inverse_temperature,
                     SOFTCAP, TEMPERATURE, exp_logs is not None, BLOCK_V, DESCRIPTORS, INTERPRETED,
                 )  # fmt: skip
-            share = column_tile.to(tl.int64) * R + row
-            tl.store(sums + share, sum_e, mask=row < R)
-            tl.store(maxima + share, max_z, mask=row < R)
+            partial = column_tile.to(tl.int64) * R + row
+            tl.store(sums + partial, sum_e, mask=row < R)
+            tl.store(maxima + partial, max_z, mask=row < R)
             if exp_logs is not None:
-                tl.store(exp_logs + share, exp_log, mask=row < R)
+                tl.store(exp_logs + partial, exp_log, mask=row < R)

@@ -1,7 +1,7 @@
-"""Which tile, and which variant of product 1, for an architecture, a dtype and a hidden size: a lookup in tiles.json.
+"""The tile and the variant of product 1 for an architecture, a dtype and a hidden size: a lookup in tiles.json.
 
-The table is made offline (`python -m pear_kernels.backends.triton.autotune`, on the GPU it is for) and never in the
-middle of training. An entry whose `measured` is null was chosen from the compiler's figures alone.
+`python -m pear_kernels.backends.triton.autotune` makes the table offline, on the GPU it is for; nothing is tuned during
+training. An entry whose `measured` is null was chosen from the compiler's figures alone.
 """
 
 import functools
@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,39 +17,39 @@ TABLE = Path(__file__).with_name("tiles.json")
 VARIABLE = "PEAR_KERNELS_PRODUCT"
 PRODUCTS = ("fused", "plain")
 
-# what tensors of device "meta" are taken to lie on, when launches are recorded for a GPU that is not here
+# architecture of tensors of device "meta": launches can be recorded for a GPU that is not in this machine
 recorded_architecture = "sm_90"
 
 
 class Tile(NamedTuple):
-    """One program's part of the logits, and how it is compiled."""
+    """The block of logits that one program computes, and how it is compiled."""
 
     rows: int
     vocabulary: int
-    depth: int  # of the hidden size, a step of the inner loop
-    parts: int  # 2: E leaves in two halves, which takes half the shared memory
+    depth: int  # of the hidden size, per step of the inner loop
+    parts: int  # 2: E is stored in two halves, which takes half the shared memory
     warps: int
     stages: int  # of the inner loop's software pipeline
-    persistent: bool  # one program a multiprocessor, which loads its next tile while it finishes one
+    persistent: bool  # one program per multiprocessor, which loads its next tile while it stores one
 
 
 class Choice(NamedTuple):
     """An entry of the table."""
 
-    product: str  # "fused" (exp in the product's epilogue) or "plain" (cuBLAS, then a row kernel); see `plain`
-    softmax: Tile  # of exp_product where E is wanted
-    logprobs: Tile  # where only sums are
+    product: str  # "fused" (exp in the product's epilogue) or "plain" (cuBLAS, then a row kernel)
+    softmax: Tile  # of exp_product with E
+    logprobs: Tile  # of exp_product with sums only
 
     def plain(self, gradient: bool, dtype: torch.dtype) -> bool:
-        """Whether cuBLAS makes the logits of a pass.
+        """Whether cuBLAS computes the logits of a pass.
 
-        Of float32 also without a gradient: no tensor core has a float32 product (on an H100, tf32x3 was found to be
-        biased by 9e-8 of a logit), and log-probs of passes with and without a gradient are to agree.
+        For float32 also without a gradient: no tensor core has a float32 product (on an H100, tf32x3 was biased by
+        9e-8 of a logit), and passes with and without a gradient must give the same log-probs.
         """
         return self.product == "plain" and (gradient or dtype == torch.float32)
 
 
-# under the interpreter tiles are small, so that small problems have several
+# small tiles for Triton's interpreter, so that small problems have several
 INTERPRETED = Choice("fused", Tile(16, 32, 16, 2, 4, 1, True), Tile(16, 32, 16, 1, 4, 1, False))
 
 
@@ -64,12 +64,13 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, list[dict]]]:
+def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """tiles.json: entries by architecture and dtype."""
     return json.loads(TABLE.read_text())
 
 
 def choose(arch: str, dtype: torch.dtype, hidden_size: int) -> Choice:
-    """The entry of the nearest hidden size; PEAR_KERNELS_PRODUCT, if set, replaces its product."""
+    """The entry of the nearest hidden size. PEAR_KERNELS_PRODUCT, if set, replaces its product."""
     product = os.environ.get(VARIABLE) or None
     if product not in (None, *PRODUCTS):
         raise ValueError(f"{VARIABLE} must be 'fused' or 'plain', or unset to go by the table, got {product!r}")
@@ -81,6 +82,6 @@ def choose(arch: str, dtype: torch.dtype, hidden_size: int) -> Choice:
         choice = Choice(entry["product"], Tile(**entry["softmax"]), Tile(**entry["logprobs"]))
     if product is not None:
         choice = choice._replace(product=product)
-    if dtype == torch.float16:  # E needs the row's maximum as anchor, or it would leave float16's range
+    if dtype == torch.float16:  # E leaves float16's range unless the anchor is the row's maximum
         choice = choice._replace(product="plain")
     return choice

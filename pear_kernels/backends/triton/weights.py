@@ -1,10 +1,10 @@
-"""PEAR weights as one small kernel per chunk: ratios, suffix sums, weights, coefficients, loss and statistics.
+"""PEAR weights in one small kernel per chunk: log-ratios, suffix sums, weights, coefficients, loss and statistics.
 
-`formulas.weights` has the formulas and explains them; tests hold the two together. One program goes through a chunk's
-tokens from right to left, a block at a time. Within a block the sums of the log-ratios are a segmented scan, which a
-sequence's last token starts anew. From block to block and from chunk to chunk, a sequence that goes on finds its sum so
-far in `suffix`. A NaN in one sequence stays there. Where blocks of response tokens are clipped as a whole, a scan of
-the same kind within those comes first.
+`formulas.weights` explains the formulas; tests compare the two. One program processes a chunk's tokens from right to
+left, `BLOCK` tokens at a time. Within a block, the sums of log-ratios are a segmented scan, restarted at each
+sequence's last token. A sequence that continues in the block or chunk to the right finds its sum there in `suffix`. A
+NaN stays in its sequence. If blocks of response tokens are clipped as a whole, a scan of the same kind within those
+blocks comes first.
 """
 
 import functools
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pear_kernels.backends.choice import interpreting
+from pear_kernels.backends.triton.formulas import clamp
 from pear_kernels.backends.triton.launch import launch
 from pear_kernels.engine.packing import Pack
 from pear_kernels.formulas import weights
@@ -24,20 +25,13 @@ from pear_kernels.options import PEAROptions
 
 BLOCK = 64 if interpreting() else 512  # tokens at a time
 SUMS = 9
-NO_BLOCKS = (None,) * 5  # what the kernel takes of blocks and options where there are none, or all is summed already
+NO_BLOCKS = (None,) * 5  # the kernel's arguments from `limits` to `inside`, where it does not need them
 
 
 @triton.jit
 def add_within_sequence(right, right_starts, left, left_starts):
-    """Scan from right to left over (value, whether the token is its sequence's last)."""
+    """The step of a scan from right to left over (value, whether the token is its sequence's last)."""
     return tl.where(left_starts != 0, left, right + left), right_starts | left_starts
-
-
-@triton.jit
-def clamp(u, low, high):
-    """NaN stays NaN."""
-    u = tl.where(u < low, low, u)
-    return tl.where(u > high, high, u)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "block_size"], do_not_specialize_on_alignment=["behavior_logprobs"])
@@ -47,18 +41,18 @@ def scan_and_weigh(
     start,  # (n,) int64, compact index of the first token of each token's sequence
     stop,  # (n,) int64, one past the last
     token_scale,  # (n,) float64
-    counts,  # (n,) bool, False at a static pack's ghosts; None where there are none
-    suffix,  # (n + 1,) float64: sum of the clipped log-ratios from a token to its sequence's end; the last stays 0
+    counts,  # (n,) bool, False at a static pack's ghosts; None if the pack is not static
+    suffix,  # (n + 1,) float64: sum of clipped log-ratios from a token to its sequence's end; the last is 0
     log_weights,  # (n,) float64 out, log G before its clip
     weights,  # (n,) float64 out, G
     coefficients,  # (n,) float64 out, G * token_scale
-    sums,  # (9,) float64, added to; None where tokens are not to be counted
-    # the rest is None but with block_ids or an option of ours
-    limits,  # (n,) float64, how many times (low, high) bounds what stands at a token, 0 where nothing does
+    sums,  # (9,) float64, accumulated; None: no statistics
+    # the next five are None unless block_ids or an option beyond the paper is given
+    limits,  # (n,) float64: (low, high) times this bounds the log-ratio at a token; 0 where there is none
     block_stop,  # (n,) int64, one past the last token of each token's block
-    ratios_left,  # (n,) float64, log-ratios from there to the sequence's end
-    carries,  # (n,) bool, whether a token has a log-ratio; None where blocks are not clipped
-    inside,  # (n + 1,) float64: sum of the log-ratios from a token to its block's end; the last stays 0
+    ratios_left,  # (n,) float64, number of log-ratios from block_stop to the sequence's end
+    carries,  # (n,) bool, whether a token has a log-ratio; None unless blocks are clipped
+    inside,  # (n + 1,) float64: sum of log-ratios from a token to its block's end; the last is 0
     begin: tl.int64,
     end: tl.int64,
     block_size: tl.int64,
@@ -67,8 +61,8 @@ def scan_and_weigh(
     high: tl.float64,
     floor: tl.float64,  # clip of log G
     ceiling: tl.float64,
-    SCAN: tl.constexpr,  # make `suffix` of [begin, end)
-    WEIGH: tl.constexpr,  # make the weights of [begin, end), whose suffix sums are there
+    SCAN: tl.constexpr,  # compute `suffix` of [begin, end)
+    WEIGH: tl.constexpr,  # compute the weights of [begin, end) from `suffix`
     SEQUENCE: tl.constexpr,  # the level is "sequence"
     BLOCK: tl.constexpr,
 ):
@@ -94,8 +88,7 @@ def scan_and_weigh(
                 limit = tl.load(limits + token, mask=live, other=0.0)
                 delta = tl.where(limit > 0, clamp(ratio, limit * low, limit * high), 0.0)
             within, _ = tl.associative_scan((delta, starts), 0, add_within_sequence, reverse=True)
-            # what was stored for the block to the right was stored by other threads of this program
-            tl.debug_barrier()
+            tl.debug_barrier()  # other threads of this program stored the sums of the block to the right
             beyond = tl.load(suffix + right)
             tl.store(suffix + token, within + tl.where(its_stop > right, beyond, 0.0), mask=live)
         tl.debug_barrier()
@@ -157,9 +150,9 @@ def scan_and_weigh(
 
 
 class PEARWeights(weights.PEARWeights):
-    """The same by kernels: the walk always, and the weights where they do not wait for their whole sequence.
+    """The same by the kernel: suffix sums always, and weights unless `center` or `normalize` changes them.
 
-    What `center` and `normalize` do comes after, from the formulas of `pear_kernels.formulas.weights`.
+    Those two options are applied afterwards, by the formulas of `pear_kernels.formulas.weights`.
     """
 
     def __init__(
@@ -172,21 +165,21 @@ class PEARWeights(weights.PEARWeights):
     ):
         super().__init__(behavior_logprobs.contiguous(), pack, options, block_ids, token_scale)
         self.plain = block_ids is None and options.is_paper
-        self.by_torch = options.center or options.normalize == "sequence"  # for what the kernel does not do
+        self.by_torch = options.center or options.normalize == "sequence"  # which the kernel does not compute
         self.logprobs = torch.zeros_like(self.behavior_logprobs)
         self.token_scale = self.token_scale.contiguous()
-        # zeros where tokens that were not seen yet are among those that are added up
+        # with center or per-sequence normalisation, sums run over all tokens, including ones not observed yet
         made = torch.zeros_like if self.by_torch else torch.empty_like
         self.log_g, self.g, self.scaled = (made(self.logprobs) for _ in range(3))
         self.counted = torch.zeros(SUMS, dtype=torch.float64, device=self.logprobs.device) if self.plain else None
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
-        """Take the log-probs (end - begin,) of these tokens. Token and block weights follow at once, and count."""
+        """Take the log-probs (end - begin,) of these tokens. Computes and counts token and block weights at once."""
         self.logprobs[begin:end] = logprobs
         self._launch(begin, end, scan=True, weigh=self.options.level != "sequence" and not self.options.center)
 
     def summed(self, begin: int, end: int) -> Tensor:
-        """(end - begin,) float64: log G before its clip, of tokens whose weights were asked for or made."""
+        """(end - begin,) float64: log G before its clip."""
         if self.options.center:
             return super().summed(begin, end)
         self._weigh_sequences(begin, end)
@@ -206,8 +199,8 @@ class PEARWeights(weights.PEARWeights):
         return self.scaled[begin:end]
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
-        """As in the base class, by the kernel where it can: at sequence level it counts the weights now."""
-        if not self.plain:
+        """As in the base class, by the kernel if no option prevents it; sequence weights are counted only now."""
+        if self.counted is None:
             return super().sums(logprobs, weights)
         if self.options.level == "sequence":
             self.counted.zero_()
@@ -220,7 +213,7 @@ class PEARWeights(weights.PEARWeights):
 
     @functools.cached_property
     def _of_blocks(self) -> tuple[Tensor | None, ...]:
-        """What the kernel takes of blocks and options: limits, block_stop, ratios_left, carries, inside."""
+        """The kernel's arguments for blocks and options: limits, block_stop, ratios_left, carries, inside."""
         if self.plain:
             return NO_BLOCKS
         stop, _, carries = self.blocks
