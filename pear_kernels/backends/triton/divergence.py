@@ -90,8 +90,8 @@ def score_rows(
     top, place = largest_logit(
         logits, stride, bias, row, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE, BLOCK_V
     )
-    relative = tl.load(logit + row) - top.to(tl.float64)
-    others = relative * 0  # float64
+    below = tl.load(logit + row) - top.to(tl.float64)
+    others = below * 0  # float64
     others_soft, exp_log = others, others
     for v in range(0, V, BLOCK_V):
         column = v + tl.arange(0, BLOCK_V)
@@ -106,9 +106,9 @@ def score_rows(
     largest = tl.where(place == y, 0.0, 1.0)  # exp of the largest logit, added here unless it is the target's
     others += largest
     others_soft = others_soft + largest if SOFT else others
-    relative_soft = relative * inverse_soft
-    nll, nll_soft = target_nll(others, relative), target_nll(others_soft, relative_soft)
-    log_z, log_z_soft = relative + nll, relative_soft + nll_soft
+    below_soft = below * inverse_soft
+    nll, nll_soft = target_nll(others, below), target_nll(others_soft, below_soft)
+    log_z, log_z_soft = below + nll, below_soft + nll_soft
     tl.store(out + 0 * R + row, -nll)
     tl.store(out + 1 * R + row, top.to(tl.float64))
     tl.store(out + 2 * R + row, others)
@@ -118,11 +118,11 @@ def score_rows(
     tl.store(out + 6 * R + row, -nll_soft)
     tl.store(out + 9 * R + row, place.to(tl.float64))
     if entropy is not None:
-        e_y = tl.exp(relative)
-        tl.store(entropy + row, entropy_of(log_z, exp_log + e_y * relative, others + e_y))
+        e_y = tl.exp(below)
+        tl.store(entropy + row, entropy_of(log_z, exp_log + e_y * below, others + e_y))
     if log_q is not None:
         shift, log_p_y = log_z_soft.to(tl.float32), (-nll_soft).to(tl.float32)
-        kl_of_p, kl_of_q = relative * 0, relative * 0
+        kl_of_p, kl_of_q = below * 0, below * 0
         for v in range(0, V, BLOCK_V):
             column = v + tl.arange(0, BLOCK_V)
             inside = column < V

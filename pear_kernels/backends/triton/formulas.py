@@ -1,6 +1,6 @@
 """Every formula of the Triton kernels, once, and the block of logits that the row kernels load.
 
-`formulas/` and `backends/torch/` have the same formulas in PyTorch and explain them;
+`pear_kernels.formulas` has the same formulas in PyTorch and explains them;
 tests/pear_kernels/interpreted/test_kernel_formulas.py compares the two on a grid. Unless a docstring says otherwise a
 formula keeps the dtype of its arguments: float32 for numbers per logit, float64 for per-row scalars. NaN stays NaN.
 """
@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pear_kernels.backends.torch import head
-from pear_kernels.formulas import divergence
+from pear_kernels.formulas import softmax
 
-MAX_EXPONENT = head.MAX_EXPONENT[torch.float32]
-MAX_EXPONENT_FLOAT64 = tl.constexpr(head.MAX_EXPONENT[torch.float64])
-MIN_LOG = tl.constexpr(divergence.MIN_LOG)
+MAX_EXPONENT = softmax.MAX_EXPONENT[torch.float32]
+MAX_EXPONENT_FLOAT64 = tl.constexpr(softmax.MAX_EXPONENT[torch.float64])
+MIN_LOG = tl.constexpr(softmax.MIN_LOG)
 FORWARD, REVERSE, JS = (tl.constexpr(kind) for kind in range(3))  # KIND: indices of pear_kernels.options.DIVERGENCES
 
 # ---- elementary functions
@@ -135,13 +134,13 @@ def largest_logit(
     return top, tl.min(at_top, 0)
 
 
-# ---- results of a row, from S = sum_{v != y} exp(z_v - anchor) and `relative`, the target's logit less the anchor
+# ---- results of a row, from S = sum_{v != y} exp(z_v - anchor) and `below`, the target's logit less the anchor
 
 
 @triton.jit
-def target_nll(S, relative):
-    """-log p = log(1 + S / e_y) with e_y = exp(relative), exact to the last digits for S near 0 and for e_y near 0."""
-    u = tl.log(S) - relative
+def target_nll(S, below):
+    """-log p = log(1 + S / e_y) with e_y = exp(below), exact to the last digits for S near 0 and for e_y near 0."""
+    u = tl.log(S) - below
     nll = tl.where(u > 0, u, 0.0) + log1p(tl.exp(-tl.abs(u)))
     return tl.where(S == S, nll, S)  # a comparison loses NaN
 
@@ -153,12 +152,12 @@ def entropy_of(log_z, exp_log, Z):
 
 
 @triton.jit
-def row_results(S, exp_log, relative, inverse_temperature):
+def row_results(S, exp_log, below, inverse_temperature):
     """(log p, 1 / ((e_y + S) temperature), entropy), where `exp_log` is the sum of E log E without the target."""
-    nll = target_nll(S, relative)
-    e_y = tl.exp(relative)
+    nll = target_nll(S, below)
+    e_y = tl.exp(below)
     Z = e_y + S
-    log_z = tl.where(relative < -1, tl.log(Z), relative + nll)  # the latter is exact where Z is near 1
+    log_z = tl.where(below < -1, tl.log(Z), below + nll)  # the latter is exact where Z is near 1
     entropy = entropy_of(log_z, exp_log + xlogx(e_y), Z)  # before the reciprocal: the other order takes more registers
     return -nll, inverse_temperature / Z, entropy
 

@@ -1,10 +1,10 @@
-"""The operations of a `LogitsWalk` on an NVIDIA GPU: products by cuBLAS, and kernels over rows between them.
+"""The operations of a `LogitsWalk` on an NVIDIA GPU: products by cuBLAS, and row kernels between them.
 
-`pear_kernels.backends.torch.logits_head` explains the arithmetic; `triton/divergence.py` has the kernels.
+`pear_kernels.backends.torch.logits_head` explains the arithmetic; `divergence.py` has the kernels.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,35 +18,32 @@ from pear_kernels.formulas.activation import Activation
 from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
 from pear_kernels.options import DIVERGENCES, DivergenceOptions
 
-# Of a row's gradient below its coefficients: for float16, whose small numbers lose digits below 6e-5, and which still
-# has room for the largest that p (log(p / q) - KL) can be, a quarter of MIN_LOG
+# A row's dz is stored divided by its unit, the sum of its coefficients' sizes times HEADROOM. For float16: entries are
+# 16 times larger then, since numbers below 6e-5 lose digits, and the largest p (log(p / q) - KL), a quarter of MIN_LOG,
+# still fits.
 HEADROOM = 1 / 16
 
 
 class _Rows(NamedTuple):
-    """Of a chunk whose raw logits are in the workspace."""
+    """State of a chunk whose raw logits are in the workspace."""
 
     target: Tensor  # (R,)
-    sums: Tensor  # (10, R) float64, score_rows' out
+    sums: Tensor  # (10, R) float64, `out` of score_rows
     entropy: Tensor | None  # (R,) float64
     teacher: TeacherRows | None
     buckets: Buckets | None
 
 
 class LogitsHead(head.Head):
-    """`triton.head.Head` for gradients that are no row scale times E."""
+    """`Head` for gradients that are not a per-row scale times E."""
+
+    def _is_plain(self, gradient: bool) -> bool:
+        return True
 
     def row_bytes(self, gradient: bool) -> int:
-        """Of float32 logits, and what a gradient takes beside, always: one chunk size for both."""
+        """Bytes with a gradient, always: chunks with and without one have the same size."""
         itemsize = self.compute_dtype.itemsize
         return triton_row_bytes(self.planned[0], self.hidden_size, itemsize, gradient=True, plain=True)
-
-    def reserve(self, rows: int, gradient: bool) -> None:
-        device = self.weight.device
-        self.workspace = torch.empty(rows, self.padded, dtype=self.dtype, device=device)
-        if gradient:
-            self.grad_rows = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=device)
-            self.scaled_rows = torch.empty(rows, self.hidden_size, dtype=self.compute_dtype, device=device)
 
     def scores(
         self,
@@ -75,7 +72,7 @@ class LogitsHead(head.Head):
         if not isinstance(teacher, TopKRows):
             divergence = None if teacher is None else sums[7]
             top1 = sums[9] == target
-            if logit is not None:  # of a shard: a target elsewhere has no logit among these
+            if logit is not None:  # a shard: a target on another shard has no logit among these
                 top1 = torch.where(target < 0, target_logit > sums[1], top1)
             rows = _Rows(target, sums, entropies, teacher, None)
             return Scores(sums[0], entropies, divergence, rows, top1, sums[1], sums[4])
@@ -87,18 +84,17 @@ class LogitsHead(head.Head):
     def gradient(
         self, scores: Scores, nll: Tensor | None, entropy: Tensor | None = None, divergence: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        target, sums, entropies, teacher, buckets = scores.rows
+        rows: _Rows = scores.rows
+        target, sums, entropies, teacher, buckets = rows
         R = len(target)
         logits, dz = self._views(R)
         zero = torch.zeros_like(scores.logprobs)
         given = [zero if factor is None else factor.double() for factor in (nll, entropy, divergence)]
-        size = sum(factor.abs() for factor in given) * HEADROOM
+        size = (given[0].abs() + given[1].abs() + given[2].abs()) * HEADROOM
         unit = torch.where(size > 0, size, 1.0)
-        if buckets is None:
-            factors = torch.stack(given) / unit
-        else:
-            *factors, of_ids = buckets.gradient(given[0], given[2])
-            factors = torch.stack(factors) / unit
+        if buckets is not None:
+            *given, at_ids = buckets.gradient(given[0], given[2])
+        factors = torch.stack(given) / unit
         log_q = teacher.log_q if isinstance(teacher, VocabularyRows) else None
         launch(
             gradient_rows, (R,),
@@ -108,11 +104,11 @@ class LogitsHead(head.Head):
             BLOCK_V=ROW_BLOCK, num_warps=8,
         )  # fmt: skip
         if buckets is not None:
-            of_ids = of_ids / unit[:, None]
-            if self.activation["SOFTCAP"]:
-                activation = Activation(1 / self.inverse_temperature, self.softcap)
-                of_ids = of_ids * activation.slope(buckets.ids_logits, sums[1][:, None])
-            dz.scatter_(1, buckets.teacher.ids, of_ids.to(dz.dtype))
+            at_ids = at_ids / unit[:, None]
+            activation = Activation(1 / self.inverse_temperature, self.softcap if self.activation["SOFTCAP"] else None)
+            slope = activation.slope(buckets.ids_logits, sums[1][:, None])
+            at_ids = at_ids if slope is None else at_ids * slope
+            dz.scatter_(1, buckets.teacher.ids, at_ids.to(dz.dtype))
         return dz, size * self.inverse_temperature
 
     def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
@@ -125,7 +121,7 @@ class LogitsHead(head.Head):
         return logits
 
     def _activate(self, raw: Tensor, ids: Tensor) -> Tensor:
-        """Logits (R, K) of some tokens, as kernels make them of raw ones."""
+        """Raw logits (R, K) of some tokens to logits, in the kernels' order of operations."""
         if self.bias is not None:
             raw = raw + self.bias[ids].float()
         if self.activation["SOFTCAP"]:
@@ -133,14 +129,14 @@ class LogitsHead(head.Head):
         return raw * self.inverse_temperature
 
     def _numbers(self, teacher: TeacherRows | None) -> tuple[float, ...]:
-        """What score_rows and gradient_rows take behind V."""
+        """The arguments of score_rows and gradient_rows after V."""
         options = DivergenceOptions() if teacher is None else teacher.options
-        of_p = 1.0 - options.js_beta
-        shares = of_p, math.log(of_p), math.log(options.js_beta)
+        p_share = 1.0 - options.js_beta
+        shares = p_share, math.log(p_share), math.log(options.js_beta)
         return self.softcap, self.inverse_temperature, 1.0 / options.distill_temperature, *shares
 
-    def _constants(self, teacher: TeacherRows | None) -> dict[str, object]:
+    def _constants(self, teacher: TeacherRows | None) -> dict[str, Any]:
         options = DivergenceOptions() if teacher is None else teacher.options
-        # one code for all kinds where the kernels do not compute the divergence
+        # one compilation for all kinds where the kernels do not compute the divergence
         kind = DIVERGENCES.index(options.divergence) if isinstance(teacher, VocabularyRows) else 0
         return {**self.activation, "SOFT": options.distill_temperature != 1.0, "KIND": kind}

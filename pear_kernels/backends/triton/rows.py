@@ -106,9 +106,9 @@ def finish(
             if tl.max(far.to(tl.int32), 0) != 0:
                 tl.store(flag, 1)
                 tl.store(redo + tl.cdiv(R, TILE_ROWS), 1)
-        relative = tl.load(logit + row, mask=live, other=0.0) - at.to(tl.float64)
-        tl.store(top1 + row, (relative > largest).to(tl.float64), mask=live)  # the maxima exclude the target
-        log_p, scale, H = row_results(S, exp_log, relative, inverse_temperature)
+        below = tl.load(logit + row, mask=live, other=0.0) - at.to(tl.float64)
+        tl.store(top1 + row, (below > largest).to(tl.float64), mask=live)  # the maxima exclude the target
+        log_p, scale, H = row_results(S, exp_log, below, inverse_temperature)
         tl.store(logprob + row, log_p, mask=live)
         tl.store(row_scale + row, scale, mask=live)
         tl.store(target_mass + row, S * tl.load(slope + row, mask=live, other=0.0), mask=live)
@@ -153,9 +153,9 @@ def softmax_rows(
     # would overflow
     highest = tl.maximum(top, (target_logit - MAX_EXPONENT_FLOAT64).to(tl.float32))
     anchor = tl.where(top - target_logit > max_exponent, highest, target_logit.to(tl.float32))
-    relative = target_logit - anchor.to(tl.float64)
+    below = target_logit - anchor.to(tl.float64)
     hit = target_logit > top
-    S, exp_log = relative * 0, relative * 0  # float64
+    S, exp_log = below * 0, below * 0  # float64
     for v in range(0, V, BLOCK_V):
         column = v + tl.arange(0, BLOCK_V)
         z, dz = load_logits(logits, stride, bias, row, column, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE, y)
@@ -167,7 +167,7 @@ def softmax_rows(
         if entropy is not None:
             exp_log += tl.sum(tl.where(exp > 0, exp * (z - anchor), 0.0), 0).to(tl.float64)
     tl.store(top1 + row, hit.to(tl.float64))
-    log_p, scale, H = row_results(S, exp_log, relative, inverse_temperature)
+    log_p, scale, H = row_results(S, exp_log, below, inverse_temperature)
     tl.store(logprob + row, log_p)
     tl.store(row_scale + row, scale)
     tl.store(target_mass + row, S * tl.load(slope + row))

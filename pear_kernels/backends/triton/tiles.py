@@ -9,13 +9,15 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 VARIABLE = "PEAR_KERNELS_PRODUCT"
 PRODUCTS = ("fused", "plain")
+
+Table: TypeAlias = dict[str, dict[str, list[dict[str, Any]]]]  # entries by architecture and dtype
 
 # architecture of tensors of device "meta": launches can be recorded for a GPU that is not in this machine
 recorded_architecture = "sm_90"
@@ -64,8 +66,7 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """tiles.json: entries by architecture and dtype."""
+def table() -> Table:
     return json.loads(TABLE.read_text())
 
 
