@@ -245,15 +245,7 @@ class ShardedHead:
         self.own, self.shard, self.activation = own, shard, activation
         self.weight, self.dtype = own.weight, own.dtype
         self.planned = shard.plan(own)
-
-    def row_bytes(self, gradient: bool) -> int:
-        return self.own.row_bytes(gradient)
-
-    def reserve(self, rows: int, gradient: bool) -> None:
-        self.own.reserve(rows, gradient)
-
-    def as_operand(self, x: Tensor) -> Tensor:
-        return self.own.as_operand(x)
+        self.row_bytes, self.reserve, self.as_operand = own.row_bytes, own.reserve, own.as_operand
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         """(R,) float64, each from the rank where `target` (R,), a row of the shard, is not -1."""
@@ -284,13 +276,7 @@ class ShardedHead:
         return own_nll, nll, joint_entropy(nll, own_nlls, *entropies) if entropies else None, top1.bool().all(0)
 
     def write_grad_hidden_(
-        self,
-        into: Tensor,
-        index: Tensor,
-        factor: Tensor,
-        row_scale: Tensor,
-        target: Tensor,
-        target_mass: Tensor | None,
+        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
     ) -> None:
         """The rank that holds the target adds its term, in the dtype of the sums."""
         target = self.shard.find(target).clamp(min=0)

@@ -4,6 +4,7 @@ The byte formulas are plain functions of shapes because a head needs them to cut
 say what a shape will cost before any head exists.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
@@ -170,20 +171,9 @@ class BackendLogitsHead(BackendHead, LogitsHead, Protocol):
         """(R, V) in the workspace: log-probs of all tokens (>= `MIN_LOG`), `temperature` on top of the head's own."""
 
 
-AnyHead = TypeVar("AnyHead", bound=BackendHead, covariant=True)
-
-
-class HeadFactory(Protocol[AnyHead]):
-    """Makes a backend's head: its class."""
-
-    def __call__(
-        self,
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        temperature: float,
-        softcap: float | None,
-        compute_dtype: torch.dtype,  # operands are rounded to it, as autocast does
-    ) -> AnyHead: ...
+AnyHead = TypeVar("AnyHead", bound=BackendHead)
+# weight (V, D), bias (V,), temperature, softcap, and the compute dtype, to which operands are rounded as by autocast
+HeadFactory: TypeAlias = Callable[[Tensor, Tensor | None, float, float | None, torch.dtype], AnyHead]
 
 
 # ---- bytes of workspace per row

@@ -122,9 +122,8 @@ class Head:
         if not entropy:
             return Softmax(logits, row_scale, -nll, None, top1=top1)
         log_z = torch.where(below < -1, Z.log(), below + nll)  # where Z is near 1, its log would lose digits
-        return Softmax(
-            logits, row_scale, -nll, softmax.entropy(log_z, exp_log + torch.xlogy(e_y, e_y), Z), top1=top1
-        )  # fmt: skip
+        H = softmax.entropy(log_z, exp_log + torch.xlogy(e_y, e_y), Z)
+        return Softmax(logits, row_scale, -nll, H, top1=top1)
 
     def _anchored_logits(
         self, x: Tensor, target: Tensor, target_logit: Tensor | None
@@ -174,14 +173,9 @@ class Head:
     # ---- products 2 and 3
 
     def write_grad_hidden_(
-        self,
-        into: Tensor,  # (N, D)
-        index: Tensor,  # (R,)
-        factor: Tensor,  # (R, V)
-        row_scale: Tensor,  # (R,)
-        target: Tensor,  # (R,)
-        target_mass: Tensor | None,  # (R,): None, since `factor` holds E_y = -S
+        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
     ) -> None:
+        """`target_mass` is None, since `factor` holds E_y = -S."""
         out = factor.new_zeros(len(factor), self.weight.shape[1])
         for tile, weight in self.tiles():
             out.addmm_(factor[:, tile], weight)
@@ -195,12 +189,12 @@ class Head:
 
     def subtract_targets_(
         self,
-        grad_weight: Tensor | None,  # (V, D)
-        grad_bias: Tensor | None,  # (V,)
-        hidden: Tensor,  # (N, D)
-        index: Tensor,  # (n,)
-        target: Tensor,  # (n,)
-        scale: Tensor,  # (n,)
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        hidden: Tensor,
+        index: Tensor,
+        target: Tensor,
+        scale: Tensor,
     ) -> None:
         """Needed for a shard, whose E has no entry for the target."""
         if grad_weight is not None:

@@ -95,11 +95,8 @@ class LogitsHead(head.Head):
         top1 = largest == target
         if logit is not None:  # a target that another rank holds has no logit among these
             top1 = torch.where(target < 0, target_logit > top, top1)
-        compared = None if teacher is None else _Teacher(teacher, log_z_soft, logprobs_soft, kl_of_p)
-        state = _Rows(target, largest, compared)
-        return Scores(
-            logprobs, H if entropy else None, None if teacher is None else found, state, top1, top, log_z
-        )  # fmt: skip
+        state = _Rows(target, largest, teacher and _Teacher(teacher, log_z_soft, logprobs_soft, kl_of_p))
+        return Scores(logprobs, H if entropy else None, found if teacher else None, state, top1, top, log_z)
 
     def _bucket_scores(self, logits: Tensor, target: Tensor, target_logit: Tensor, teacher: TopKRows) -> Scores:
         """`scores` with a teacher that is known by its K most likely tokens."""
@@ -126,14 +123,7 @@ class LogitsHead(head.Head):
         return torch.empty(len(target), dtype=self.dtype, device=target.device), torch.empty_like(target)
 
     def _others(
-        self,
-        z: Tensor,
-        target: Tensor,
-        top: Tensor,
-        largest: Tensor,
-        *,
-        temperature: float = 1.0,
-        entropy: bool = False,
+        self, z: Tensor, target: Tensor, top: Tensor, largest: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(r,) float64 sums over v != y of E = exp((z - top) / temperature) and, for the entropy, of E log E."""
         u = z - top[:, None]
