@@ -12,7 +12,7 @@ import functools
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -33,6 +33,18 @@ POLICY_OF = {  # whose each kind of log-probs are
     "ref_logprobs": "the reference policy",
     "sampler_logprobs": "the policy as it was sampled from",
 }
+FINITE = {  # arguments that must be finite: the rule, and what to do
+    "weights": ("weights must be finite where a token counts", ""),
+    **dict.fromkeys(
+        ("advantages", "sequence_advantages"),
+        (
+            "advantages must be finite",
+            ": a reward was not finite, or was divided by the spread of a group whose rewards are all the same",
+        ),
+    ),
+}
+AGAIN = "write them again with `pear score --top_k`"
+P = ParamSpec("P")
 VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
 
 
@@ -325,49 +337,70 @@ def values_are_checked() -> bool:
     return setting == "1"
 
 
-def value_check(check: Callable[..., None]) -> Callable[..., None]:
+def value_check(check: Callable[P, None]) -> Callable[P, None]:
     """A check that PEAR_KERNELS_CHECK_VALUES=0 switches off."""
 
     @functools.wraps(check)
-    def unless_switched_off(*arguments):
+    def unless_switched_off(*arguments: P.args, **named: P.kwargs) -> None:
         if values_are_checked():
-            check(*arguments)
+            check(*arguments, **named)
 
     return unless_switched_off
+
+
+def none_of(bad: Tensor, rule: str, found: Callable[[int], object], remedy: str = "", such: str = "such") -> None:
+    """`require` that no element of `bad` (k,) holds; `found` gives the value at a flat position."""
+
+    def where() -> str:
+        at = int(bad.nonzero()[0])
+        return f"{found(at)} at flat position {at} ({int(bad.sum())} {such}){remedy}"
+
+    require(~bad.any(), rule, where)
+
+
+def shown(values: Tensor) -> str:
+    """A number, or the first 20 of several."""
+    return f"{values.tolist()[:20] if values.dim() else values.item()}"
+
+
+def shown_at(values: Tensor, at: int) -> str:
+    return shown(values[at])
 
 
 @value_check
 def check_values(columns: Mapping[str, Tensor], valid: Tensor, vocabulary: int = 0, ignore_index: int = 0) -> None:
     """Checks the values of every tensor in `columns` that has a rule, by the name of the argument.
 
-    `valid` (N,) bool says which tokens count. `backends.triton.values` has the same rules in one kernel.
+    `valid` (N,) bool says which tokens count; values at other tokens are not checked. Nor is a behaviour log-prob of a
+    token without a log-ratio. `backends.triton.values` has the same rules in one kernel.
     """
     block_ids = columns.get("block_ids")
-    with_ratio = valid if block_ids is None else valid & (block_ids > NO_RATIO)
-    if "cu_seqlens" in columns:
-        check_cu_seqlens(columns["cu_seqlens"], valid.numel())
-    if "target" in columns:
-        check_target(columns["target"], valid, vocabulary, ignore_index)
-    for name in POLICY_OF:
-        if name in columns:
-            check_logprobs(name, columns[name], with_ratio)
-    if "sequence_scale" in columns:
-        check_sequence_scale(columns["sequence_scale"])
-    if "denominator" in columns:
-        check_denominator(columns["denominator"])
-    if "sequence_advantages" in columns:
-        check_advantages(columns["sequence_advantages"], None)
-    if "advantages" in columns:
-        check_advantages(columns["advantages"], valid)
-    if "weights" in columns:
-        check_weights(columns["weights"], valid)
+    paired = valid if block_ids is None else valid & (block_ids > NO_RATIO)
+    for name, column in columns.items():
+        found = functools.partial(shown_at, column)
+        if name == "target":
+            rule = f"target must be in [0, {vocabulary}) or ignore_index ({ignore_index})"
+            none_of(valid & ((column < 0) | (column >= vocabulary)), rule, found)
+        elif name in POLICY_OF:
+            bad = paired & ~(column.isfinite() & (column <= MAX_LOGPROB))
+            remedy = f": score the data again under {POLICY_OF[name]}"
+            none_of(bad, f"{name} must be finite and at most 0", found, remedy, "such tokens")
+        elif name in FINITE:
+            rule, remedy = FINITE[name]
+            none_of(~column.isfinite() & (valid if name in ("advantages", "weights") else True), rule, found, remedy)
+        elif name == "denominator":
+            good = (column.isfinite() & (column > 0)).all()
+            require(good, "denominator must be a positive number", functools.partial(shown, column))
+        elif name == "sequence_scale":
+            require(column.isfinite().all(), "sequence_scale must be finite", functools.partial(shown, column))
+        elif name == "cu_seqlens":
+            check_cu_seqlens(column, valid.numel())
     if "teacher_ids" in columns:
         check_top_k(columns["teacher_ids"], columns["teacher_logprobs"], valid, vocabulary)
     if block_ids is not None:
         check_block_ids(block_ids, valid, columns["cu_seqlens"])
 
 
-@value_check
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     """From 0 to N, never descending (an empty sequence is allowed)."""
     require(
@@ -378,11 +411,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
             "the pack"
         ),
     )
-    require(
-        (cu_seqlens.diff() >= 0).all(),
-        "cu_seqlens must be ascending",
-        lambda: f"{cu_seqlens.tolist()[:20]}",
-    )
+    require((cu_seqlens.diff() >= 0).all(), "cu_seqlens must be ascending", lambda: f"{cu_seqlens.tolist()[:20]}")
 
 
 @value_check
@@ -396,133 +425,38 @@ def check_valid_tokens(valid_tokens: int | None, valid: Tensor) -> None:
         )
 
 
-@value_check
-def check_target(target: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Ids in [0, V) wherever a token counts."""
-    outside = valid & ((target < 0) | (target >= vocabulary))
-    require(
-        ~outside.any(),
-        f"target must be in [0, {vocabulary}) or ignore_index ({ignore_index})",
-        lambda: f"{target[outside][0].item()} at flat position {outside.nonzero()[0].item()}",
-    )
-
-
-@value_check
-def check_logprobs(name: str, logprobs: Tensor, valid: Tensor) -> None:
-    """Finite and not above 0, wherever a token counts; what stands at ignored tokens is not looked at."""
-    bad = valid & ~(logprobs.isfinite() & (logprobs <= MAX_LOGPROB))
-    require(
-        ~bad.any(),
-        f"{name} must be finite and at most 0",
-        lambda: (
-            f"{logprobs[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such "
-            f"tokens): score the data again under {POLICY_OF[name]}"
-        ),
-    )
-
-
 def block_key(block_ids: Tensor, start: Tensor) -> Tensor:
     """(n,) int64 that orders tokens by their sequences, which begin at `start` (n,), and then by their block's id."""
     return start * 2 * MAX_IDS + (block_ids.long() - NO_RATIO)
 
 
-@value_check
 def check_block_ids(block_ids: Tensor, valid: Tensor, cu_seqlens: Tensor) -> None:
     """Of tokens that count: in [-1, 2**31), and never descending within a sequence but for -1."""
     bounds, token = cu_seqlens.long(), torch.arange(valid.numel(), device=valid.device)
     start = bounds[torch.searchsorted(bounds[1:], token, right=True)]
     block_ids = torch.where(valid, block_ids, NO_RATIO)
-
-    def rule(bad: Tensor, words: str, found: Callable[[int], str]) -> None:
-        at = lambda: int(bad.nonzero()[0])  # noqa: E731
-        require(~bad.any(), words, lambda: f"{found(at())} at flat position {at()} ({int(bad.sum())} such)")
-
     outside = (block_ids < NO_RATIO) | (block_ids > MAX_IDS - 1)  # int32 has no MAX_IDS
-    rule(outside, f"block_ids must be in [0, {MAX_IDS}), or -1 for no log-ratio", lambda i: f"{block_ids[i].item()}")
+    none_of(outside, f"block_ids must be in [0, {MAX_IDS}), or -1 for no log-ratio", lambda i: block_ids[i].item())
     key = block_key(block_ids, start)
     highest = key.cummax(0).values
-    rule(
+    none_of(
         (block_ids > NO_RATIO) & (key < highest),
         "block_ids must not descend within a sequence",
         lambda i: f"{block_ids[i].item()} after {int(highest[i] - start[i] * 2 * MAX_IDS) + NO_RATIO}",
     )
 
 
-@value_check
-def check_advantages(advantages: Tensor, valid: Tensor | None) -> None:
-    """Finite: all of them if they are a sequence's (`valid` is None), else those of tokens that count."""
-    bad = ~advantages.isfinite() if valid is None else valid & ~advantages.isfinite()
-    require(
-        ~bad.any(),
-        "advantages must be finite",
-        lambda: (
-            f"{advantages[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such): a reward "
-            "was not finite, or was divided by the spread of a group whose rewards are all the same"
-        ),
-    )
-
-
-@value_check
-def check_denominator(denominator: Tensor) -> None:
-    require(
-        (denominator.isfinite() & (denominator > 0)).all(),
-        "denominator must be a positive number",
-        lambda: f"{denominator.item()}",
-    )
-
-
-@value_check
-def check_sequence_scale(sequence_scale: Tensor) -> None:
-    require(
-        sequence_scale.isfinite().all(),
-        "sequence_scale must be finite",
-        lambda: f"{sequence_scale.tolist()[:20]}",
-    )
-
-
-@value_check
-def check_weights(weights: Tensor, valid: Tensor) -> None:
-    """Finite wherever a token counts."""
-    bad = valid & ~weights.isfinite()
-    require(
-        ~bad.any(),
-        "weights must be finite where a token counts",
-        lambda: f"{weights[bad][0].item()} at flat position {bad.nonzero()[0].item()} ({int(bad.sum())} such)",
-    )
-
-
-@value_check
 def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor, vocabulary: int) -> None:
     """Of tokens that count: ids in the vocabulary and distinct, log-probs descending, with a sum of at most 1."""
-    again = "write them again with `pear score --top_k`"
-
-    def rule(good: Tensor, words: str, found: Callable[[int], str]) -> None:
-        bad = valid & ~good
-        at = lambda: int(bad.nonzero()[0])  # noqa: E731
-        require(~bad.any(), words, lambda: f"{found(at())} at flat position {at()} ({int(bad.sum())} such): {again}")
-
-    rule(
-        ((ids >= 0) & (ids < vocabulary)).all(1),
-        f"teacher.ids must be in [0, {vocabulary})",
-        lambda t: f"{ids[t].tolist()[:20]}",
-    )
-    ordered = ids.sort(dim=1).values
-    rule((ordered.diff(dim=1) != 0).all(1), "teacher.ids must be distinct tokens", lambda t: f"{ids[t].tolist()[:20]}")
-    rule(
-        logprobs.isfinite().all(1),
-        "teacher.logprobs must be finite",
-        lambda t: f"{logprobs[t].tolist()[:20]}",
-    )
-    rule(
-        (logprobs.diff(dim=1) <= 0).all(1),
-        "teacher.logprobs must be sorted, the largest first",
-        lambda t: f"{logprobs[t].tolist()[:20]}",
-    )
-    rule(
-        logprobs.double().exp().sum(1) <= 1 + MAX_LOGPROB,
-        "teacher.logprobs must have a sum of probabilities of at most 1",
-        lambda t: f"{logprobs[t].double().exp().sum().item()}",
-    )
+    ordered, total = ids.sort(dim=1).values, logprobs.double().exp().sum(1)
+    for column, good, rule in (
+        (ids, ((ids >= 0) & (ids < vocabulary)).all(1), f"teacher.ids must be in [0, {vocabulary})"),
+        (ids, (ordered.diff(dim=1) != 0).all(1), "teacher.ids must be distinct tokens"),
+        (logprobs, logprobs.isfinite().all(1), "teacher.logprobs must be finite"),
+        (logprobs, (logprobs.diff(dim=1) <= 0).all(1), "teacher.logprobs must be sorted, the largest first"),
+        (total, total <= 1 + MAX_LOGPROB, "teacher.logprobs must have a sum of probabilities of at most 1"),
+    ):
+        none_of(valid & ~good, rule, functools.partial(shown_at, column), ": " + AGAIN)
 
 
 # ---- what autograd may not ask

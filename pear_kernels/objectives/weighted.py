@@ -256,7 +256,7 @@ def weights_by(function: Callable[..., Tensor]) -> AbstractContextManager[None]:
             )
         if found.is_complex():
             raise TypeError(f"weights must return real numbers, got {found.dtype}: take .real or .abs()")
-        checks.check_weights(found, torch.ones_like(found, dtype=torch.bool))
+        checks.check_values({"weights": found}, torch.ones_like(found, dtype=torch.bool))
         return found.double()
 
     return set_to(_function, weights)

@@ -589,20 +589,13 @@ def test_checks_of_values_read_nothing_off_the_cpu():
     top = torch.zeros(N, K, device="meta")
     valid = ids == 0
     with Asserts() as asserts:
-        checks.check_cu_seqlens(ids, big)
-        checks.check_target(ids, valid, big, -big)
         checks.check_valid_tokens(big, valid)
-        for name in WHOSE:
-            checks.check_logprobs(name, floats, valid)
-        checks.check_denominator(floats[0])
-        checks.check_sequence_scale(floats)
-        checks.check_block_ids(ids, valid, ids)
-        checks.check_advantages(floats, None)
-        checks.check_advantages(floats, valid)
-        checks.check_weights(floats, valid)
+        columns = {"cu_seqlens": ids, "target": ids, "denominator": floats[0], "block_ids": ids}
+        names = (*checks.POLICY_OF, "sequence_scale", "sequence_advantages", "advantages", "weights")
+        checks.check_values(columns | dict.fromkeys(names, floats), valid, big, -big)
         checks.check_top_k(top.long(), top, valid, V)
-    names = ["cu_seqlens"] * 2 + ["target", "valid_tokens", *WHOSE, "denominator", "sequence_scale"]
-    names += ["block_ids"] * 2 + ["advantages"] * 2 + ["weights"] + ["teacher.ids"] * 2 + ["teacher.logprobs"] * 3
+    names = ["valid_tokens", "cu_seqlens", "cu_seqlens", "target", "denominator", *WHOSE, "sequence_scale"]
+    names += ["advantages"] * 2 + ["weights"] + ["block_ids"] * 2 + ["teacher.ids"] * 2 + ["teacher.logprobs"] * 3
     assert [message.split()[1] for message in asserts.messages] == names
     # CUDA's assert takes no longer message
     assert all(message.startswith("pear_kernels: ") and len(message.encode()) < 255 for message in asserts.messages)
