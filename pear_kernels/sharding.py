@@ -188,8 +188,8 @@ def meet(
         return None
     group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type] # a str, typed anew
     flags = sum(flag << i for i, flag in enumerate(wanted))
-    of_call = {"hidden's shape": hidden.shape, "workspace_bytes": (workspace_bytes or 0,), "requires_grad": (flags,)}
-    numbers = [weight.shape[0], *(number for part in of_call.values() for number in part)]
+    same = {"hidden's shape": hidden.shape, "workspace_bytes": (workspace_bytes or 0,), "requires_grad": (flags,)}
+    numbers = [weight.shape[0], *(number for part in same.values() for number in part)]
     row = [torch.full((), number, dtype=torch.int64, device=target.device) for number in numbers]
     place = torch.arange(1, target.numel() + 1, device=target.device)
     rows = gather(group, torch.stack([*row, (target * (place * 0x9E3779B1)).sum()]))  # int64 wraps around
@@ -203,7 +203,7 @@ def meet(
         raise ValueError(
             f"weight must have rows on every rank, got shards of {list(shard.sizes)} rows: share it among fewer ranks"
         )
-    check_same_call(rows, shard.sizes, ["hidden's shape", *of_call, "target"])
+    check_same_call(rows, shard.sizes, ["hidden's shape", *same, "target"])
     return shard
 
 
@@ -284,8 +284,8 @@ class ShardedHead:
         rows = torch.arange(len(partial), device=partial.device)
         self.own.write_grad_hidden_(partial, rows, factor, self.scaled(row_scale), target, None)
         if target_mass is not None:
-            of_target = (row_scale * target_mass).to(self.dtype)[:, None]
-            partial.addcmul_(of_target, self.own.as_operand(self.weight[target]).to(self.dtype), value=-1)
+            target_term = (row_scale * target_mass).to(self.dtype)[:, None]
+            partial.addcmul_(target_term, self.own.as_operand(self.weight[target]).to(self.dtype), value=-1)
         into.index_copy_(0, index, self.shard.sum(partial).to(into.dtype))
 
     def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:

@@ -31,14 +31,14 @@ class Blocks(NamedTuple):
         return values if self.carries is None else values.masked_fill(~self.carries[begin:end], 0)
 
 
-def of_size(pack: Pack, size: int) -> Blocks:
+def by_size(pack: Pack, size: int) -> Blocks:
     """Blocks of `size` tokens; the last block of a sequence is shorter where `size` does not divide its length."""
     token = torch.arange(pack.tokens + 1, device=pack.start.device)
     stop = token[:-1] + size - (token[:-1] - pack.start) % size
     return Blocks(torch.minimum(stop, pack.stop), token)
 
 
-def of_ids(pack: Pack, block_ids: Tensor) -> Blocks:
+def by_ids(pack: Pack, block_ids: Tensor) -> Blocks:
     """Blocks of equal `block_ids` (n,), which ascend within a sequence.
 
     A token without a log-ratio joins the block before it. Those before a sequence's first block form a block of their

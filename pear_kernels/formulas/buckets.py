@@ -42,12 +42,12 @@ class Buckets(NamedTuple):
         temperature = options.distill_temperature
         missed = -torch.expm1(self.logprobs)  # 1 - p
         total = self.log_q.exp().sum(1, keepdim=True)
-        of_outcome = slope(self.log_p, self.log_m, self.kl_of_p, options, total) * (g / temperature)[:, None]
-        of_rest = of_outcome[:, -1]
-        a, b = c * (-self.log_z).exp(), of_rest * (-self.log_rest).exp()
-        at_target = of_rest * (self.below / temperature - self.log_rest).exp() - c * missed
+        grad_outcomes = slope(self.log_p, self.log_m, self.kl_of_p, options, total) * (g / temperature)[:, None]
+        grad_rest = grad_outcomes[:, -1]
+        a, b = c * (-self.log_z).exp(), grad_rest * (-self.log_rest).exp()
+        at_target = grad_rest * (self.below / temperature - self.log_rest).exp() - c * missed
         p_ids = torch.where(self.hit, -missed[:, None], (self.ids_logits - self.log_z[:, None]).exp())
-        return a, b, at_target, of_outcome[:, :-1] + c[:, None] * p_ids
+        return a, b, at_target, grad_outcomes[:, :-1] + c[:, None] * p_ids
 
 
 def make_buckets(

@@ -48,8 +48,8 @@ def divergence(
     if kind != "js":
         found = kl(log_q, log_p, normalised) if kind == "forward" else kl(log_p, log_q, normalised)
         return found, found
-    of_p = kl(log_p, log_m, normalised)
-    return js_beta * kl(log_q, log_m, normalised) + (1 - js_beta) * of_p, of_p
+    kl_of_p = kl(log_p, log_m, normalised)
+    return js_beta * kl(log_q, log_m, normalised) + (1 - js_beta) * kl_of_p, kl_of_p
 
 
 def slope(

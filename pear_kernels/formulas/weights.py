@@ -98,8 +98,8 @@ class PEARWeights:
     @functools.cached_property
     def blocks(self) -> blocks.Blocks:
         if self.block_ids is not None:
-            return blocks.of_ids(self.pack, self.block_ids)
-        return blocks.of_size(self.pack, tokens_a_block(self.options, self.pack))
+            return blocks.by_ids(self.pack, self.block_ids)
+        return blocks.by_size(self.pack, tokens_a_block(self.options, self.pack))
 
     @functools.cached_property
     def ratios(self) -> Tensor:

@@ -179,13 +179,13 @@ class LogitsHead(head.Head):
             if not state.has_log_p:
                 soft = teacher.log_z[rows], teacher.logprobs[rows], teacher.temperature
                 log_p = self._log_p_(z.clone(), y, scores.top[rows], *soft)
-            of_z = slope(log_p, teacher.rows.log_q[rows], teacher.kl_of_p[rows].to(z), options)
+            grad_z = slope(log_p, teacher.rows.log_q[rows], teacher.kl_of_p[rows].to(z), options)
             if options.divergence != "forward":
                 # A row sums to 0, so the largest outcome's entry is minus the sum of the others: of itself it would be
                 # a difference of two numbers that are nearly equal when its p is near 1.
                 largest = state.largest[rows, None]
-                of_z.scatter_(1, largest, -of_z.scatter_(1, largest, 0.0).sum(1, keepdim=True))
-            parts.append(of_z.mul_(g / teacher.temperature))
+                grad_z.scatter_(1, largest, -grad_z.scatter_(1, largest, 0.0).sum(1, keepdim=True))
+            parts.append(grad_z.mul_(g / teacher.temperature))
         return functools.reduce(torch.add, parts) if parts else torch.zeros_like(z)
 
     def _bucket_gradient_(
@@ -194,7 +194,7 @@ class LogitsHead(head.Head):
         """dL/d(raw logits) / temperature in place of the logits (R, V), which are -inf at the K ids."""
         state: _Rows = scores.rows
         temperature, ids = buckets.teacher.options.distill_temperature, buckets.teacher.ids
-        a, b, at_target, of_ids = (number.to(self.dtype) for number in buckets.gradient(nll, divergence))
+        a, b, at_target, grad_ids = (number.to(self.dtype) for number in buckets.gradient(nll, divergence))
         for rows in self._row_blocks(len(logits)):
             z, top = logits[rows], scores.top[rows, None]
             chain = self.activation.slope(z)
@@ -206,8 +206,8 @@ class LogitsHead(head.Head):
                 dz += u.exp_().mul_(a[rows, None])
             dz.scatter_(1, state.target[rows, None], at_target[rows, None])
             z.copy_(dz if chain is None else dz.mul_(chain))
-            of_z, chain = of_ids[rows], self.activation.slope(buckets.ids_logits[rows] + top)
-            z.scatter_(1, ids[rows], of_z if chain is None else of_z * chain.to(of_z))
+            grad_z, chain = grad_ids[rows], self.activation.slope(buckets.ids_logits[rows] + top)
+            z.scatter_(1, ids[rows], grad_z if chain is None else grad_z * chain.to(grad_z))
 
     # ---- log-probs of the whole vocabulary
 
