@@ -26,8 +26,13 @@ class Pack(NamedTuple):
     sequence: Tensor  # (n,) int64, which sequence it belongs to
     start: Tensor  # (n,) int64, compact index of the first token of its sequence: start[i] <= i < stop[i]
     stop: Tensor  # (n,) int64, one past the last token of its sequence
-    lengths: Tensor  # (S,) int64, tokens that count in each sequence
+    edges: Tensor  # (S+1,) int64, the sequences' bounds in compact order; no ghost is in any
     counts: Tensor | None = None  # (n,) bool, False at ghosts; None where there are none: the pack is not static
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, tokens that count in each sequence."""
+        return self.edges.diff()
 
     @property
     def tokens(self) -> int:
@@ -68,22 +73,22 @@ def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, t
     that number given as `tokens` there is no sync. A `static` pack needs none and drops nothing; None: static while a
     CUDA graph is captured, where a sync is an error.
     """
-    size = valid.numel()
-    before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
-    edges = before[cu_seqlens.long()]  # (S+1,): the sequences' bounds in compact order
-    counts = None
+    bounds, counts = cu_seqlens.long(), None
     if capturing() if static is None else static:
-        token = torch.arange(size, device=valid.device)
+        before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
+        token = torch.arange(valid.numel(), device=valid.device)
         place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts follow the last that counts
         index = torch.empty_like(token).scatter_(0, place, token)
         counts = token < before[-1]
+        edges = before[bounds]
     else:
         index = (valid.nonzero() if tokens is None else valid.nonzero_static(size=tokens)).squeeze(1)
-    sequence = torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True)
-    start, stop = edges[sequence], edges[sequence + 1]
+        edges = torch.searchsorted(index, bounds)  # `index` ascends, so no prefix sum over all N tokens is needed
+    sequence = torch.searchsorted(bounds[1:], index, right=True)
+    start, stop = edges[sequence], edges[1:][sequence]
     if counts is not None:
         start, stop = torch.where(counts, start, token), torch.where(counts, stop, token + 1)
-    return Pack(index, sequence, start, stop, edges.diff(), counts)
+    return Pack(index, sequence, start, stop, edges, counts)
 
 
 def capturing() -> bool:
@@ -91,9 +96,21 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def unpack(compact: Tensor, pack: Pack, size: int) -> Tensor:
-    """(n,) in compact order to (size,) in the caller's order, 0 at ignored tokens."""
-    return compact.new_zeros(size).index_copy_(0, pack.index, pack.zero_ghosts(compact))
+def unpack(compact: Tensor, pack: Pack, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(n,) in compact order to a new (size,) in the caller's order and `dtype`, 0 at ignored tokens."""
+    dtype = dtype or compact.dtype
+    if pack.counts is None and pack.tokens == size:
+        return compact.to(dtype, copy=True)
+    compact = pack.zero_ghosts(compact).to(dtype)
+    return compact.new_zeros(size).index_copy_(0, pack.index, compact)
+
+
+def with_chunk(whole: Tensor, begin: int, end: int, chunk: Tensor) -> Tensor:
+    """`whole` (n,) with `chunk` in [begin, end). A chunk of all rows replaces it, which saves a copy."""
+    if chunk.shape == whole.shape and chunk.dtype == whole.dtype and chunk.is_contiguous():
+        return chunk
+    whole[begin:end] = chunk
+    return whole
 
 
 def chunk_rows(workspace_bytes: int, bytes_per_row: int) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
-from pear_kernels.engine.packing import Pack
+from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
 
 
@@ -60,10 +60,11 @@ class Walk:
         self.pack = pack
         self.wanted = wanted
         self.workspace_bytes = workspace_bytes or default_workspace(head.planned, head.dtype.itemsize)
-        self.logprobs = torch.zeros(pack.tokens, dtype=torch.float64, device=hidden.device)
-        self.entropy = torch.zeros_like(self.logprobs) if entropy else None  # (n,)
+        # no zeros: chunks write every row before anything reads it
+        self.logprobs = torch.empty(pack.tokens, dtype=torch.float64, device=hidden.device)
+        self.entropy = torch.empty_like(self.logprobs) if entropy else None  # (n,)
         self.divergence: Tensor | None = None  # (n,), of a `LogitsWalk` with a teacher
-        self.top1 = torch.zeros_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
+        self.top1 = torch.empty_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
         # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
         self.target_scale: Tensor | None = None
         grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -191,7 +192,7 @@ class Walk:
         """Product 1 of a chunk. Its log-probs (and entropies) are kept and passed to the objective."""
         x, softmax = self.softmax(begin, end, gradient=gradient, entropy=self.entropy is not None)
         if self.entropy is not None:
-            self.entropy[begin:end] = present(softmax.entropy)
+            self.entropy = with_chunk(self.entropy, begin, end, present(softmax.entropy))
         objective.observe(begin, end, softmax.logprobs, softmax.entropy)
         return x, softmax
 
@@ -201,8 +202,8 @@ class Walk:
         """Product 1 of a chunk: its rows x (R, D) and their softmax, E in the workspace if `gradient`."""
         x = self.rows(begin, end)
         softmax = self.head.softmax(x, self.target[begin:end], gradient=gradient, entropy=entropy)
-        self.logprobs[begin:end] = softmax.logprobs
-        self.top1[begin:end] = present(softmax.top1)
+        self.logprobs = with_chunk(self.logprobs, begin, end, softmax.logprobs)
+        self.top1 = with_chunk(self.top1, begin, end, present(softmax.top1))
         return x, softmax
 
     def accumulate(
@@ -219,10 +220,11 @@ class Walk:
         assert isinstance(softmax, Softmax)
         if isinstance(coefficients, Coefficients):
             raise TypeError("an objective that returns Coefficients must have on_logits = True")
-        row_scale = softmax.row_scale
-        if coefficients is not None:
-            row_scale = self.checked(begin, end, coefficients) * row_scale
-        row_scale = row_scale.to(self.head.dtype)
+        if coefficients is None:
+            row_scale = softmax.row_scale.to(self.head.dtype)
+        else:  # the float64 product and its rounding in one launch
+            out = torch.empty_like(softmax.row_scale, dtype=self.head.dtype)
+            row_scale = torch.mul(self.checked(begin, end, coefficients), softmax.row_scale, out=out)
         if may_skip and self.may_branch and not row_scale.any():
             self.skip(begin, end)
         else:
@@ -257,8 +259,10 @@ class Walk:
             self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
         if target_mass is not None and self.wanted.head:
             if self.target_scale is None:
-                self.target_scale = torch.zeros(self.pack.tokens, dtype=self.head.dtype, device=x.device)
-            self.target_scale[begin:end] = row_scale * target_mass
+                # zeros where a chunk may be skipped, which writes nothing here
+                made = torch.zeros if self.may_branch else torch.empty
+                self.target_scale = made(self.pack.tokens, dtype=self.head.dtype, device=x.device)
+            torch.mul(row_scale, target_mass, out=self.target_scale[begin:end])
         self.grads.written = True
 
     def skip(self, begin: int, end: int) -> None:
@@ -300,7 +304,7 @@ class LogitsWalk(Walk):
     ):
         super().__init__(hidden, head, target, pack, wanted, workspace_bytes, entropy=entropy)
         self.teacher = teacher
-        self.divergence = None if teacher is None else torch.zeros_like(self.logprobs)  # (n,)
+        self.divergence = None if teacher is None else torch.empty_like(self.logprobs)  # (n,)
 
     def row_bytes(self) -> int:
         return self.head.row_bytes(any(self.wanted)) + (0 if self.teacher is None else self.teacher.row_bytes())
@@ -318,10 +322,10 @@ class LogitsWalk(Walk):
         x = self.rows(begin, end)
         teacher = None if self.teacher is None else self.teacher.rows(begin, end)
         scores = self.head.scores(x, self.target[begin:end], entropy=self.entropy is not None, teacher=teacher)
-        self.logprobs[begin:end] = scores.logprobs
-        self.top1[begin:end] = scores.top1
+        self.logprobs = with_chunk(self.logprobs, begin, end, scores.logprobs)
+        self.top1 = with_chunk(self.top1, begin, end, scores.top1)
         if self.divergence is not None:
-            self.divergence[begin:end] = present(scores.divergence)
+            self.divergence = with_chunk(self.divergence, begin, end, present(scores.divergence))
         return x, scores
 
     def accumulate(

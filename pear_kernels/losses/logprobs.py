@@ -50,7 +50,7 @@ def linear_logprobs(
     inputs = checked_inputs(hidden, weight, target, bias, group)
     checks.refuse_transforms("linear_logprobs", *inputs.flat)
     arguments = arguments_of("linear_logprobs", inputs, given, valid_tokens, return_entropy)
-    logprobs, entropy = ops.linear_logprobs(*inputs.flat, *arguments)
+    logprobs, entropy, _ = ops.linear_logprobs(*inputs.flat, *arguments)
     shape = inputs.target.shape
     return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)
 

@@ -135,11 +135,6 @@ def token_scale(
     The divisor is the number of tokens ("mean"), 1 ("sum"), or, on top of each token's own 1 / T_s, the number of
     sequences with a token that counts ("sequence_mean"). `denominator` replaces it.
     """
-    scale = torch.ones(pack.tokens, dtype=torch.float64, device=pack.index.device)
-    if reduction == "sequence_mean":
-        scale = scale / (pack.stop - pack.start)
-    if sequence_scale is not None:
-        scale = scale * sequence_scale[pack.sequence]
     divisor: Tensor | float = 1
     if denominator is not None:
         divisor = denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
@@ -147,6 +142,15 @@ def token_scale(
         divisor = at_least_one(pack.counted)
     elif reduction == "sequence_mean":
         divisor = (pack.lengths > 0).sum().clamp(min=1)
+    alike = reduction != "sequence_mean" and sequence_scale is None and not isinstance(divisor, Tensor)
+    # one launch where all tokens have one scale that the host knows
+    scale = pack.index.new_full((pack.tokens,), 1 / divisor if alike else 1.0, dtype=torch.float64)
+    if alike:
+        return pack.zero_ghosts(scale)
+    if reduction == "sequence_mean":
+        scale = scale / (pack.stop - pack.start)
+    if sequence_scale is not None:
+        scale = scale * sequence_scale[pack.sequence]
     return pack.zero_ghosts(scale / divisor)
 
 

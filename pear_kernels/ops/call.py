@@ -93,7 +93,7 @@ class Call:
         wanted: Sequence[bool] = (False, False, False),
         columns: Sequence[Tensor] = (),
         *,
-        checked: bool = False,  # the values, by an earlier pass
+        counted: Tensor | None = None,  # of a call whose values an earlier pass checked: `tokens_on_host` of that pass
     ):
         self.hidden, self.weight, self.bias, self.target = tensors
         self.given = parse(spec)
@@ -105,7 +105,9 @@ class Call:
         self.vocabulary = whole_vocabulary(self.weight, self.shard)
         self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
         valid, tokens = self.target != self.own.ignore_index, self.options[CallOptions].valid_tokens
-        if not checked:
+        if counted is not None:
+            tokens = int(counted) if counted >= 0 else None
+        else:
             values = {"target": self.target, **self.columns}
             self.backend.check_values(values, valid, self.vocabulary, self.own.ignore_index)
             checks.check_valid_tokens(tokens, valid)
@@ -137,6 +139,10 @@ class Call:
     def explain_out_of_memory(self, name: str, head: BackendHead) -> AbstractContextManager[None]:
         return explain_out_of_memory(name, self.hidden, head, self.wanted, self.own.workspace_bytes)
 
+    def tokens_on_host(self) -> Tensor:
+        """() int64 on the CPU: how many tokens count, -1 if only the device knows. Saves a later pass the host sync."""
+        return torch.tensor(self.pack.tokens if self.pack.counts is None else -1, device="cpu")
+
     def unpack(self, values: Tensor) -> Tensor:
         """(n,) in compact order to (N,) in the dtype of results, 0 at ignored tokens."""
-        return unpack(values, self.pack, self.target.numel()).to(self.given.dtype)
+        return unpack(values, self.pack, self.target.numel(), self.given.dtype)

@@ -39,14 +39,17 @@ def compute(
     stats = torch.cat([stats, means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
     # the loss is never a view, to which a caller could add nothing in place
     return (
-        total.clone().to(given.dtype), call.unpack(walk.logprobs), call.unpack(weights), stats.to(given.dtype),
+        total.to(given.dtype, copy=True), call.unpack(walk.logprobs), call.unpack(weights), stats.to(given.dtype),
         walk.grads.hidden, walk.grads.weight, walk.grads.bias,
     )  # fmt: skip
 
 
 def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tensor:
     """(1 or 2,) float64 `OF_ALL`: means over the tokens that count, or over those `among` (n,) bool them."""
-    of_all = torch.stack([walk.top1, walk.entropy] if return_entropy and walk.entropy is not None else [walk.top1])
+    rows = [walk.top1, walk.entropy] if return_entropy and walk.entropy is not None else [walk.top1]
+    of_all = torch.stack(rows) if len(rows) > 1 else walk.top1[None]
+    if among is None and walk.pack.counts is None:
+        return of_all.sum(1) / max(walk.pack.tokens, 1)
     counted = walk.pack.zero_ghosts(torch.ones_like(walk.logprobs))
     counted = counted if among is None else counted * among
     # a ghost's entropy may be anything

@@ -29,7 +29,7 @@ def pear_weights(
     made.observe(0, pack.tokens, pack.take(logprobs))
     weights, scale = made.weights(0, pack.tokens), made.rescale()
     weights = weights if scale is None else weights * scale
-    return unpack(weights, pack, logprobs.numel()).to(logprobs.dtype)
+    return unpack(weights, pack, logprobs.numel(), logprobs.dtype)
 
 
 @pear_weights.register_fake

@@ -18,7 +18,7 @@ from torch import Tensor
 from pear_kernels.backends.choice import interpreting
 from pear_kernels.backends.triton.formulas import clamp
 from pear_kernels.backends.triton.launch import launch
-from pear_kernels.engine.packing import Pack
+from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.formulas import weights
 from pear_kernels.formulas.weights import tokens_a_block
 from pear_kernels.options import PEAROptions
@@ -166,7 +166,7 @@ class PEARWeights(weights.PEARWeights):
         super().__init__(behavior_logprobs.contiguous(), pack, options, block_ids, token_scale)
         self.plain = block_ids is None and options.is_paper
         self.by_torch = options.center or options.normalize == "sequence"  # which the kernel does not compute
-        self.logprobs = torch.zeros_like(self.behavior_logprobs)
+        self.logprobs = torch.empty_like(self.behavior_logprobs)
         self.token_scale = self.token_scale.contiguous()
         # with center or per-sequence normalisation, sums run over all tokens, including ones not observed yet
         made = torch.zeros_like if self.by_torch else torch.empty_like
@@ -175,7 +175,7 @@ class PEARWeights(weights.PEARWeights):
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         """Take the log-probs (end - begin,) of these tokens. Computes and counts token and block weights at once."""
-        self.logprobs[begin:end] = logprobs
+        self.logprobs = with_chunk(self.logprobs, begin, end, logprobs)
         self._launch(begin, end, scan=True, weigh=self.options.level != "sequence" and not self.options.center)
 
     def summed(self, begin: int, end: int) -> Tensor:
