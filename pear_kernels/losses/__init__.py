@@ -2,6 +2,7 @@
 
 from pear_kernels.losses.distill import linear_distill_loss
 from pear_kernels.losses.logprobs import linear_logprobs, linear_topk_logprobs
+from pear_kernels.losses.objective import linear_objective_loss
 from pear_kernels.losses.pear import linear_pear_loss
 from pear_kernels.losses.policy import linear_policy_loss
 from pear_kernels.losses.shared import LossOutput
@@ -12,6 +13,7 @@ __all__ = [
     "LossOutput",
     "linear_distill_loss",
     "linear_logprobs",
+    "linear_objective_loss",
     "linear_pear_loss",
     "linear_policy_loss",
     "linear_topk_logprobs",

@@ -1,6 +1,6 @@
 """What every loss does around its op: inputs are checked and flattened, a `LossOutput` comes out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,14 @@ def run(
     values = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
     shape = inputs.target.shape
     return LossOutput(loss, logprobs.view(shape), weights.view(shape), values)
+
+
+def untraced(call: Callable[[], LossOutput]) -> Callable[[], LossOutput]:
+    """`call`, for which `torch.compile` breaks the graph: it calls a function of the caller inside the op."""
+    if torch.compiler.is_compiling():
+        # not by a decorator, which would import torch._dynamo, for a second, with this package
+        return torch.compiler.disable(call)  # type: ignore[no-any-return, no-untyped-call]
+    return call
 
 
 def flat(values: Tensor | None) -> Tensor | None:

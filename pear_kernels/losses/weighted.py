@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import LossOutput, autocast_dtype, checked_inputs, flat, run, teacher_columns
+from pear_kernels.losses.shared import LossOutput, autocast_dtype, checked_inputs, flat, run, teacher_columns, untraced
 from pear_kernels.objectives.teachers import Teacher
 from pear_kernels.objectives.weighted import weights_by
 from pear_kernels.options import (
@@ -123,7 +123,4 @@ def linear_weighted_loss(
                 return_entropy=return_entropy, valid_tokens=valid_tokens,
             )  # fmt: skip
 
-    if callable(weights) and torch.compiler.is_compiling():
-        # not by a decorator of this function, which would import torch._dynamo, for a second, with this file
-        return torch.compiler.disable(call)()  # type: ignore[no-any-return, no-untyped-call]
-    return call()
+    return (untraced(call) if callable(weights) else call)()

@@ -36,6 +36,10 @@ def compute(
         walk = call.logits_walk(head, entropy, loss.teacher(problem, head)) if on_logits else call.walk(head, entropy)
         walk.run(objective)
     total, weights, stats = objective.finish(walk.logprobs, walk.entropy, walk.divergence)
+    if len(stats) != len(names := loss.stats(given.columns)):
+        raise ValueError(
+            f"{type(objective).__name__}.finish must return one statistic for each of {names}, got {len(stats)}"
+        )
     stats = torch.cat([stats, means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
     # the loss is never a view, to which a caller could add nothing in place
     return (
