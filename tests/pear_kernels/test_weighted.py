@@ -2,6 +2,8 @@
 
 import functools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -548,6 +550,48 @@ def test_ways_to_write_a_function(plain, function):
     for ours, exact in zip(gradients(found.loss, same_leaves), gradients(expected.loss, leaves), strict=True):
         assert torch.equal(ours, exact)
     assert_matches_naive(function_problem(plain), workspace_bytes=workspace(5, 37))
+
+
+def test_a_function_may_call_the_loss_itself():
+    """With a function of its own, a named weighting, or one that fails: the outer call keeps its function."""
+    problem = make_weighted_problem(dtype=torch.float32)
+    arguments = problem.hidden, problem.weight, problem.target
+
+    def fails(logprobs):
+        raise KeyError("mine")
+
+    def within(inner):
+        def function(logprobs):
+            try:
+                linear_weighted_loss(*arguments, inner)
+            except KeyError:
+                pass
+            return of_logprobs(logprobs)
+
+        return function
+
+    expected = linear_weighted_loss(*arguments, of_logprobs)
+    for inner in (torch.exp, "dft", fails):
+        found = linear_weighted_loss(*arguments, within(inner), workspace_bytes=5 * 37 * 4)  # several chunks
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    with pytest.raises(KeyError, match="mine"):
+        linear_weighted_loss(*arguments, fails)
+    assert torch.equal(linear_weighted_loss(*arguments, of_logprobs).loss, expected.loss)
+
+
+def test_threads_have_their_own_functions():
+    problem = make_weighted_problem(dtype=torch.float32)
+    arguments, at_once = (problem.hidden, problem.weight, problem.target), threading.Barrier(4)
+
+    def call(factor):
+        at_once.wait(timeout=60)
+        return [linear_weighted_loss(*arguments, lambda lp: factor * lp.exp()).loss.item() for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, range(1, 5)))
+    once = linear_weighted_loss(*arguments, torch.exp).loss.item()
+    for factor, losses in enumerate(found, 1):
+        assert losses == pytest.approx([factor * once] * 20, rel=1e-5)
 
 
 # ---- layouts and edges
