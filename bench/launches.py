@@ -1,7 +1,7 @@
-"""Every kind of launch that the package makes, recorded on tensors of device "meta": a list of what to compile.
+"""Every kind of launch that the package makes, recorded on tensors of device "meta": the list of kernels to compile.
 
-A kernel's code depends on dtypes, on options, on the tile, and on whether a size is a multiple of 16 or 1; on nothing
-else of a shape. So one large head stands for all whose sizes are multiples of 16, and one of odd sizes for the others.
+A kernel's code depends on dtypes, options, the tile, and whether a size is 1 or a multiple of 16; on nothing else of a
+shape. So one large head represents all heads whose sizes are multiples of 16, and one of odd sizes the others.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def launches(arch: int) -> list[launch.Launch]:
-    """What is launched on a GPU of sm_<arch>, by every entry that tiles.json has for it."""
+    """All launches on a GPU of sm_<arch>, for every entry of tiles.json."""
     with recording(arch) as recorded:
         for dtype in (BF16, FP16, FP32):
             for entry in tiles.table()[tiles.recorded_architecture][str(dtype).removeprefix("torch.")]:
                 for options in ({}, ALL):
-                    head(dtype, ROWS, VOCABULARY, entry["hidden_size"], second_look=dtype == BF16, **options)
-            head(dtype, ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE, second_look=False, **ALL)
+                    head(dtype, ROWS, VOCABULARY, entry["hidden_size"], second_pass=dtype == BF16, **options)
+            head(dtype, ODD_ROWS, ODD_VOCABULARY, ODD_HIDDEN_SIZE, second_pass=False, **ALL)
         for options in ONE_BY_ONE:
-            head(BF16, ROWS, VOCABULARY, 4096, second_look=False, **options)
+            head(BF16, ROWS, VOCABULARY, 4096, second_pass=False, **options)
         with float32_products_in_tf32():
-            head(FP32, ROWS, VOCABULARY, 4096, second_look=False)
+            head(FP32, ROWS, VOCABULARY, 4096, second_pass=False)
         for dtype in (FP16, FP32):  # rounded to bfloat16, as autocast does
             head(BF16, ROWS, VOCABULARY, 4096, hidden_dtype=dtype)
         for level, static in itertools.product(("token", "block", "sequence"), (False, True)):
@@ -93,19 +93,19 @@ def head(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
-    hidden_dtype: torch.dtype | None = None,  # of the caller's tensors, if not that of the products
-    second_look: bool = True,  # exp_product for rows that need another anchor, too: minutes of compiling, if for all
+    hidden_dtype: torch.dtype | None = None,  # of the caller's tensors, if it is not that of the products
+    second_pass: bool = True,  # of exp_product, too: minutes of compiling, if in all cases
 ) -> None:
-    """All that the engine asks of a head, by both variants of product 1 where the dtype has both."""
+    """Everything that the engine calls on a head, with both variants of product 1 where the dtype has both."""
     begin = len(launch.recorder)
     weight = meta(vocabulary, hidden_size, dtype=hidden_dtype or dtype)
     hidden = meta(rows, hidden_size, dtype=hidden_dtype or dtype)
     target, index = (meta(rows, dtype=torch.int64) for _ in range(2))
-    of_bias = meta(vocabulary, dtype=hidden_dtype or dtype) if bias else None
+    head_bias = meta(vocabulary, dtype=hidden_dtype or dtype) if bias else None
     grad_weight = meta(vocabulary, hidden_size, dtype=FP32)
     grad_bias = meta(vocabulary, dtype=FP32) if bias else None
     for product in tiles.PRODUCTS if dtype != FP16 else ("plain",):
-        made = Head(weight, of_bias, temperature, softcap, dtype)
+        made = Head(weight, head_bias, temperature, softcap, dtype)
         made.choice = made.choice._replace(product=product)
         x = made.as_operand(hidden)
         made.reserve(rows, False)
@@ -118,17 +118,25 @@ def head(
             made.add_grad_bias_(grad_bias, found.exp, found.row_scale.float())
         if made.compute_dtype != FP32:
             scale_and_round(grad_weight, meta(dtype=FP32), dtype)
-        of_weight = [grad_weight, None] if bias else [grad_weight]  # a frozen weight's bias may be trained
-        for grad in of_weight:
+        for grad in [grad_weight, None] if bias else [grad_weight]:  # a frozen weight's bias may be trained
             made.subtract_targets_(grad, grad_bias, hidden, index, target, found.row_scale.float())
     if entropy:
-        dense(dtype, weight, of_bias, hidden, target, index, temperature, softcap)
-    if not second_look:
-        launch.recorder[begin:] = [found for found in launch.recorder[begin:] if not looks_again(found)]
+        logits_head(dtype, weight, head_bias, hidden, target, index, temperature, softcap)
+    if not second_pass:
+        launch.recorder[begin:] = [found for found in launch.recorder[begin:] if not is_second_pass(found)]
 
 
-def dense(dtype, weight, bias, hidden, target, index, temperature: float, softcap: float | None) -> None:
-    """All that the engine asks of a head whose gradients are no row scale times E, with either teacher and without."""
+def logits_head(
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    target: Tensor,
+    index: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Everything that the engine calls on a `LogitsHead`, with each kind of teacher and without one."""
     made, teacher = (LogitsHead(weight, bias, temperature, softcap, dtype) for _ in range(2))
     x, rows = made.as_operand(hidden), len(hidden)
     ids, top = meta(rows, TOP_K, dtype=torch.int64), meta(rows, TOP_K, dtype=torch.float64)
@@ -138,7 +146,7 @@ def dense(dtype, weight, bias, hidden, target, index, temperature: float, softca
     scores = made.scores(x, target, entropy=True)
     dz, row_scale = made.gradient(scores, factor, factor)
     made.write_grad_hidden_(hidden, index, dz, row_scale.float(), target, None)
-    # the dtype of dz is one store in the code; every kind once is enough
+    # the code depends on dz's dtype in one store only: each kind is compiled for one dtype
     for kind, soft in itertools.product(DIVERGENCES if dtype == BF16 else ["js"], (1.0, 2.0)):
         options = DivergenceOptions(divergence=kind, distill_temperature=soft)
         in_memory = VocabularyRows(options, teacher.log_softmax(x, soft))
@@ -146,7 +154,7 @@ def dense(dtype, weight, bias, hidden, target, index, temperature: float, softca
             made.gradient(made.scores(x, target, teacher=rows_of), factor, None, factor)
 
 
-def looks_again(found: launch.Launch) -> bool:
+def is_second_pass(found: launch.Launch) -> bool:
     return found.kernel is exp_product and found.args[exp_product.arg_names.index("redo")] is not None
 
 

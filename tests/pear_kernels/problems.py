@@ -263,7 +263,7 @@ def categorical(leaves: list[Tensor], target: Tensor, temperature=1.0, softcap=N
 
 
 def count_products(monkeypatch) -> dict[str, int]:
-    """Rows through product 1 (logits), 2 (dX) and 3 (dW) of `cpu.Head`, counted from now on."""
+    """Rows through product 1 (logits), 2 (dX) and 3 (dW) of `backends.torch.head.Head`, counted from now on."""
     rows = {"logits": 0, "hidden": 0, "weight": 0}
 
     def counting(name, key, argument):

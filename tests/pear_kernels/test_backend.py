@@ -19,8 +19,7 @@ from pear_kernels import (
     pear_weights,
 )
 from pear_kernels.backends import choice as backend
-from pear_kernels.backends.torch import head as cpu
-from pear_kernels.backends.torch import logits_head as cpu_dense
+from pear_kernels.backends.torch import head, logits_head
 from pear_kernels.formulas import weights
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -153,7 +152,7 @@ def watched(monkeypatch):
     pytest.importorskip("triton")
     made = []
 
-    class Head(cpu.Head):
+    class Head(head.Head):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append("head")
@@ -163,10 +162,10 @@ def watched(monkeypatch):
             super().__init__(*arguments)
             made.append("weights")
 
-    class LogitsHead(cpu_dense.LogitsHead):
+    class LogitsHead(logits_head.LogitsHead):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            made.append("dense head")
+            made.append("logits head")
 
     for name, part in (("head", Head), ("logits_head", LogitsHead), ("weights", PEARWeights)):
         module = types.ModuleType(f"pear_kernels.backends.triton.{name}")
@@ -208,7 +207,7 @@ def test_the_choice_reaches_every_op(watched, compiled, monkeypatch):
 
     # linear_logprobs' backward pass with the entropy's gradient, linear_topk_logprobs and linear_distill_loss; forward
     # passes of the other three; weights of two losses and of their own
-    everything = ["dense head"] * 3 + ["head"] * 3 + ["weights"] * 3
+    everything = ["logits head"] * 3 + ["head"] * 3 + ["weights"] * 3
     of_torch, exact = run("torch")
     of_triton, grads = run("triton")
     assert of_torch == [] and of_triton == everything
