@@ -207,7 +207,7 @@ def test_the_choice_reaches_every_op(watched, compiled, monkeypatch):
 
     # linear_logprobs' backward pass with the entropy's gradient, linear_topk_logprobs and linear_distill_loss; forward
     # passes of the other three; weights of two losses and of their own
-    everything = ["logits head"] * 3 + ["head"] * 3 + ["weights"] * 3
+    everything = ["head"] * 3 + ["logits head"] * 3 + ["weights"] * 3
     of_torch, exact = run("torch")
     of_triton, grads = run("triton")
     assert of_torch == [] and of_triton == everything
