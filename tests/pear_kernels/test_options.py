@@ -416,9 +416,12 @@ def test_twenty_numbers_of_valid_tokens_compile_at_most_twice():
 
 
 def test_twenty_objects_compile_at_most_twice():
-    """Objects that are made in the compiled function, of numbers that change."""
+    """Made in the compiled function of a number that changes, or outside it; and modules."""
     hidden, weight = PROBLEM.hidden, PROBLEM.weight
+    gammas = [0.9 + 0.005 * i for i in range(20)]
     check_twenty(
-        lambda x: pear(hidden, weight, options=[PEAROptions(gamma=x), HeadOptions(temperature=1 + x)]).loss,
-        [0.9 + 0.005 * i for i in range(20)],
+        lambda x: pear(hidden, weight, options=[PEAROptions(gamma=x), HeadOptions(temperature=1 + x)]).loss, gammas
     )
+    check_twenty(lambda given: weights(hidden, weight, options=given), [PEAROptions(gamma=x) for x in gammas])
+    arguments = hidden, weight, TARGET, BEHAVIOR
+    check_twenty(lambda module: module(*arguments).loss, [LinearPEARLoss(gamma=x) for x in gammas])
