@@ -15,29 +15,19 @@ from pear_kernels.options import Options
 class ObjectiveCall:
     """One call of `linear_objective_loss`: the caller's function, and the objective that it returned."""
 
+    made: Objective  # by `make`
+
     def __init__(self, function: Callable[[Pack], Objective]):
         self.function = function
-        self.objective: Objective | None = None
 
     def make(self, pack: Pack) -> Objective:
-        """The objective, made once per call.
-
-        Raises:
-            TypeError: if the function does not return one.
-        """
-        if self.objective is None:
-            self.objective = self.function(pack)
-            if not isinstance(self.objective, Objective):
-                raise TypeError(
-                    "objective must be a function from a Pack to a pear_kernels.Objective (such as a subclass of it), "
-                    f"got {type(self.objective).__name__} from it"
-                )
-        return self.objective
-
-    @property
-    def made(self) -> Objective:
-        assert self.objective is not None, "`make` comes first"
-        return self.objective
+        made = self.made = self.function(pack)
+        if not isinstance(made, Objective):
+            raise TypeError(
+                "objective must be a function from a Pack to a pear_kernels.Objective (such as a subclass of it), got "
+                f"{type(made).__name__} from it"
+            )
+        return made
 
 
 _call: ContextVar[ObjectiveCall] = ContextVar("call")  # the call that runs
@@ -49,13 +39,13 @@ def objective_by(function: Callable[[Pack], Objective]) -> AbstractContextManage
 
 
 class CustomLoss(Loss):
-    """`linear_objective_loss`."""
+    """`linear_objective_loss`. `needs_logits`, which the op asks first, makes the objective."""
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return _call.get().made.stats
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        return _call.get().make(problem.pack)
+        return _call.get().made
 
     def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
         return _call.get().made.needs_entropy
