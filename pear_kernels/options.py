@@ -635,7 +635,9 @@ def decode(spec: str, values: tuple[float, ...]) -> dict[type[Options], Any]:
                 cast = int if cls.__dataclass_fields__[name].type in (int, int | None) else float
                 taken = tuple(cast(next(left)) for _ in range(int(value[1:] or 1)))
                 own[name] = taken if value[1:] else taken[0]
-        found[cls] = cls(**own)
+        # checked before, and a float32 number on a bound may be beyond it as a float64
+        found[cls] = object.__new__(cls)
+        found[cls].__dict__.update(own)
     return found
 
 
