@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import pear_kernels
 
-# names before the package had its folders (commit 82971c6), so that one run can measure both; "" is for what was not there
+# names before the package had its folders (commit 82971c6), so that one run can measure both; "" for what was not there
 RENAMED = {
     "backends.choice": "backend",
     "backends.triton": "triton",
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--trees", nargs="+", default=["here=."], help="NAME=PATH of checkouts (default: here=.)")
     parser.add_argument("--rounds", type=int, default=7, help="processes for each tree (default 7)")
-    parser.add_argument("--json", type=Path, help="write every figure there too")
+    parser.add_argument("--json", type=Path, help="write every figure there too, but `where`")
     parser.add_argument("--once", action="store_true", help="measure in this process, and print JSON")
     arguments = parser.parse_args()
     if arguments.once:
@@ -203,15 +203,33 @@ def main() -> None:
         for case, row in json.loads(subprocess.check_output(command, env=environment)).items():
             result[case][tree].append(row)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+        from bench import machine
+
+        plain = {case: {tree: list(map(shown, rows)) for tree, rows in of.items()} for case, of in result.items()}
+        about = {"machine": machine.facts("cpu"), "trees": {tree: commit(path) for tree, path in trees.items()}}
+        arguments.json.write_text(json.dumps(about | {"cases": plain}, indent=1) + "\n")
+    print("\n".join(table(result)))
+
+
+def shown(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key != "where"}
+
+
+def commit(tree: str) -> str:
+    return subprocess.check_output(["git", "-C", tree, "rev-parse", "--short=10", "HEAD"], text=True).strip()
+
+
+def table(result: dict) -> list[str]:
+    """Markdown: of each case and tree the counts, and the median of its processes' times (lowest to highest)."""
     counted, timed = ("before", "checks", "launches", "syncs"), ("host", "shell", "op")
-    row = "{:20} {:7} {:>8} {:>6} {:>8} {:>5} {:>20} {:>20} {:>20}".format
-    print(row("case", "tree", *counted, *(f"{key}, us" for key in timed)))
+    head = " | ".join(("case", "tree", *counted, *(f"{key}, us" for key in timed)))
+    lines = [f"| {head} |", "| --- | --- |" + " ---: |" * 7]
     for case, tree, rows in [(case, tree, rows) for case, of in result.items() for tree, rows in of.items()]:
         us = [[found[key] for found in rows] for key in timed]
         spreads = [f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in us]
-        counts_of = [len(rows[0][key]) if key == "syncs" else rows[0][key] for key in counted]
-        print(row(case, tree, *counts_of, *spreads))
+        counts_of = [str(len(rows[0][key]) if key == "syncs" else rows[0][key]) for key in counted]
+        lines.append(f"| {' | '.join((case, tree, *counts_of, *spreads))} |")
+    return lines
 
 
 if __name__ == "__main__":
