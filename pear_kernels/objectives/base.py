@@ -142,11 +142,10 @@ def token_scale(
         divisor = at_least_one(pack.counted)
     elif reduction == "sequence_mean":
         divisor = (pack.lengths > 0).sum().clamp(min=1)
-    alike = reduction != "sequence_mean" and sequence_scale is None and not isinstance(divisor, Tensor)
-    # one launch where all tokens have one scale that the host knows
-    scale = pack.index.new_full((pack.tokens,), 1 / divisor if alike else 1.0, dtype=torch.float64)
-    if alike:
-        return pack.zero_ghosts(scale)
+    per_sequence = reduction == "sequence_mean" or sequence_scale is not None
+    if not per_sequence and not isinstance(divisor, Tensor):  # one launch where the host knows the scale of all tokens
+        return pack.zero_ghosts(pack.index.new_full((pack.tokens,), 1 / divisor, dtype=torch.float64))
+    scale = torch.ones(pack.tokens, dtype=torch.float64, device=pack.index.device)
     if reduction == "sequence_mean":
         scale = scale / (pack.stop - pack.start)
     if sequence_scale is not None:
