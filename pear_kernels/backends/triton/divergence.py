@@ -106,28 +106,31 @@ def score_rows(
     largest = tl.where(place == y, 0.0, 1.0)  # exp of the largest logit, added here unless it is the target's
     others += largest
     others_soft = others_soft + largest if SOFT else others
+    # this order of operations: another one spills registers on sm_100
+    nll = target_nll(others, below)
+    log_z, log_p_y = below + nll, -nll
     below_soft = below * inverse_soft
-    nll, nll_soft = target_nll(others, below), target_nll(others_soft, below_soft)
-    log_z, log_z_soft = below + nll, below_soft + nll_soft
-    tl.store(out + 0 * R + row, -nll)
+    nll_soft = target_nll(others_soft, below_soft)
+    log_z_soft, log_p_y_soft = below_soft + nll_soft, -nll_soft
+    tl.store(out + 0 * R + row, log_p_y)
     tl.store(out + 1 * R + row, top.to(tl.float64))
     tl.store(out + 2 * R + row, others)
     tl.store(out + 3 * R + row, others_soft)
     tl.store(out + 4 * R + row, log_z)
     tl.store(out + 5 * R + row, log_z_soft)
-    tl.store(out + 6 * R + row, -nll_soft)
+    tl.store(out + 6 * R + row, log_p_y_soft)
     tl.store(out + 9 * R + row, place.to(tl.float64))
     if entropy is not None:
         e_y = tl.exp(below)
         tl.store(entropy + row, entropy_of(log_z, exp_log + e_y * below, others + e_y))
     if log_q is not None:
-        shift, log_p_y = log_z_soft.to(tl.float32), (-nll_soft).to(tl.float32)
+        shift, at_target = log_z_soft.to(tl.float32), log_p_y_soft.to(tl.float32)
         kl_of_p, kl_of_q = below * 0, below * 0
         for v in range(0, V, BLOCK_V):
             column = v + tl.arange(0, BLOCK_V)
             inside = column < V
             z, _ = load_logits(logits, stride, bias, row, column, V, softcap, inverse_temperature, SOFTCAP, TEMPERATURE)
-            log_p = tl.where(column == y, log_p_y, log_prob((z - top) * inverse_soft, shift))
+            log_p = tl.where(column == y, at_target, log_prob((z - top) * inverse_soft, shift))
             q = tl.load(log_q + row * q_stride + column, mask=inside, other=MIN_LOG)
             if KIND == FORWARD:
                 kl_of_q += tl.sum(tl.where(inside, kl_term(q, log_p), 0.0), 0).to(tl.float64)
