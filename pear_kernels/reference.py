@@ -166,7 +166,7 @@ def naive_pear_loss(
         for response in wrong:
             pushed = logprobs[response].detach() > logprob_floor
             weights[response] = -negative_lambda * G[response] * pushed
-            bounded[response] = -negative_lambda * G[response] * ~pushed * -logprob_floor
+            bounded[response] = torch.where(pushed, 0.0, -negative_lambda * G[response] * -logprob_floor)
     losses = weights * -logprobs + bounded
     loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
     return loss, logprobs.detach(), weights

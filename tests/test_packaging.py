@@ -60,16 +60,20 @@ def test_kernels_work_with_torch_alone():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = [
+        "Coefficients",
         "LinearDistillLoss",
         "LinearPEARLoss",
         "LinearPolicyLoss",
         "LinearWeightedLoss",
         "LossOutput",
+        "Objective",
+        "Pack",
         "Plan",
         "Teacher",
         "TopKTeacher",
         "linear_distill_loss",
         "linear_logprobs",
+        "linear_objective_loss",
         "linear_pear_loss",
         "linear_policy_loss",
         "linear_topk_logprobs",

@@ -22,21 +22,21 @@ def linear_logprobs(
     spec: str,  # `call.Spec`
     group: str | None,  # name of the process group whose ranks share the vocabulary
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs (N,), entropy (N,) or empty, `Call.tokens_on_host` for the backward pass)."""
+    """(logprobs (N,), entropy (N,) or empty, numbers (k + 1,) for the backward pass: `Call.tokens_on_host` last)."""
     call = Call((hidden, weight, bias, target), numbers, spec, group)
     head = call.head()
     with call.explain_out_of_memory("linear_logprobs", head):
         walk = call.walk(head, call.given.return_entropy)
         walk.score_all(FixedCoefficients())
     entropy = hidden.new_empty(0, dtype=call.given.dtype) if walk.entropy is None else call.unpack(walk.entropy)
-    return call.unpack(walk.logprobs), entropy, call.tokens_on_host()
+    return call.unpack(walk.logprobs), entropy, torch.cat([numbers, call.tokens_on_host().double()[None]])
 
 
 @linear_logprobs.register_fake
 def _(hidden, weight, bias, target, numbers, spec, group):
     given = parse(spec)
     shapes = target.shape, target.shape if given.return_entropy else (0,)
-    counted = torch.empty((), dtype=torch.int64, device="cpu")
+    counted = numbers.new_empty(len(numbers) + 1)
     return *(hidden.new_empty(shape, dtype=given.dtype) for shape in shapes), counted
 
 
@@ -44,19 +44,18 @@ def _(hidden, weight, bias, target, numbers, spec, group):
 def linear_logprobs_backward(
     grad_logprobs: Tensor | None,  # (N,)
     grad_entropy: Tensor | None,  # (N,)
-    counted: Tensor,  # () int64 on the CPU, of `linear_logprobs`
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    numbers: Tensor,
+    numbers: Tensor,  # (k + 1,), of `linear_logprobs`
     spec: str,
     group: str | None,
     wanted: list[bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
     on_logits = grad_entropy is not None
-    call = Call((hidden, weight, bias, target), numbers, spec, group, wanted, counted=counted)
+    call = Call((hidden, weight, bias, target), numbers[:-1], spec, group, wanted, counted=numbers[-1])
     head: Any = call.logits_head() if on_logits else call.head()
     known = [None if grad is None else call.pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
     nll = None if known[0] is None else -known[0]
@@ -72,7 +71,7 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(grad_logprobs, grad_entropy, counted, hidden, weight, bias, target, numbers, spec, group, wanted):
+def _(grad_logprobs, grad_entropy, hidden, weight, bias, target, numbers, spec, group, wanted):
     grad_hidden, grad_weight, grad_bias = wanted
     return (
         hidden.new_empty(hidden.shape if grad_hidden else (0,)),
@@ -82,11 +81,11 @@ def _(grad_logprobs, grad_entropy, counted, hidden, weight, bias, target, number
 
 
 def save(ctx, inputs, output):
-    *tensors, spec, group = inputs
+    *tensors, _, spec, group = inputs
     ctx.spec, ctx.group = spec, group
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.save_for_backward(*tensors, output[2])
 
 
 def backward(ctx, grad_logprobs, grad_entropy, _):

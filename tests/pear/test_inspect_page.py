@@ -167,11 +167,11 @@ def anything(draw):
             fields[i] = {"right": False, "estimated": True}
     level = draw(st.sampled_from(["token", "block", "sequence"]))
     options = PEAROptions(
-        level,
-        draw(st.integers(1, 30)),
-        draw(st.sampled_from([1e-3, 0.9, 1.0])),
-        draw(st.sampled_from([(-0.08, 0.3), (-20.0, 20.0), (0.0, 0.0)])),
-        draw(st.sampled_from([(-10.0, 5.0), (-700.0, 700.0), (0.0, 0.0)])),
+        level=level,
+        block_size=draw(st.integers(1, 30)),
+        gamma=draw(st.sampled_from([1e-3, 0.9, 1.0])),
+        log_ratio_clip=draw(st.sampled_from([(-0.08, 0.3), (-20.0, 20.0), (0.0, 0.0)])),
+        log_weight_clip=draw(st.sampled_from([(-10.0, 5.0), (-700.0, 700.0), (0.0, 0.0)])),
         center=level != "sequence" and draw(st.booleans()),
         clip_length=draw(st.sampled_from([None, 1, 100])),
         normalize=draw(st.sampled_from([None, "batch", "sequence"] if level != "sequence" else [None, "batch"])),

@@ -33,6 +33,7 @@ from pear.scored_summary import Found
 from pear.seal import seal, write_scored
 from pear.sft import PEARSFTTrainer, main
 from pear.sft_data import PEARCollator
+from pear_kernels.options import PEAROptions
 
 
 @pytest.fixture(scope="module")
@@ -807,7 +808,10 @@ def test_yaml_and_flags(student, scored, tmp_path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     line = argv(student, scored, tmp_path / "out", "--config", str(tmp_path / "x.yaml"), "--gamma", "0.75")
     trainer = main([*line, "--log_weight_clip", "-3", "2.5"])
-    assert trainer.args.pear_options()[:5] == ("block", 3, 0.75, (-0.2, 0.1), (-3.0, 2.5))
+    expected = PEAROptions(
+        level="block", block_size=3, gamma=0.75, log_ratio_clip=(-0.2, 0.1), log_weight_clip=(-3.0, 2.5)
+    )
+    assert trainer.args.pear_options() == expected
     assert trainer.args.learning_rate == 1e-3 and trainer.args.packing and trainer.args.max_steps == 2
     assert any("eval_pear/nll" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="gama"):

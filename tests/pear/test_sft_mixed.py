@@ -32,6 +32,7 @@ from pear.scored import load_scored
 from pear.seal import write_scored
 from pear.sft import PEARSFTTrainer, main
 from pear_kernels import pear_weights
+from pear_kernels.options import DEFAULTS
 
 MIXED = {
     "token": {"level": "token"},
@@ -375,7 +376,7 @@ def test_from_score_to_sft_with_several_policies(tokenizer, save_model, jsonl, t
         "--dataloader_pin_memory false --center true --clip_length 200 --unaligned skip"
     )
     trainer = main(flags.split())
-    assert trainer.args.pear_options()[5:] == (False, True, 200, None)
+    assert trainer.args.pear_options() == DEFAULTS.replace(center=True, clip_length=200)
     run = read_run(tmp_path / "out")
     assert run.settings["center"] is True and run.settings["clip_length"] == 200
     assert run.settings["unaligned"] == "skip"
@@ -410,7 +411,7 @@ def test_roles_file_of_the_command(tokenizer, save_model, tmp_path):
 
 
 def test_options_of_ours_are_off_unless_asked_for(tmp_path):
-    assert make_config(tmp_path).pear_options()[5:] == (False, False, None, None)
+    assert make_config(tmp_path).pear_options().is_paper
     assert make_config(tmp_path, **OPTIONS | {"normalize": "batch"}).loss_options()["normalize"] == "batch"
 
 

@@ -312,8 +312,9 @@ def test_a_captured_pass_reads_no_value(level, reduction, monkeypatch):
         with torch.device("cpu"):
             _, *of_logprobs = op_arguments("linear_logprobs", {}, head, return_entropy=True)
         both = logprobs_ops.linear_logprobs._init_fn(hidden, weight, bias, target, *of_logprobs, None)
+        *both, numbers = both
         logprobs_ops.linear_logprobs_backward._init_fn(
-            *both, hidden, weight, bias, target, *of_logprobs, None, [True] * 3
+            *both, hidden, weight, bias, target, numbers, of_logprobs[1], None, [True] * 3
         )
         with torch.device("cpu"):
             given = op_arguments("pear_weights", {"behavior_logprobs": both[0], "cu_seqlens": bounds}, pear, head)
