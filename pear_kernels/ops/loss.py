@@ -112,7 +112,7 @@ def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 # Not by torch.library.custom_op: its autograd flattens and unflattens a list of tensors in both passes, which takes as
-# long as all else of a call's way to `compute` (docs/engine.md has the figures). The columns have no gradient.
+# long as all else of a call's way to `compute` (docs/kernels.md has the figures). The columns have no gradient.
 library = torch.library.Library("pear_kernels", "FRAGMENT")
 library.define("linear_loss" + torch.library.infer_schema(compute, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
 library.impl("linear_loss", compute, "CompositeExplicitAutograd")
