@@ -21,7 +21,6 @@ from pear_kernels.options import (
     LabelOptions,
     PEAROptions,
     WeightingOptions,
-    as_tuple,
 )
 
 CHOICES = {"weighting": ("pear", *WEIGHTINGS), "distill": ("none", *DIVERGENCES)}
@@ -176,12 +175,11 @@ class PEARSFTConfig(SFTConfig):
         self._refuse_objectives_that_do_not_go_together()
 
     def pear_options(self) -> PEAROptions:
-        values = {name: getattr(self, name) for name in PEAROptions.names()}
-        return PEAROptions(**{name: as_tuple(value) for name, value in values.items()})
+        return PEAROptions(**{name: getattr(self, name) for name in PEAROptions.names()})
 
     def weighting_options(self) -> WeightingOptions:
-        values = {name: getattr(self, name) for name in WeightingOptions.names() if name != "weighting"}
-        return WeightingOptions(**{name: as_tuple(value) for name, value in values.items()})
+        constants = (name for name in WeightingOptions.names() if name != "weighting")
+        return WeightingOptions(**{name: getattr(self, name) for name in constants})
 
     def loss_options(self, blocks: bool = False) -> dict[str, Any]:
         """What the loss of these options is called with; its kind shows by a key (see `pear.fused_head`).

@@ -92,6 +92,12 @@ class Options:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    def __post_init__(self) -> None:
+        """Lists become tuples, so that an object is constant and can be hashed."""
+        for name in self.names():
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in these fields, checked again."""
         return dataclasses.replace(self, **changes)
@@ -177,6 +183,7 @@ class PEAROptions(Options):
     normalize: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("level", self.level, LEVELS)
         if not is_count(self.block_size):
             raise ValueError(
@@ -267,6 +274,7 @@ class WeightingOptions(Options):
     idft_clip: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weighting is not None:
             check_choice("weighting", self.weighting, WEIGHTINGS)
         check_finite("iw_tau", self.iw_tau)
@@ -311,6 +319,7 @@ class PolicyOptions(Options):
     unbiased_kl: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("objective", self.objective, OBJECTIVES)
         for name in ("beta", "clip_low", "clip_high"):
             check_at_least_0(name, getattr(self, name))
@@ -554,10 +563,11 @@ def gather(
         ValueError: by the field's check.
     """
     objects = tuple(options) if isinstance(options, (tuple, list)) else (options,)
-    given = tuple((key, as_tuple(value)) for key, value in keywords.items())
+    given = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in keywords.items())
     if torch.compiler.is_compiling():
         return _gather(name, classes, objects, given, ())
-    types = tuple(type(value) for _, value in given)  # True == 1 == 1.0 to a cache
+    # True == 1 == 1.0 to a cache
+    types = tuple(tuple(map(type, value)) if isinstance(value, tuple) else (type(value),) for _, value in given)
     try:
         hash((objects, given))
     except TypeError:  # a value that no field takes, or a NumPy array: no cache
@@ -570,7 +580,7 @@ def _gather(
     classes: tuple[type[Options], ...],
     objects: tuple[Options, ...],
     keywords: tuple[tuple[str, Any], ...],
-    types: tuple[type, ...],
+    types: tuple[tuple[type, ...], ...],
 ) -> tuple[Any, ...]:
     given = {type(each): each for each in objects}
     if len(given) < len(objects) or any(type(each) not in classes for each in objects):
@@ -593,10 +603,6 @@ _cached = functools.lru_cache(maxsize=256)(_gather)
 # ---- options as arguments of a custom op
 
 
-def as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def encode(options: Iterable[Options]) -> tuple[str, list[float]]:
     """`options` as a canonical string and the numbers that are left out of it, for `decode`.
 
@@ -608,7 +614,7 @@ def encode(options: Iterable[Options]) -> tuple[str, list[float]]:
         fields = []
         for name in each.names():
             value = getattr(each, name)
-            several = value if isinstance(value, (tuple, list)) else (value,)
+            several = value if isinstance(value, tuple) else (value,)
             if all(map(is_number, several)):
                 values += several
                 fields.append(f"{name}=#{'' if several is not value else len(several)}")

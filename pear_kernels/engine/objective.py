@@ -16,6 +16,13 @@ class Coefficients(NamedTuple):
     entropy: Tensor | None = None  # dL/dH_t
     divergence: Tensor | None = None  # dL/dD_t, D_t being the divergence from a teacher
 
+    def require(self, entropy: Tensor | None, divergence: Tensor | None) -> None:
+        """ValueError where a coefficient belongs to a quantity that the walk does not make."""
+        for name, missing in (("entropy", entropy is None), ("divergence", divergence is None)):
+            if missing and getattr(self, name) is not None:
+                remedy = "set needs_entropy = True" if name == "entropy" else "there is no teacher in this call"
+                raise ValueError(f"an objective returned a coefficient of the {name}, which is not made: {remedy}")
+
 
 class Objective:
     """A loss as the engine sees it: it gets log-probs and returns coefficients c_t = dL/d(-log p_t).
@@ -89,6 +96,7 @@ class Objective:
         """
         found = self.coefficients(0, self.pack.tokens)
         found = found if isinstance(found, Coefficients) else Coefficients(found)
+        found.require(entropy, divergence)
         pairs = zip(found, (-logprobs, entropy, divergence), strict=True)
         loss = self.pack.sums([c * value for c, value in pairs if c is not None and value is not None]).sum()
         weights, scale = torch.zeros_like(logprobs) if found.nll is None else found.nll, self.rescale()

@@ -342,6 +342,7 @@ class LogitsWalk(Walk):
         assert isinstance(softmax, Scores)
         if not isinstance(coefficients, Coefficients):
             raise TypeError(f"an objective with on_logits must return Coefficients, got {type(coefficients).__name__}")
+        coefficients.require(self.entropy, self.divergence)
         given = [None if part is None else self.checked(begin, end, part) for part in coefficients]
         if may_skip and self.may_branch and not any(part.any() for part in given if part is not None):
             self.skip(begin, end)

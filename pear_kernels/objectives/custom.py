@@ -15,19 +15,30 @@ from pear_kernels.options import Options
 class ObjectiveCall:
     """One call of `linear_objective_loss`: the caller's function, and the objective that it returned."""
 
-    made: Objective  # by `make`
-
     def __init__(self, function: Callable[[Pack], Objective]):
         self.function = function
+        self._made: Objective | None = None
 
-    def make(self, pack: Pack) -> Objective:
-        made = self.made = self.function(pack)
-        if not isinstance(made, Objective):
-            raise TypeError(
-                "objective must be a function from a Pack to a pear_kernels.Objective (such as a subclass of it), got "
-                f"{type(made).__name__} from it"
+    def objective(self, pack: Pack) -> Objective:
+        """The call's one objective."""
+        if self._made is None:
+            made = self.function(pack)
+            if not isinstance(made, Objective):
+                raise TypeError(
+                    "objective must be a function from a Pack to a pear_kernels.Objective (such as a subclass of it), "
+                    f"got {type(made).__name__} from it"
+                )
+            self._made = made
+        return self._made
+
+    @property
+    def made(self) -> Objective:
+        if self._made is None:  # the op did not run: its shapes alone were asked for
+            raise RuntimeError(
+                'linear_objective_loss does not work on tensors without values (device "meta", FakeTensorMode): the '
+                "objective is made of the tokens that count"
             )
-        return made
+        return self._made
 
 
 _call: ContextVar[ObjectiveCall] = ContextVar("call")  # the call that runs
@@ -39,16 +50,16 @@ def objective_by(function: Callable[[Pack], Objective]) -> AbstractContextManage
 
 
 class CustomLoss(Loss):
-    """`linear_objective_loss`. `needs_logits`, which the op asks first, makes the objective."""
+    """`linear_objective_loss`."""
 
     def stats(self, given: Sequence[str]) -> tuple[str, ...]:
         return _call.get().made.stats
 
     def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        return _call.get().made
+        return _call.get().objective(problem.pack)
 
     def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
         return _call.get().made.needs_entropy
 
     def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
-        return _call.get().make(problem.pack).on_logits and any(wanted)
+        return _call.get().objective(problem.pack).on_logits and any(wanted)

@@ -18,13 +18,16 @@ from pear_kernels import checks
 from pear_kernels.engine.head import BackendHead, BackendLogitsHead
 from pear_kernels.engine.memory import explain_out_of_memory
 from pear_kernels.engine.objective import TeacherSource
-from pear_kernels.engine.packing import pack_tokens, unpack
+from pear_kernels.engine.packing import capturing, pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.ops import backends
 from pear_kernels.options import CallOptions, HeadOptions, Options, decode, encode
 from pear_kernels.sharding import meet, sharded, whole_vocabulary
 
+# An op reads its numbers on the host. Inductor must not capture that into a CUDA graph, whose replays would keep the
+# numbers of the capture.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -104,7 +107,9 @@ class Call:
         self.shard = meet(group, self.hidden, self.weight, self.target, wanted, self.own.workspace_bytes)
         self.vocabulary = whole_vocabulary(self.weight, self.shard)
         self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
-        valid, tokens = self.target != self.own.ignore_index, self.options[CallOptions].valid_tokens
+        valid = self.target != self.own.ignore_index
+        # a captured CUDA graph has a static pack, whose replays may have another number of tokens that count
+        tokens = None if capturing() else self.options[CallOptions].valid_tokens
         if counted is not None:
             tokens = int(counted) if counted >= 0 else None
         else:

@@ -8,11 +8,11 @@ from torch import Tensor
 from pear_kernels import checks
 from pear_kernels.engine.walk import LogitsWalk
 from pear_kernels.objectives.base import FixedCoefficients
-from pear_kernels.ops.call import Call, parse
+from pear_kernels.ops.call import TAGS, Call, parse
 from pear_kernels.sharding import sharded_topk
 
 
-@torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=())
+@torch.library.custom_op("pear_kernels::linear_logprobs", mutates_args=(), tags=TAGS)
 def linear_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -40,7 +40,7 @@ def _(hidden, weight, bias, target, numbers, spec, group):
     return *(hidden.new_empty(shape, dtype=given.dtype) for shape in shapes), counted
 
 
-@torch.library.custom_op("pear_kernels::linear_logprobs_backward", mutates_args=())
+@torch.library.custom_op("pear_kernels::linear_logprobs_backward", mutates_args=(), tags=TAGS)
 def linear_logprobs_backward(
     grad_logprobs: Tensor | None,  # (N,)
     grad_entropy: Tensor | None,  # (N,)
@@ -102,7 +102,7 @@ def backward(ctx, grad_logprobs, grad_entropy, _):
 linear_logprobs.register_autograd(backward, setup_context=save)
 
 
-@torch.library.custom_op("pear_kernels::linear_topk_logprobs", mutates_args=())
+@torch.library.custom_op("pear_kernels::linear_topk_logprobs", mutates_args=(), tags=TAGS)
 def linear_topk_logprobs(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

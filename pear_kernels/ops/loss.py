@@ -10,7 +10,7 @@ from pear_kernels.engine.walk import Walk
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL, Problem
 from pear_kernels.ops import backends
-from pear_kernels.ops.call import Call, parse
+from pear_kernels.ops.call import TAGS, Call, parse
 
 
 def compute(
@@ -35,15 +35,20 @@ def compute(
         entropy = given.return_entropy or loss.needs_entropy(call.options)
         walk = call.logits_walk(head, entropy, loss.teacher(problem, head)) if on_logits else call.walk(head, entropy)
         walk.run(objective)
+    logprobs = call.unpack(walk.logprobs)  # before `finish`, which may be the caller's and overwrite its arguments
     total, weights, stats = objective.finish(walk.logprobs, walk.entropy, walk.divergence)
+    by = f"{type(objective).__name__}.finish must return"
     if len(stats) != len(names := loss.stats(given.columns)):
+        raise ValueError(f"{by} one statistic for each of {names}, got {len(stats)}")
+    if total.shape != () or weights.shape != walk.logprobs.shape:
         raise ValueError(
-            f"{type(objective).__name__}.finish must return one statistic for each of {names}, got {len(stats)}"
+            f"{by} a loss of shape () and weights of shape {tuple(walk.logprobs.shape)}, got {tuple(total.shape)} and "
+            f"{tuple(weights.shape)}"
         )
     stats = torch.cat([stats, means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
     # the loss is never a view, to which a caller could add nothing in place
     return (
-        total.to(given.dtype, copy=True), call.unpack(walk.logprobs), call.unpack(weights), stats.to(given.dtype),
+        total.to(given.dtype, copy=True), logprobs, call.unpack(weights), stats.to(given.dtype),
         walk.grads.hidden, walk.grads.weight, walk.grads.bias,
     )  # fmt: skip
 
@@ -77,7 +82,7 @@ def fake(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
     )
 
 
-class LinearLoss(torch.autograd.Function):
+class LossFunction(torch.autograd.Function):
     """All gradients are made in the op; the backward pass scales them."""
 
     @staticmethod
@@ -106,15 +111,18 @@ class LinearLoss(torch.autograd.Function):
 
 def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:3]):
-        return LinearLoss.apply(keyset, *arguments)
+        return LossFunction.apply(keyset, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return linear_loss.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
 # Not by torch.library.custom_op: its autograd flattens and unflattens a list of tensors in both passes, which takes as
 # long as all else of a call's way to `compute` (docs/kernels.md has the figures). The columns have no gradient.
+if (before := vars(torch.ops.pear_kernels).get("library")) is not None:  # the package is imported once more
+    before._destroy()
 library = torch.library.Library("pear_kernels", "FRAGMENT")
-library.define("linear_loss" + torch.library.infer_schema(compute, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+torch.ops.pear_kernels.library = library  # type: ignore[attr-defined]
+library.define("linear_loss" + torch.library.infer_schema(compute, mutates_args=()), tags=TAGS)
 library.impl("linear_loss", compute, "CompositeExplicitAutograd")
 library.impl("linear_loss", autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("pear_kernels::linear_loss", fake, lib=library)

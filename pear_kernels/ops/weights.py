@@ -5,11 +5,11 @@ from torch import Tensor
 
 from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.ops import backends
-from pear_kernels.ops.call import parse
+from pear_kernels.ops.call import TAGS, parse
 from pear_kernels.options import HeadOptions, PEAROptions
 
 
-@torch.library.custom_op("pear_kernels::pear_weights", mutates_args=())
+@torch.library.custom_op("pear_kernels::pear_weights", mutates_args=(), tags=TAGS)
 def pear_weights(
     logprobs: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool

@@ -213,6 +213,49 @@ def test_what_an_objective_must_be():
         linear_objective_loss(hidden, *frozen, workspace_bytes=workspace(4, 37))
 
 
+class Overwriting(Detached):
+    def finish(self, logprobs, entropy=None, divergence=None):
+        found = super().finish(logprobs)
+        logprobs.zero_()
+        return found
+
+
+class OneNumber(Detached):
+    def finish(self, logprobs, entropy=None, divergence=None):
+        loss, weights, stats = super().finish(logprobs)
+        return loss[None], weights, stats
+
+
+class Unasked(Objective):
+    """A bonus for an entropy that it does not ask for."""
+
+    on_logits = True
+
+    def coefficients(self, begin, end):
+        ones = torch.ones_like(self.logprobs[begin:end])
+        return Coefficients(ones, -ones)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_an_objective_returns_is_checked_with_gradients_and_without(gradient):
+    problem = make_problem((9,))
+    tensors = problem.hidden.requires_grad_(gradient), problem.weight, problem.target
+    kept = linear_objective_loss(*tensors, Overwriting).logprobs
+    assert torch.equal(kept, linear_objective_loss(*tensors, Detached).logprobs)
+    for objective, message in (
+        (OneNumber, r"a loss of shape \(\) and weights of shape .* got \(1,\)"),
+        (Unasked, "coefficient of the entropy, which is not made: set needs_entropy = True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_objective_loss(*tensors, objective)
+
+
+def test_tensors_without_values_are_refused():
+    hidden, weight = torch.zeros(4, 3, device="meta"), torch.zeros(5, 3, device="meta")
+    with pytest.raises(RuntimeError, match="tensors without values"):
+        linear_objective_loss(hidden, weight, torch.zeros(4, device="meta").long(), Detached)
+
+
 def test_under_compile():
     problem = make_problem((9, 20))
     leaves = problem.leaves()

@@ -6,6 +6,8 @@ import enum
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -314,6 +316,34 @@ def test_members_of_enums_and_numpy_numbers_are_what_they_stand_for():
         log_ratio_clip=[numpy.float32(-0.5), numpy.float64(0.25)],
     )  # fmt: skip
     assert same(found, expected)
+
+
+def test_lists_in_objects_are_tuples_and_false_is_no_number_of_a_clip():
+    given = PEAROptions(log_ratio_clip=[-0.08, 0.3], log_weight_clip=[-10.0, 5.0])
+    assert given == PEAROptions() and hash(given) == hash(PEAROptions())
+    assert PolicyOptions(sapo_temperatures=[1.0, 1.05]) == PolicyOptions()
+    assert WeightingOptions(idft_clip=[0.1, 2.0]) == WeightingOptions()
+    behavior = -torch.ones(3)
+    pear_weights(behavior, behavior, log_ratio_clip=(0, 0.3))  # equal to the next in a cache
+    with pytest.raises(ValueError, match="log_ratio_clip must be two numbers"):
+        pear_weights(behavior, behavior, log_ratio_clip=(False, 0.3))
+
+
+def test_ops_are_kept_out_of_inductors_cuda_graphs():
+    """They read their numbers on the host, which a replay would not."""
+    ops = [op for op in vars(torch.ops.pear_kernels).values() if isinstance(op, torch._ops.OpOverloadPacket)]
+    assert len(ops) >= 4 and all(torch.Tag.cudagraph_unsafe in op.default.tags for op in ops)
+
+
+def test_the_package_may_be_imported_once_more():
+    code = (
+        "import sys, torch, pear_kernels\n"
+        "for name in [name for name in sys.modules if name.startswith('pear_kernels')]: del sys.modules[name]\n"
+        "import pear_kernels\n"
+        "hidden = torch.ones(2, 3, requires_grad=True)\n"
+        "pear_kernels.linear_weighted_loss(hidden, torch.ones(4, 3), torch.tensor([0, 1]), torch.exp).loss.backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_ops_have_at_most_ten_arguments():
