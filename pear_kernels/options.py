@@ -379,8 +379,8 @@ class DivergenceOptions(Options):
 class TeacherOptions(Options):
     """A teacher's own LM head, from the fields of `Teacher`."""
 
-    temperature: float = 1.0
-    softcap: float | None = None
+    temperature: float = HeadOptions.temperature
+    softcap: float | None = HeadOptions.softcap
 
 
 @dataclass(frozen=True, kw_only=True)

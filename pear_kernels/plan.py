@@ -10,6 +10,7 @@ from pear_kernels import checks
 from pear_kernels.backends.torch.head import temporary_bytes
 from pear_kernels.engine.head import torch_row_bytes, triton_row_bytes
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
+from pear_kernels.engine.walk import grad_hidden_dtype
 from pear_kernels.options import LEVELS, HeadOptions, PEAROptions, is_number
 
 TOKEN_BYTES = 28 * 8  # per-token numbers that are kept: positions, blocks, log-probs, ratios, sums, weights
@@ -125,16 +126,16 @@ def plan(
     *,
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    level: str | None = "token",
-    center: bool = False,
-    normalize: str | None = None,
+    level: str | None = PEAROptions.level,
+    center: bool = PEAROptions.center,
+    normalize: str | None = PEAROptions.normalize,
     gradient: bool = True,
     train_head: bool = True,
     bias: bool = False,
-    workspace_bytes: int | None = None,
+    workspace_bytes: int | None = HeadOptions.workspace_bytes,
     static: bool = False,
     device: str = "cuda",
-    backend: str | None = None,
+    backend: str | None = HeadOptions.backend,
 ) -> Plan:
     """What a call of this shape will do and cost, from the code that schedules the call itself. Nothing runs.
 
@@ -172,7 +173,7 @@ def plan(
         raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
     if level is not None and level not in LEVELS:
         raise ValueError(f"level must be None or one of {', '.join(map(repr, LEVELS))}, got {level!r}")
-    options = PEAROptions(level=level or "token", center=center, normalize=normalize)
+    options = PEAROptions(level=level or PEAROptions.level, center=center, normalize=normalize)
     HeadOptions(workspace_bytes=workspace_bytes, backend=backend)
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
@@ -211,7 +212,7 @@ def plan(
 
     # ---- their bytes
     rows, itemsize = max(walk.rows for walk in walks), dtype.itemsize
-    grad_hidden_itemsize = 4 if dtype == torch.float16 else itemsize  # float16 has no room for 1 / N
+    grad_hidden_itemsize = grad_hidden_dtype(dtype).itemsize
     temporary = tokens * TOKEN_BYTES
     if backend == "torch":
         temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums)

@@ -1,12 +1,14 @@
 """What the engine asks of a loss, and of a teacher that a loss compares the head with."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import TeacherRows
 from pear_kernels.engine.packing import Pack
+
+T = TypeVar("T")
 
 
 class Coefficients(NamedTuple):
@@ -105,7 +107,7 @@ class Objective:
         return loss, weights, logprobs.new_zeros(0)
 
 
-def present(value: Tensor | None) -> Tensor:
+def present(value: T | None) -> T:
     """A value that is None only if it was not asked for."""
     assert value is not None
     return value

@@ -30,11 +30,16 @@ from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
 
 
+def grad_hidden_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of dX while the walk makes it: hidden's `dtype`, but float32 for float16, which has no coefficients of 1/N."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @dataclass
 class Gradients:
     """Where gradients are accumulated. Empty (0,) tensors stand for those that nobody wants."""
 
-    hidden: Tensor  # (N, D): hidden's dtype, but float32 for float16, which cannot represent coefficients of 1/N
+    hidden: Tensor  # (N, D): `grad_hidden_dtype`
     weight: Tensor  # (V, D): float32 (float64); rounded to the weight's dtype once, in the backward pass
     bias: Tensor  # (V,): like weight
     written: bool = False  # `weight` starts uninitialised: the first chunk writes it, later ones add to it
@@ -67,13 +72,12 @@ class Walk:
         self.top1 = torch.empty_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
         # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
         self.target_scale: Tensor | None = None
-        grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
         def buffer(shape: torch.Size, dtype: torch.dtype, is_wanted: bool) -> Tensor:
             return torch.empty(shape if is_wanted else (0,), dtype=dtype, device=hidden.device)
 
         self.grads = Gradients(
-            buffer(hidden.shape, grad_dtype, wanted.hidden),
+            buffer(hidden.shape, grad_hidden_dtype(hidden.dtype), wanted.hidden),
             buffer(head.weight.shape, head.dtype, wanted.weight),
             buffer(head.weight.shape[:1], head.dtype, wanted.bias).zero_(),
         )

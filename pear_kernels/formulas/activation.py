@@ -14,8 +14,8 @@ from torch import Tensor
 class Activation(NamedTuple):
     """Softcap and temperature of one head."""
 
-    temperature: float = 1.0  # divides the logits
-    softcap: float | None = None  # bound of the logits before the temperature; None: no bound
+    temperature: float  # divides the logits
+    softcap: float | None  # bound of the logits before the temperature; None: no bound
 
     def apply_(self, raw: Tensor) -> Tensor | None:
         """Raw logits to activated ones, in place. Returns tanh(raw / softcap), from which `slope_of_tanh_` follows."""

@@ -30,6 +30,11 @@ MAX_LOG_RATIO = 700.0  # its exp is finite in float64, so that an advantage of 0
 TINY = torch.finfo(torch.float64).tiny
 
 
+def capped_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a float64 log-ratio, finite in any case: log-ratios above `MAX_LOG_RATIO` count as that."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 class Terms(NamedTuple):
     """What statistics sum over tokens: (n,) each, or the sums. The Triton kernel adds in this order, then the loss."""
 

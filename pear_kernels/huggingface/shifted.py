@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pear_kernels.losses import LossOutput, linear_distill_loss, linear_pear_loss, linear_weighted_loss
 from pear_kernels.objectives.teachers import TopKTeacher
+from pear_kernels.options import HeadOptions
 
-IGNORE = -100
+IGNORE = HeadOptions.ignore_index
 TOP_K = ("top_k_ids", "top_k_logprobs")
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pear_kernels.formulas.activation import Activation
 from pear_kernels.huggingface import lm_head
 from pear_kernels.huggingface.lm_head import CausalLM, innermost
 from pear_kernels.huggingface.positions import position_limit
@@ -39,14 +40,14 @@ class Treatment(NamedTuple):
     Without a soft cap that is z / temperature.
     """
 
-    temperature: float = 1.0
-    softcap: float | None = None
+    temperature: float = HeadOptions.temperature
+    softcap: float | None = HeadOptions.softcap
     rows: int | None = None  # number of the head's rows that have a logit, the rest being padding; None: all
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, float | None]:
         """The losses' options that differ from their defaults."""
-        options = {} if self.temperature == 1.0 else {"temperature": self.temperature}
-        return options if self.softcap is None else {**options, "softcap": self.softcap}
+        given = {"temperature": self.temperature, "softcap": self.softcap}
+        return {name: value for name, value in given.items() if value != getattr(HeadOptions, name)}
 
     def rows_of(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The head's weight (V, D) and bias (V,) without padding."""
@@ -56,9 +57,9 @@ class Treatment(NamedTuple):
 
     def apply(self, logits: Tensor) -> Tensor:
         """The model's logits, from the head's."""
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
+        activated = logits.clone()
+        Activation(self.temperature, self.softcap).apply_(activated)
+        return activated
 
 
 def checked_treatment(model: CausalLM, backend: str | None = None) -> Treatment:

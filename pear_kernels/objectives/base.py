@@ -115,6 +115,11 @@ class TokenObjective(Objective):
             self.make(begin, end)
         return self.weights[begin:end] * self.token_scale[begin:end]
 
+    def mean_log_ratio(self, begin: int, end: int) -> Tensor:
+        """(end - begin,) of a coupled loss: the mean log-ratio of each token's sequence."""
+        lengths = self.pack.stop[begin:end] - self.pack.start[begin:end]
+        return present(self.sequence_sums).log_weights(begin, end) / lengths
+
     def make(self, begin: int, end: int, entropy: Tensor | None = None) -> None:
         """Fills `losses` and `weights` of these tokens."""
         for whole, part in zip((self.losses, self.weights), self.terms(begin, end, entropy), strict=True):

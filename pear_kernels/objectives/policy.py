@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pear_kernels.engine.objective import Coefficients, Objective, present
 from pear_kernels.engine.schedule import Wanted
-from pear_kernels.formulas.weights import MAX_LOG_RATIO
+from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp
 from pear_kernels.objectives.base import Loss, Problem, TokenObjective, at_least_one, token_scale
 from pear_kernels.options import UNCLIPPED, Options, PolicyOptions, PolicyReduction
 
@@ -122,13 +122,12 @@ class PolicyObjective(TokenObjective):
         self.dtype, self.make_weights = problem.dtype, problem.weights
         self.options: PolicyOptions = problem.options[PolicyOptions]
         self.kind = KINDS[self.options.objective]
-        self.lengths = self.pack.stop - self.pack.start  # (n,) tokens of each token's sequence
         by_sequence = problem.columns.get("sequence_advantages")
         advantages = problem.take("advantages") if by_sequence is None else by_sequence[self.pack.sequence]
         self.raw_advantages = self.advantages = present(advantages).double()
         columns = (problem.take(name) for name in PolicyLoss.logprobs)
         self.old_logprobs, self.ref_logprobs, sampler_logprobs = (x if x is None else x.double() for x in columns)
-        self.sampler_log_ratio: Tensor | None = None
+        self.sampler_log_ratio: Tensor | None = None  # (n,) log pi_old / pi_sampler, of a token or its sequence
         alike = by_sequence is not None  # whether the tokens of a sequence share one advantage
         if sampler_logprobs is not None and self.old_logprobs is not None:
             log_ratio = self.old_logprobs - sampler_logprobs
@@ -138,7 +137,7 @@ class PolicyObjective(TokenObjective):
                 self.sampler_log_ratio = self.sums_of_sequences(log_ratio)
             # a constant of at least 0 that multiplies the loss may as well multiply the advantage, in every objective
             cap = torch.inf if self.options.sampler_clip is None else self.options.sampler_clip
-            self.advantages = self.advantages * self.sampler_ratio(self.sampler_log_ratio).clamp(max=cap)
+            self.advantages = self.advantages * capped_exp(self.sampler_log_ratio).clamp(max=cap)
         # without old_logprobs every ratio is 1, of a sequence too: the loss is not coupled
         if self.kind.sequence_ratio and self.old_logprobs is not None:
             self.coupled = True
@@ -147,7 +146,8 @@ class PolicyObjective(TokenObjective):
         if self.options.objective == "gspo" and not alike:
             # s is one number, and min(s A, clip(s) A) is linear in A on either side of 0: only the means count
             signed = self.advantages.clamp(min=0), self.advantages.clamp(max=0)
-            self.parts = [self.sums_of_sequences(part) / self.lengths for part in signed]
+            lengths = self.pack.stop - self.pack.start  # (n,) tokens of each token's sequence
+            self.parts = [self.sums_of_sequences(part) / lengths for part in signed]
             alike = True
         self.separable = alike and self.options.beta == 0
 
@@ -157,11 +157,6 @@ class PolicyObjective(TokenObjective):
         sums = self.make_weights(torch.zeros_like(values), self.pack, UNCLIPPED)
         sums.observe(0, n, values)
         return sums.log_weights(0, n)
-
-    @staticmethod
-    def sampler_ratio(log_ratio: Tensor) -> Tensor:
-        """(n,) pi_old / pi_sampler, of a token or of its whole sequence."""
-        return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
     # ---- formulas, on any range of tokens
 
@@ -175,7 +170,7 @@ class PolicyObjective(TokenObjective):
         """(end - begin,) log r: a token's own, or the mean of its sequence's."""
         if self.sequence_sums is None:
             return self.token_log_ratio(begin, end)
-        return (self.sequence_sums.log_weights(begin, end) / self.lengths[begin:end]).clamp(max=MAX_LOG_RATIO)
+        return self.mean_log_ratio(begin, end).clamp(max=MAX_LOG_RATIO)
 
     def terms(self, begin: int, end: int, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(end - begin,) loss of each token without its entropy, and its coefficient, both before `token_scale`."""
@@ -204,7 +199,7 @@ class PolicyObjective(TokenObjective):
         options, nothing = self.options, torch.zeros_like(self.logprobs)
         log_ratio = self.log_ratio(0, self.pack.tokens)
         ratio, token_log_ratio = log_ratio.exp(), self.token_log_ratio(0, self.pack.tokens)
-        sampler = nothing + 1 if self.sampler_log_ratio is None else self.sampler_ratio(self.sampler_log_ratio)
+        sampler = nothing + 1 if self.sampler_log_ratio is None else capped_exp(self.sampler_log_ratio)
         values = (
             -self.logprobs,
             k3(token_log_ratio, self.dtype)[0],

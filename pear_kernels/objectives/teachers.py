@@ -8,7 +8,7 @@ from torch import Tensor
 from pear_kernels.engine.head import BackendLogitsHead, TopKRows, VocabularyRows
 from pear_kernels.engine.packing import Pack
 from pear_kernels.objectives.base import Problem
-from pear_kernels.options import DivergenceOptions, TeacherOptions
+from pear_kernels.options import DivergenceOptions, HeadOptions, TeacherOptions
 
 
 class Teacher(NamedTuple):
@@ -17,8 +17,8 @@ class Teacher(NamedTuple):
     hidden: Tensor  # (N, D') or (B, T, D'), of any D' and floating-point dtype
     weight: Tensor  # (V, D'), the student's vocabulary
     bias: Tensor | None = None  # (V,)
-    temperature: float = 1.0  # of its own head: divides its logits
-    softcap: float | None = None  # of its own head: bounds them
+    temperature: float = HeadOptions.temperature  # of its own head: divides its logits
+    softcap: float | None = HeadOptions.softcap  # of its own head: bounds them
 
 
 class TopKTeacher(NamedTuple):

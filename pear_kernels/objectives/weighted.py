@@ -19,7 +19,7 @@ from pear_kernels import checks
 from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.schedule import Wanted
-from pear_kernels.formulas.weights import MAX_LOG_RATIO
+from pear_kernels.formulas.weights import capped_exp
 from pear_kernels.objectives.base import (
     Loss,
     Problem,
@@ -70,13 +70,13 @@ def dft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 
 def iw_sft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """clip(exp(tau mean(log pi - log pi_ref)), 0, iw_max), the mean being a sequence's: iw-SFT (arXiv 2507.12856)."""
-    w = (present(tokens.log_ratio) * options.iw_tau).clamp(max=MAX_LOG_RATIO).exp().clamp(max=options.iw_max)
+    w = capped_exp(present(tokens.log_ratio) * options.iw_tau).clamp(max=options.iw_max)
     return w * -tokens.logprobs, w
 
 
 def psft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """r 1[r <= 1 + psft_clip], r = pi / pi_ref: PSFT (arXiv 2508.17784), PPO's clip with an advantage of 1."""
-    r = present(tokens.log_ratio).clamp(max=MAX_LOG_RATIO).exp()
+    r = capped_exp(present(tokens.log_ratio))
     w = torch.where(r > 1 + options.psft_clip, 0.0, r)  # NaN stays NaN
     return w * -tokens.logprobs, w
 
@@ -99,7 +99,7 @@ def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
 
 def idft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     """p^a with a = clip(exp(-(log p + H)), idft_clip), H the entropy: IDFT (arXiv 2602.12222)."""
-    a = (-(tokens.logprobs + present(tokens.entropy))).clamp(max=MAX_LOG_RATIO).exp().clamp(*options.idft_clip)
+    a = capped_exp(-(tokens.logprobs + present(tokens.entropy))).clamp(*options.idft_clip)
     w = (a * tokens.logprobs).exp()
     return w * -tokens.logprobs, w
 
@@ -155,7 +155,7 @@ class WeightedObjective(TokenObjective):
     def terms(self, begin: int, end: int, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         logprobs, ratio = self.logprobs[begin:end], None
         if self.sequence_sums is not None:
-            ratio = self.sequence_sums.log_weights(begin, end) / (self.pack.stop - self.pack.start)[begin:end]
+            ratio = self.mean_log_ratio(begin, end)
         elif self.ref_logprobs is not None:
             ratio = logprobs - self.ref_logprobs[begin:end]
         return self.weighting.formula(Tokens(logprobs, entropy, ratio, self.pack.index[begin:end]), self.options)

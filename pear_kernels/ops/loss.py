@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.checks import forbid_double_backward
-from pear_kernels.engine.walk import Walk
+from pear_kernels.engine.walk import Walk, grad_hidden_dtype
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL, Problem
 from pear_kernels.ops import backends
@@ -69,10 +69,9 @@ def fake(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
     """The shapes and dtypes of what `compute` returns."""
     given = parse(spec)
     stats = len(LOSSES[given.name].stats(given.columns)) + len(OF_ALL) - (not given.return_entropy)
-    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     shapes = (), target.shape, target.shape, (stats,)
     grads = hidden.shape, weight.shape, weight.shape[:1]
-    dtypes = hidden_dtype, given.dtype, given.dtype
+    dtypes = grad_hidden_dtype(hidden.dtype), given.dtype, given.dtype
     return (
         *(hidden.new_empty(shape, dtype=given.dtype) for shape in shapes),
         *(

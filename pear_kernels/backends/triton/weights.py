@@ -123,7 +123,7 @@ def scan_and_weigh(
             tl.store(log_weights + token, log_g, mask=live)
             tl.store(weights + token, G, mask=live)
             tl.store(coefficients + token, G * scale, mask=live)
-            if sums is not None:  # in the order of pear_kernels.objectives.pear.PEARObjective.sums
+            if sums is not None:  # in the order of formulas.weights.Terms
                 if counts is not None:
                     live = live & (tl.load(counts + token, mask=live, other=0) != 0)
                 log_p = tl.load(logprobs + token, mask=live, other=0.0)
