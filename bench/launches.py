@@ -162,7 +162,7 @@ def weights(options: PEAROptions, *, static: bool = False, block_ids: bool = Fal
     """A walk of two chunks."""
     tokens = meta(2 * ROWS, dtype=torch.int64)
     counts = meta(2 * ROWS, dtype=torch.bool) if static else None
-    pack = Pack(tokens, tokens, tokens, tokens, meta(9, dtype=torch.int64), counts)
+    pack = Pack(tokens, 2 * ROWS, meta(9, dtype=torch.int64), counts)
     walk = PEARWeights(
         meta(2 * ROWS, dtype=FP32), pack, options, meta(2 * ROWS, dtype=torch.int32) if block_ids else None
     )

@@ -5,8 +5,8 @@ after sequence, without prompt, padding or anything else that is ignored. Theref
 pack cannot change a result, and ignored tokens never reach a matrix product.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +14,58 @@ from torch import Tensor
 ROW_MULTIPLE = 128  # chunks are a multiple of this many rows, which suits every matrix unit
 
 
-class Pack(NamedTuple):
+class Pack:
     """The tokens that count, in compact order: sequence after sequence, without prompt, padding or ignored tokens.
 
     A *static* pack has as many rows as the caller has tokens, whatever their values, so that no host sync is needed to
     make it or to walk it. The ignored tokens follow those that count, as ghosts. A ghost is a sequence of its own;
     whatever is taken for it, or unpacked from it, is 0, and so is its coefficient.
+
+    What depends on the sequences is made when it is first asked for: some losses never do.
     """
 
-    index: Tensor  # type: ignore[assignment]  # (n,) int64, place in the caller's flat (N,) tensors; not tuple.index
-    sequence: Tensor  # (n,) int64, which sequence it belongs to
-    start: Tensor  # (n,) int64, compact index of the first token of its sequence: start[i] <= i < stop[i]
-    stop: Tensor  # (n,) int64, one past the last token of its sequence
-    edges: Tensor  # (S+1,) int64, the sequences' bounds in compact order; no ghost is in any
-    counts: Tensor | None = None  # (n,) bool, False at ghosts; None where there are none: the pack is not static
+    def __init__(self, index: Tensor, size: int, cu_seqlens: Tensor | None = None, counts: Tensor | None = None):
+        self.index = index  # (n,) int64, place in the caller's flat (N,) tensors
+        self.size = size  # N
+        self.cu_seqlens = cu_seqlens  # (S+1,), the caller's; None: all tokens are one sequence
+        self.counts = counts  # (n,) bool, False at ghosts; None where there are none: the pack is not static
 
-    @property
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """(S+1,) int64, the sequences' bounds in the caller's order."""
+        if self.cu_seqlens is None:
+            return torch.arange(2, device=self.index.device) * self.size
+        return self.cu_seqlens.long()
+
+    @functools.cached_property
+    def sequence(self) -> Tensor:
+        """(n,) int64, which sequence a token belongs to."""
+        return torch.searchsorted(self.bounds[1:], self.index, right=True)
+
+    @functools.cached_property
+    def edges(self) -> Tensor:
+        """(S+1,) int64, the sequences' bounds in compact order; no ghost is in any."""
+        # `index` ascends, so no prefix sum over all N tokens is needed
+        index = self.index if self.counts is None else self.index.masked_fill(~self.counts, self.size)
+        return torch.searchsorted(index, self.bounds)
+
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """(n,) int64, compact index of the first token of its sequence: start[i] <= i < stop[i]."""
+        return self._or_own(self.edges[self.sequence], 0)
+
+    @functools.cached_property
+    def stop(self) -> Tensor:
+        """(n,) int64, one past the last token of its sequence."""
+        return self._or_own(self.edges[1:][self.sequence], 1)
+
+    def _or_own(self, place: Tensor, beyond: int) -> Tensor:
+        """`place` (n,), and for a ghost its own plus `beyond`."""
+        if self.counts is None:
+            return place
+        return torch.where(self.counts, place, torch.arange(self.tokens, device=place.device) + beyond)
+
+    @functools.cached_property
     def lengths(self) -> Tensor:
         """(S,) int64, tokens that count in each sequence."""
         return self.edges.diff()
@@ -66,29 +102,24 @@ class Pack(NamedTuple):
         return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0.0)
 
 
-def pack_tokens(valid: Tensor, cu_seqlens: Tensor, static: bool | None = None, tokens: int | None = None) -> Pack:
-    """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,).
+def pack_tokens(
+    valid: Tensor, cu_seqlens: Tensor | None, static: bool | None = None, tokens: int | None = None
+) -> Pack:
+    """Compact order of the tokens with `valid` (N,) bool, in the sequences bounded by `cu_seqlens` (S+1,), or in one.
 
     Listing the tokens that count takes one host sync for their number, and saves the products of the ignored ones; with
     that number given as `tokens` there is no sync. A `static` pack needs none and drops nothing; None: static while a
     CUDA graph is captured, where a sync is an error.
     """
-    bounds, counts = cu_seqlens.long(), None
-    if capturing() if static is None else static:
-        before = torch.nn.functional.pad(valid.cumsum(0), (1, 0))  # (N+1,): tokens that count before each
-        token = torch.arange(valid.numel(), device=valid.device)
-        place = torch.where(valid, before[:-1], before[-1] + token - before[:-1])  # ghosts follow the last that counts
-        index = torch.empty_like(token).scatter_(0, place, token)
-        counts = token < before[-1]
-        edges = before[bounds]
-    else:
+    size = valid.numel()
+    if not (capturing() if static is None else static):
         index = (valid.nonzero() if tokens is None else valid.nonzero_static(size=tokens)).squeeze(1)
-        edges = torch.searchsorted(index, bounds)  # `index` ascends, so no prefix sum over all N tokens is needed
-    sequence = torch.searchsorted(bounds[1:], index, right=True)
-    start, stop = edges[sequence], edges[1:][sequence]
-    if counts is not None:
-        start, stop = torch.where(counts, start, token), torch.where(counts, stop, token + 1)
-    return Pack(index, sequence, start, stop, edges, counts)
+        return Pack(index, size, cu_seqlens)
+    before = valid.cumsum(0)  # (N,): tokens that count up to each
+    token = torch.arange(size, device=valid.device)
+    counted = before[-1:]
+    place = torch.where(valid, before - 1, counted + token - before)  # ghosts follow the last that counts
+    return Pack(torch.empty_like(token).scatter_(0, place, token), size, cu_seqlens, token < counted)
 
 
 def capturing() -> bool:

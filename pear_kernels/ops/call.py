@@ -116,8 +116,7 @@ class Call:
             values = {"target": self.target, **self.columns}
             self.backend.check_values(values, valid, self.vocabulary, self.own.ignore_index)
             checks.check_valid_tokens(tokens, valid)
-        one = torch.arange(2, device=self.target.device) * self.target.numel()
-        self.pack = pack_tokens(valid, self.columns.get("cu_seqlens", one), tokens=tokens)
+        self.pack = pack_tokens(valid, self.columns.get("cu_seqlens"), tokens=tokens)
 
     @property
     def _of_head(self) -> tuple[Tensor, Tensor | None, float, float | None, torch.dtype]:
