@@ -48,6 +48,9 @@ class Terms(NamedTuple):
     square: Tensor  # G^2
 
 
+SUMS = len(Terms._fields) + 1  # the loss comes last
+
+
 def tokens_a_block(options: PEAROptions, pack: Pack) -> int:
     """B: 1 at token level. A block longer than the pack is cut to the pack's length, which cannot overflow."""
     return 1 if options.level == "token" else min(options.block_size, pack.tokens + 1)
@@ -93,8 +96,10 @@ class PEARWeights:
         self.options = options
         self.block_ids = block_ids
         self.token_scale = torch.ones_like(self.behavior_logprobs) if token_scale is None else token_scale
-        # (n + 1,): the last entry stays 0, the sum after the last token
-        self.suffix = torch.zeros(pack.tokens + 1, dtype=torch.float64, device=behavior_logprobs.device)
+        zeros = torch.zeros(SUMS + 1 + pack.tokens + 1, dtype=torch.float64, device=behavior_logprobs.device)
+        self.counted = zeros[:SUMS]  # `sums` so far, where a backend adds them up chunk by chunk
+        # (n + 1,): the last entry stays 0, the sum after the last token. Aligned to 16 bytes, as Triton prefers
+        self.suffix = zeros[SUMS + 1 :]
         # (n + 1,), likewise: the sum of log-ratios from a token to the end of its block
         self.inside = torch.zeros_like(self.suffix) if options.clip_blocks else None
 
@@ -244,5 +249,5 @@ class PEARWeights:
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         """(9,) over the tokens that count: of the `terms`, and of the loss."""
-        values = *self.terms(logprobs, weights), weights * self.token_scale * -logprobs
-        return self.pack.sums(values)
+        terms = self.terms(logprobs, weights)
+        return self.pack.sums((*terms, weights * self.token_scale * terms.nll))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pear_kernels.engine.head import BackendLogitsHead
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
-from pear_kernels.engine.packing import Pack
+from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import PEARWeights
 from pear_kernels.options import CallOptions, Options, Reduction
@@ -94,9 +94,10 @@ class TokenObjective(Objective):
     sequence_sums: PEARWeights | None = None  # of a coupled loss: its log-ratios, summed over sequences
 
     def __init__(self, problem: Problem, token_scale: Tensor):
-        super().__init__(problem.pack)
+        self.pack = problem.pack
         self.token_scale = token_scale  # (n,)
-        self.losses, self.weights = torch.zeros_like(self.logprobs), torch.zeros_like(self.logprobs)  # L and c, (n,)
+        # (n,) each: log-probs, L and c. No zeros: every row is written before it is read
+        self.logprobs, self.losses, self.weights = (torch.empty_like(token_scale) for _ in range(3))
         self.made = 0  # tokens whose L and c are made
 
     def terms(self, begin: int, end: int, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class TokenObjective(Objective):
         raise NotImplementedError
 
     def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
-        super().observe(begin, end, logprobs)
+        self.logprobs = with_chunk(self.logprobs, begin, end, logprobs)
         if self.sequence_sums is not None:
             self.sequence_sums.observe(begin, end, logprobs)
         else:
@@ -122,8 +123,9 @@ class TokenObjective(Objective):
 
     def make(self, begin: int, end: int, entropy: Tensor | None = None) -> None:
         """Fills `losses` and `weights` of these tokens."""
-        for whole, part in zip((self.losses, self.weights), self.terms(begin, end, entropy), strict=True):
-            whole[begin:end] = self.pack.zero_ghosts(part, begin, end)
+        losses, weights = (self.pack.zero_ghosts(part, begin, end) for part in self.terms(begin, end, entropy))
+        self.losses = with_chunk(self.losses, begin, end, losses)
+        self.weights = with_chunk(self.weights, begin, end, weights)
         self.made += end - begin
 
     def make_rest(self) -> None:
@@ -161,6 +163,16 @@ def token_scale(
 def effective_sample_size(total: Tensor, squares: Tensor, tokens: int | Tensor) -> Tensor:
     """(): (sum w)^2 / (n sum w^2), the share of n tokens that carry the gradient; 0 if all weights are 0."""
     return total.square() / (tokens * squares).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def largest(values: Tensor) -> Tensor:
+    """(): the largest of `values` (n,) and 0."""
+    return values.amax().clamp(min=0) if len(values) else values.new_zeros(())
+
+
+def as_statistic(count: int | Tensor, like: Tensor) -> Tensor:
+    """() in the dtype of `like`: a number of tokens, which may be known on the host."""
+    return count.to(like.dtype) if isinstance(count, Tensor) else like.new_full((), count)
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:

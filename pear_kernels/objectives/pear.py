@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pear_kernels.engine.objective import Objective
 from pear_kernels.formulas.weights import PEARWeights, Terms
-from pear_kernels.objectives.base import Problem, at_least_one, effective_sample_size
+from pear_kernels.objectives.base import Problem, as_statistic, at_least_one, effective_sample_size
 from pear_kernels.options import PEAROptions
 
 STATS = (
@@ -68,4 +68,4 @@ def statistics(sums: Tensor, counted: int | Tensor) -> Tensor:
     """`STATS` (9,) from the sums over tokens of `PEARWeights.terms`."""
     tokens = at_least_one(counted)
     effective = effective_sample_size(sums[WEIGHT], sums[SQUARE], tokens)
-    return torch.cat([sums[:SQUARE] / tokens, effective[None], torch.full_like(effective, 1)[None] * counted])
+    return torch.cat([sums[:SQUARE] / tokens, effective[None], as_statistic(counted, sums)[None]])

@@ -17,7 +17,7 @@ from torch import Tensor
 from pear_kernels.engine.objective import Coefficients, Objective, present
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp
-from pear_kernels.objectives.base import Loss, Problem, TokenObjective, at_least_one, token_scale
+from pear_kernels.objectives.base import Loss, Problem, TokenObjective, as_statistic, at_least_one, largest, token_scale
 from pear_kernels.options import UNCLIPPED, Options, PolicyOptions, PolicyReduction
 
 POLICY_STATS = (
@@ -127,17 +127,18 @@ class PolicyObjective(TokenObjective):
         self.raw_advantages = self.advantages = present(advantages).double()
         columns = (problem.take(name) for name in PolicyLoss.logprobs)
         self.old_logprobs, self.ref_logprobs, sampler_logprobs = (x if x is None else x.double() for x in columns)
-        self.sampler_log_ratio: Tensor | None = None  # (n,) log pi_old / pi_sampler, of a token or its sequence
+        self.sampler_ratio: Tensor | None = None  # (n,) pi_old / pi_sampler, of a token or its sequence
         alike = by_sequence is not None  # whether the tokens of a sequence share one advantage
         if sampler_logprobs is not None and self.old_logprobs is not None:
             log_ratio = self.old_logprobs - sampler_logprobs
             if self.options.sampler_level == "token":
-                self.sampler_log_ratio, alike = log_ratio, False
+                alike = False
             else:
-                self.sampler_log_ratio = self.sums_of_sequences(log_ratio)
+                log_ratio = self.sums_of_sequences(log_ratio)
+            self.sampler_ratio = capped_exp(log_ratio)
             # a constant of at least 0 that multiplies the loss may as well multiply the advantage, in every objective
             cap = torch.inf if self.options.sampler_clip is None else self.options.sampler_clip
-            self.advantages = self.advantages * capped_exp(self.sampler_log_ratio).clamp(max=cap)
+            self.advantages = self.advantages * self.sampler_ratio.clamp(max=cap)
         # without old_logprobs every ratio is 1, of a sequence too: the loss is not coupled
         if self.kind.sequence_ratio and self.old_logprobs is not None:
             self.coupled = True
@@ -196,28 +197,36 @@ class PolicyObjective(TokenObjective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), coefficients before `token_scale` (n,) and `POLICY_STATS` (11,), float64."""
         self.make_rest()
-        options, nothing = self.options, torch.zeros_like(self.logprobs)
+        options = self.options
         log_ratio = self.log_ratio(0, self.pack.tokens)
-        ratio, token_log_ratio = log_ratio.exp(), self.token_log_ratio(0, self.pack.tokens)
-        sampler = nothing + 1 if self.sampler_log_ratio is None else capped_exp(self.sampler_log_ratio)
+        ratio = log_ratio.exp()
+        token_log_ratio = log_ratio if self.sequence_sums is None else self.token_log_ratio(0, self.pack.tokens)
+        sampler = torch.ones_like(ratio) if self.sampler_ratio is None else self.sampler_ratio
+        sampler_clip = torch.inf if options.sampler_clip is None else options.sampler_clip
+        # results in float64, so that no launch casts them
+        low, high, clipped = torch.empty_like(ratio), torch.empty_like(ratio), torch.empty_like(ratio)
+        torch.logical_and(ratio < 1 - options.clip_low, self.raw_advantages < 0, out=low)
+        torch.logical_and(ratio > 1 + options.clip_high, self.raw_advantages > 0, out=high)
+        torch.gt(sampler, sampler_clip, out=clipped)
         values = (
             -self.logprobs,
             k3(token_log_ratio, self.dtype)[0],
-            nothing if self.ref_logprobs is None else k3(self.ref_logprobs - self.logprobs, self.dtype)[0],
-            (ratio < 1 - options.clip_low) & (self.raw_advantages < 0),
-            (ratio > 1 + options.clip_high) & (self.raw_advantages > 0),
+            torch.zeros_like(ratio)
+            if self.ref_logprobs is None
+            else k3(self.ref_logprobs - self.logprobs, self.dtype)[0],
+            low,
+            high,
             ratio,
             sampler,
-            sampler > (torch.inf if options.sampler_clip is None else options.sampler_clip),
+            clipped,
             present(entropy),
             (self.losses - options.entropy_coef * present(entropy)) * self.token_scale,
         )
         sums = self.pack.sums(values)
         means = sums[:-1] / at_least_one(self.pack.counted)
-        # a 0 beside the ratios is below each of them, and stands for their maximum where there is none
-        largest = torch.cat([self.pack.zero_ghosts(ratio), nothing.new_zeros(1)]).amax()
-        counted = torch.full_like(largest, 1) * self.pack.counted
-        return sums[-1], self.weights, torch.cat([means[:6], largest[None], means[6:], counted[None]])
+        ratio_max = largest(self.pack.zero_ghosts(ratio))[None]
+        counted = as_statistic(self.pack.counted, sums)[None]
+        return sums[-1], self.weights, torch.cat([means[:6], ratio_max, means[6:], counted])
 
 
 def policy_scale(problem: Problem) -> Tensor:

@@ -24,8 +24,10 @@ from pear_kernels.objectives.base import (
     Loss,
     Problem,
     TokenObjective,
+    as_statistic,
     at_least_one,
     effective_sample_size,
+    largest,
     set_to,
 )
 from pear_kernels.objectives.teachers import loaded_teacher
@@ -165,18 +167,15 @@ class WeightedObjective(TokenObjective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), coefficients before `token_scale` (n,) and `WEIGHTED_STATS` (7,), float64."""
         self.make_rest()
-        weights, nothing = self.weights, torch.zeros_like(logprobs)
-        ratio = nothing if self.ref_logprobs is None else logprobs - self.ref_logprobs
-        sums = self.pack.sums(
-            (-logprobs, ratio, weights, weights == 0, weights.square(), self.losses * self.token_scale)
-        )
+        weights = self.weights
+        ratio = torch.zeros_like(logprobs) if self.ref_logprobs is None else logprobs - self.ref_logprobs
+        is_zero = torch.eq(weights, 0, out=torch.empty_like(weights))  # float64, so that no launch casts it
+        sums = self.pack.sums((-logprobs, ratio, weights, is_zero, weights.square(), self.losses * self.token_scale))
         tokens = at_least_one(self.pack.counted)
         nll, ratio, mean, zero = (sums[:4] / tokens).unbind()
         effective = effective_sample_size(sums[2], sums[4], tokens)
-        # a 0 beside the weights stands for their maximum where there is none
-        largest = torch.cat([weights, nothing.new_zeros(1)]).amax()
-        counted = torch.full_like(largest, 1) * self.pack.counted
-        return sums[5], weights, torch.stack([nll, ratio, mean, largest, zero, effective, counted])
+        counted = as_statistic(self.pack.counted, sums)
+        return sums[5], weights, torch.stack([nll, ratio, mean, largest(weights), zero, effective, counted])
 
 
 class AnchoredObjective(Objective):

@@ -45,24 +45,27 @@ def compute(
             f"{by} a loss of shape () and weights of shape {tuple(walk.logprobs.shape)}, got {tuple(total.shape)} and "
             f"{tuple(weights.shape)}"
         )
-    stats = torch.cat([stats, means_of_all(walk, given.return_entropy, getattr(objective, "right", None))])
+    sums, tokens = sums_of_all(walk, given.return_entropy, getattr(objective, "right", None))
+    all_stats = sums.new_empty(len(stats) + len(sums), dtype=given.dtype)
+    all_stats[: len(stats)] = stats
+    torch.div(sums, tokens, out=all_stats[len(stats) :])
     # the loss is never a view, to which a caller could add nothing in place
     return (
-        total.to(given.dtype, copy=True), logprobs, call.unpack(weights), stats.to(given.dtype),
+        total.to(given.dtype, copy=True), logprobs, call.unpack(weights), all_stats,
         walk.grads.hidden, walk.grads.weight, walk.grads.bias,
     )  # fmt: skip
 
 
-def means_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> Tensor:
-    """(1 or 2,) float64 `OF_ALL`: means over the tokens that count, or over those `among` (n,) bool them."""
+def sums_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Sums (1 or 2,) float64 of `OF_ALL` over the tokens that count, or those `among` (n,) bool them, and how many."""
     rows = [walk.top1, walk.entropy] if return_entropy and walk.entropy is not None else [walk.top1]
     of_all = torch.stack(rows) if len(rows) > 1 else walk.top1[None]
     if among is None and walk.pack.counts is None:
-        return of_all.sum(1) / max(walk.pack.tokens, 1)
+        return of_all.sum(1), max(walk.pack.tokens, 1)
     counted = walk.pack.zero_ghosts(torch.ones_like(walk.logprobs))
     counted = counted if among is None else counted * among
     # a ghost's entropy may be anything
-    return torch.where(counted > 0, of_all, 0.0).sum(1) / counted.sum().clamp(min=1)
+    return torch.where(counted > 0, of_all, 0.0).sum(1), counted.sum().clamp(min=1)
 
 
 def fake(hidden, weight, bias, target, columns, numbers, spec, group, wanted):

@@ -24,7 +24,6 @@ from pear_kernels.formulas.weights import tokens_a_block
 from pear_kernels.options import PEAROptions
 
 BLOCK = 64 if interpreting() else 512  # tokens at a time
-SUMS = 9
 NO_BLOCKS = (None,) * 5  # the kernel's arguments from `limits` to `inside`, where it does not need them
 
 
@@ -171,7 +170,6 @@ class PEARWeights(weights.PEARWeights):
         # with center or per-sequence normalisation, sums run over all tokens, including ones not observed yet
         made = torch.zeros_like if self.by_torch else torch.empty_like
         self.log_g, self.g, self.scaled = (made(self.logprobs) for _ in range(3))
-        self.counted = torch.zeros(SUMS, dtype=torch.float64, device=self.logprobs.device) if self.plain else None
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         """Take the log-probs (end - begin,) of these tokens. Computes and counts token and block weights at once."""
@@ -200,7 +198,7 @@ class PEARWeights(weights.PEARWeights):
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         """As in the base class, by the kernel if no option prevents it; sequence weights are counted only now."""
-        if self.counted is None:
+        if not self.plain:
             return super().sums(logprobs, weights)
         if self.options.level == "sequence":
             self.counted.zero_()
@@ -225,7 +223,7 @@ class PEARWeights(weights.PEARWeights):
 
     def _launch(self, begin: int, end: int, *, scan: bool, weigh: bool, count: bool = True) -> None:
         options = self.options
-        sums = self.counted if count else None
+        sums = self.counted if count and self.plain else None
         counts = None if sums is None else self.pack.counts
         launch(
             scan_and_weigh, (1 if end > begin else 0,),
