@@ -203,22 +203,22 @@ class PolicyObjective(TokenObjective):
         token_log_ratio = log_ratio if self.sequence_sums is None else self.token_log_ratio(0, self.pack.tokens)
         sampler = torch.ones_like(ratio) if self.sampler_ratio is None else self.sampler_ratio
         sampler_clip = torch.inf if options.sampler_clip is None else options.sampler_clip
-        # results in float64, so that no launch casts them
-        low, high, clipped = torch.empty_like(ratio), torch.empty_like(ratio), torch.empty_like(ratio)
+        kl_ref = torch.zeros_like(ratio)
+        if self.ref_logprobs is not None:
+            kl_ref = k3(self.ref_logprobs - self.logprobs, self.dtype)[0]
+        low, high, capped = (torch.empty_like(ratio) for _ in range(3))  # float64, so that no launch casts them
         torch.logical_and(ratio < 1 - options.clip_low, self.raw_advantages < 0, out=low)
         torch.logical_and(ratio > 1 + options.clip_high, self.raw_advantages > 0, out=high)
-        torch.gt(sampler, sampler_clip, out=clipped)
+        torch.gt(sampler, sampler_clip, out=capped)
         values = (
             -self.logprobs,
             k3(token_log_ratio, self.dtype)[0],
-            torch.zeros_like(ratio)
-            if self.ref_logprobs is None
-            else k3(self.ref_logprobs - self.logprobs, self.dtype)[0],
+            kl_ref,
             low,
             high,
             ratio,
             sampler,
-            clipped,
+            capped,
             present(entropy),
             (self.losses - options.entropy_coef * present(entropy)) * self.token_scale,
         )
