@@ -1,12 +1,14 @@
 """The losses as their papers write them: full logits, one sequence at a time. Slow; for readers and for tests.
 
 This module shares no code with the rest of the package. Gradients come from autograd through `log_softmax`.
+Each loss also takes the fields of `Batch` by keyword.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,20 +65,6 @@ def naive_weights(
     return (G / G.mean() if normalize == "sequence" and T else G).to(logprobs.dtype)
 
 
-def naive_batch_weights(
-    logprobs: Tensor, behavior_logprobs: Tensor, sequences: list[Tensor], block_ids: Tensor | None = None, **pear: Any
-) -> Tensor:
-    """(N,) G of all sequences from (N,) columns and `responses`, 0 at ignored tokens; options of naive_weights."""
-    weights, lp = torch.zeros_like(logprobs), logprobs.detach()
-    for response in sequences:
-        ids = None if block_ids is None else block_ids[response]
-        behavior = behavior_logprobs[response].to(lp.dtype)
-        weights[response] = naive_weights(lp[response], behavior, block_ids=ids, **pear)
-    if pear.get("normalize") == "batch" and any(map(len, sequences)):
-        weights = weights / weights[torch.cat(sequences)].mean()
-    return weights
-
-
 def naive_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None
 ) -> Tensor:
@@ -101,30 +89,66 @@ def naive_entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
 
 
-def responses(target: Tensor, cu_seqlens: list[int] | Tensor | None, ignore_index: int) -> list[Tensor]:
-    """Positions of the tokens that count, one tensor for each of the S sequences."""
-    bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
-    edges = zip(bounds[:-1], bounds[1:], strict=True)
-    return [begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1) for begin, end in edges]
+class Batch(NamedTuple):
+    """What every loss takes beside its own options: the rest of the head, the sequences and the reduction."""
+
+    bias: Tensor | None = None  # (V,)
+    temperature: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+    cu_seqlens: list[int] | Tensor | None = None  # (S+1,)
+    sequence_scale: Tensor | None = None  # (S,)
+    reduction: str | None = "mean"
+    denominator: float | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Options of `naive_logits`."""
+        return {"bias": self.bias, "temperature": self.temperature, "softcap": self.softcap}
+
+    def logprobs(self, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return naive_logprobs(hidden, weight, target, ignore_index=self.ignore_index, **self.head)
+
+    def bounds(self, target: Tensor) -> list[tuple[int, int]]:
+        """Begin and end of each of the S sequences."""
+        edges = [0, len(target)] if self.cu_seqlens is None else [int(edge) for edge in self.cu_seqlens]
+        return list(itertools.pairwise(edges))
+
+    def responses(self, target: Tensor) -> list[Tensor]:
+        """Positions of the tokens that count, one tensor for each of the S sequences."""
+        counts = target != self.ignore_index
+        return [begin + counts[begin:end].nonzero().squeeze(-1) for begin, end in self.bounds(target)]
+
+    def reduced(self, losses: list[Tensor]) -> Tensor:
+        """(): losses of the tokens that count, one tensor per sequence, scaled by sequence, summed and divided."""
+        total: Any = 0
+        for s, term in enumerate(losses):
+            mean = self.reduction == "sequence_mean" and len(term) > 0
+            term = term.sum() / len(term) if mean else term.sum()
+            total = total + (term if self.sequence_scale is None else term * self.sequence_scale[s])
+        lengths = [len(term) for term in losses]
+        divisor = {"mean": sum(lengths), "sum": 1, "sequence_mean": sum(length > 0 for length in lengths)}
+        return total / (self.denominator or max(divisor[self.reduction or "mean"], 1))
 
 
-def reduced(
-    losses: Tensor,  # (N,)
-    sequences: list[Tensor],
-    sequence_scale: Tensor | None,  # (S,)
-    reduction: str,
-    denominator: float | None,
+def split(options: dict[str, Any]) -> tuple[Batch, dict[str, Any]]:
+    """The fields of `Batch`, and the other options, which are those of naive_weights."""
+    fields = {name: value for name, value in options.items() if name in Batch._fields}
+    return Batch(**fields), {name: value for name, value in options.items() if name not in fields}
+
+
+def naive_batch_weights(
+    logprobs: Tensor, behavior_logprobs: Tensor, sequences: list[Tensor], block_ids: Tensor | None = None, **pear: Any
 ) -> Tensor:
-    """(): the batch's loss: losses of tokens, scaled by sequence, summed and divided."""
-    total = losses.sum() * 0
-    for s, response in enumerate(sequences):
-        term = losses[response].sum()
-        if reduction == "sequence_mean" and len(response):
-            term = term / len(response)
-        total = total + (term if sequence_scale is None else term * sequence_scale[s])
-    lengths = [len(response) for response in sequences]
-    divisor = {"mean": sum(lengths), "sum": 1, "sequence_mean": sum(length > 0 for length in lengths)}
-    return total / (denominator or max(divisor[reduction], 1))
+    """(N,) G of all sequences from (N,) columns, 0 at ignored tokens; options of naive_weights."""
+    weights, lp = torch.zeros_like(logprobs), logprobs.detach()
+    for response in sequences:
+        ids = None if block_ids is None else block_ids[response]
+        behavior = behavior_logprobs[response].to(lp.dtype)
+        weights[response] = naive_weights(lp[response], behavior, block_ids=ids, **pear)
+    if pear.get("normalize") == "batch" and any(map(len, sequences)):
+        weights = weights / weights[torch.cat(sequences)].mean()
+    return weights
 
 
 def naive_pear_loss(
@@ -133,29 +157,19 @@ def naive_pear_loss(
     target: Tensor,  # (N,)
     behavior_logprobs: Tensor,  # (N,)
     *,
-    bias: Tensor | None = None,
-    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
     sequence_label: Tensor | None = None,  # (S,) bool
     negative_lambda: float = 0.1,
     logprob_floor: float = -5.0,
     level: str = "token",
     block_size: int = 4,
-    sequence_scale: Tensor | None = None,  # (S,)
-    reduction: str = "mean",
-    denominator: float | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    **pear: Any,  # block_ids, gamma, normalize and the other options of naive_weights
+    **options: Any,  # of `Batch`; block_ids, gamma, normalize and the other options of naive_weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, logprobs, weights)` of linear_pear_loss: L = sum_t stop_gradient(G_t) * -log pi(y_t) / divisor.
 
     A sequence labelled False is a wrong one: L_t = -negative_lambda * stop_gradient(G_seq) * min(-log pi, -floor).
     """
-    logprobs = naive_logprobs(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
-    )
-    sequences = responses(target, cu_seqlens, ignore_index)
+    batch, pear = split(options)
+    logprobs, sequences = batch.logprobs(hidden, weight, target), batch.responses(target)
     pear["block_size"] = 1 if level == "token" else block_size
     weights = naive_batch_weights(logprobs, behavior_logprobs, sequences, level=level, **pear)
     bounded = torch.zeros_like(logprobs)  # loss of wrong tokens at or below the floor, a constant
@@ -168,8 +182,7 @@ def naive_pear_loss(
             weights[response] = -negative_lambda * G[response] * pushed
             bounded[response] = torch.where(pushed, 0.0, -negative_lambda * G[response] * -logprob_floor)
     losses = weights * -logprobs + bounded
-    loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
-    return loss, logprobs.detach(), weights
+    return batch.reduced([losses[response] for response in sequences]), logprobs.detach(), weights
 
 
 def needs_index(weights: Callable[..., Tensor]) -> bool:
@@ -196,25 +209,17 @@ def naive_weighted_loss(
     psft_clip: float = 0.28,
     asft_kl: float = 0.1,
     idft_clip: tuple[float, float] = (0.1, 2.0),
-    bias: Tensor | None = None,
-    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
-    sequence_scale: Tensor | None = None,
-    reduction: str = "mean",
-    denominator: float | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
+    **options: Any,  # of `Batch`
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, logprobs, weights)` of linear_weighted_loss: L = sum_t (stop_gradient(w_t) * -log pi(y_t) + extra_t)."""
-    logits = naive_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap)
-    log_p = torch.log_softmax(logits, dim=-1)  # (N, V)
-    counts = target != ignore_index
+    batch = Batch(**options)
+    log_p = torch.log_softmax(naive_logits(hidden, weight, **batch.head), dim=-1)  # (N, V)
+    counts, sequences = target != batch.ignore_index, batch.responses(target)
     y = target.where(counts, 0)[:, None]
     logprobs = log_p.gather(1, y)[:, 0].where(counts, 0.0)
     lp, p = logprobs.detach(), logprobs.detach().exp()
     ref = torch.zeros_like(lp) if ref_logprobs is None else ref_logprobs.to(lp.dtype).where(counts, 0.0)
     name = weights if isinstance(weights, str) else weighting
-    sequences = responses(target, cu_seqlens, ignore_index)
     extra = torch.zeros_like(logprobs)
     factors = None  # d loss_t / d(-log pi), where it is more than w_t
     if isinstance(weights, Tensor):
@@ -249,7 +254,7 @@ def naive_weighted_loss(
     else:
         raise ValueError(name)
     losses = w.where(counts, 0.0) * -logprobs + extra
-    loss = reduced(losses, sequences, sequence_scale, reduction, denominator)
+    loss = batch.reduced([losses[response] for response in sequences])
     return loss, lp, (w if factors is None else factors).where(counts, 0.0)
 
 
@@ -296,22 +301,14 @@ def naive_distill_loss(
     js_beta: float = 0.5,
     distill_temperature: float = 1.0,
     nll_coef: float = 0.0,
-    bias: Tensor | None = None,
-    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
-    sequence_scale: Tensor | None = None,
-    reduction: str = "mean",
-    denominator: float | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    **pear: Any,  # level, block_size, block_ids, gamma and the other options of naive_weights
+    **options: Any,  # of `Batch`; level, block_size, block_ids, gamma and the other options of naive_weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(loss, logprobs, weights)` of linear_distill_loss: L = sum_t stop_gradient(G_t) (D_t + nll_coef * -log pi)."""
-    logprobs = naive_logprobs(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
-    )
-    counted = (target != ignore_index).nonzero().squeeze(-1)
-    logits = naive_logits(hidden[counted], weight, bias=bias, temperature=temperature, softcap=softcap)
+    batch, pear = split(options)
+    logprobs, sequences = batch.logprobs(hidden, weight, target), batch.responses(target)
+    counts = target != batch.ignore_index
+    counted = counts.nonzero().squeeze(-1)
+    logits = naive_logits(hidden[counted], weight, **batch.head)
     log_p = torch.log_softmax(logits / distill_temperature, dim=-1)  # (n, V)
     if hasattr(teacher, "ids"):  # K + 1 outcomes: the last is any other token
         ids, log_q = teacher.ids[counted].long(), teacher.logprobs[counted].to(log_p.dtype)
@@ -324,13 +321,15 @@ def naive_distill_loss(
         log_q = naive_teacher(teacher, counted, log_p.dtype, distill_temperature)
     divergences = torch.zeros_like(logprobs)
     divergences[counted] = naive_divergence(log_p, log_q, divergence, js_beta)
-    sequences = responses(target, cu_seqlens, ignore_index)
     if behavior_logprobs is None:
-        weights = torch.ones_like(logprobs).where(target != ignore_index, 0.0)
+        weights = torch.ones_like(logprobs).where(counts, 0.0)
     else:
         weights = naive_batch_weights(logprobs, behavior_logprobs, sequences, **pear)
     losses = weights * (divergences - nll_coef * logprobs)
-    return reduced(losses, sequences, sequence_scale, reduction, denominator), logprobs.detach(), weights
+    return batch.reduced([losses[response] for response in sequences]), logprobs.detach(), weights
+
+
+OWN_REDUCTION = dict.fromkeys(("ppo", "grpo", "gspo", "gspo_token"), "sequence_mean") | {"dr_grpo": "constant_length"}
 
 
 def naive_policy_loss(
@@ -340,8 +339,6 @@ def naive_policy_loss(
     old_logprobs: Tensor | None,  # (N,)
     advantages: Tensor,  # (S,) or (N,)
     *,
-    bias: Tensor | None = None,
-    cu_seqlens: list[int] | Tensor | None = None,  # (S+1,)
     objective: str = "grpo",
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
@@ -355,27 +352,16 @@ def naive_policy_loss(
     entropy_coef: float = 0.0,
     max_length: int | None = None,
     unbiased_kl: bool = False,
-    sequence_scale: Tensor | None = None,
-    reduction: str | None = None,
-    denominator: float | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
+    **options: Any,  # of `Batch`; without a reduction, the objective's own
 ) -> tuple[Tensor, Tensor]:
     """`(loss, logprobs)` of linear_policy_loss, one sequence at a time; all gradients come from autograd."""
-    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
-    logprobs = naive_logprobs(hidden, weight, target, ignore_index=ignore_index, **head)
-    entropy = naive_entropy(torch.log_softmax(naive_logits(hidden, weight, **head), dim=-1))  # (N,)
-
-    bounds = [0, len(target)] if cu_seqlens is None else [int(b) for b in cu_seqlens]
-    total, sequences, tokens = logprobs.sum() * 0, 0, 0
-    for s, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        response = begin + (target[begin:end] != ignore_index).nonzero().squeeze(-1)
-        if len(response) == 0:
-            continue
-        sequences, tokens = sequences + 1, tokens + len(response)
+    batch = Batch(**{"reduction": None, **options})
+    logprobs, sequences = batch.logprobs(hidden, weight, target), batch.responses(target)
+    entropy = naive_entropy(torch.log_softmax(naive_logits(hidden, weight, **batch.head), dim=-1))  # (N,)
+    losses = []
+    for s, response in enumerate(sequences):
         lp = logprobs[response]
-        A = advantages[s].expand(len(response)) if len(advantages) == len(bounds) - 1 else advantages[response]
+        A = advantages[s].expand(len(response)) if len(advantages) == len(sequences) else advantages[response]
         old = lp.detach() if old_logprobs is None else old_logprobs[response]
         ratio = torch.exp(lp - old)
         if objective == "gspo":
@@ -399,19 +385,12 @@ def naive_policy_loss(
         if ref_logprobs is not None and beta:
             log_r = ref_logprobs[response] - lp
             loss = loss + beta * (torch.exp(lp - old) if unbiased_kl else 1) * (torch.exp(log_r) - log_r - 1)
-        loss = loss - entropy_coef * entropy[response]
-        by_sequence = ("ppo", "grpo", "gspo", "gspo_token")
-        how = reduction or ("sequence_mean" if objective in by_sequence else None)
-        term = loss.mean() if how == "sequence_mean" else loss.sum()
-        total = total + (term if sequence_scale is None else term * sequence_scale[s])
-    how = how if sequences else "sum"
-    if how is None:
-        how = "constant_length" if objective == "dr_grpo" else "mean"
-    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
-    divisor = {
-        "mean": tokens,
-        "sum": 1,
-        "sequence_mean": sequences,
-        "constant_length": (len(bounds) - 1) * (max_length or longest),
-    }[how]
-    return total / (denominator or divisor), logprobs.detach()
+        losses.append(loss - entropy_coef * entropy[response])
+    reduction = batch.reduction or OWN_REDUCTION.get(objective, "mean")
+    if reduction == "constant_length":
+        longest = max(end - begin for begin, end in batch.bounds(target))
+        denominator = batch.denominator or len(sequences) * (max_length or longest)
+        batch = batch._replace(reduction="sum", denominator=denominator)
+    else:
+        batch = batch._replace(reduction=reduction)
+    return batch.reduced(losses), logprobs.detach()
