@@ -21,13 +21,13 @@ summed once per chunk, in float32 and in the order of ranks, before it is rounde
 import functools
 import weakref
 from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pear_kernels import checks
-from pear_kernels.engine.head import BackendHead, BackendLogitsHead, Head, LogitsHead, Scores, Softmax, TeacherRows
+from pear_kernels.engine.head import BackendHead, BackendLogitsHead, Head, Scores, Softmax, TeacherRows
 from pear_kernels.engine.packing import capturing
 from pear_kernels.formulas.activation import Activation
 from pear_kernels.formulas.softmax import joint_entropy, joint_nll
@@ -64,10 +64,6 @@ class Shard(NamedTuple):
         """(R,) ids of the whole vocabulary as rows of this shard; -1 for those of other ranks."""
         row = target - self.begin
         return row.masked_fill((row < 0) | (row >= self.sizes[self.rank]), -1)
-
-    def gather(self, values: Tensor) -> Tensor:
-        """(ranks, ...): the `values` (...) of each rank."""
-        return gather(self.group, values)
 
     def pick(self, values: Tensor) -> Tensor:
         """(R,) each value from the one rank where it is not 0: a sum, and exact."""
@@ -142,22 +138,19 @@ def local_head(
                     f"weight must be on a mesh that lists ranks in ascending order, as its group does, got {order}: "
                     "make such a mesh, or pass weight.full_tensor()"
                 )
-        weight = weight.to_local()
     elif isinstance(bias, DTensor):
         raise ValueError("bias must be a plain tensor where weight is one, got a DTensor: pass bias.to_local()")
-    if isinstance(bias, DTensor):
-        bias = bias.to_local()
-    tokens = []
     for name, tensor in (("hidden", hidden), ("target", target)):
-        if isinstance(tensor, DTensor):
-            if any(placement != Replicate() for placement in tensor.placements):
-                raise ValueError(
-                    f"{name} must be the same on every rank, got a DTensor of placements {tensor.placements}: pass "
-                    f"{name}.full_tensor()"
-                )
-            tensor = tensor.to_local()
-        tokens.append(tensor)
-    return tokens[0], weight, tokens[1], bias, shared_name(group)
+        if isinstance(tensor, DTensor) and any(placement != Replicate() for placement in tensor.placements):
+            raise ValueError(
+                f"{name} must be the same on every rank, got a DTensor of placements {tensor.placements}: pass "
+                f"{name}.full_tensor()"
+            )
+
+    def local(tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    return local(hidden), local(weight), local(target), None if bias is None else local(bias), shared_name(group)
 
 
 def shared_name(group: "ProcessGroup | None") -> str | None:
@@ -220,10 +213,6 @@ def check_same_call(rows: Tensor, sizes: tuple[int, ...], names: list[str]) -> N
     )
 
 
-def whole_vocabulary(weight: Tensor, shard: Shard | None) -> int:
-    return weight.shape[0] if shard is None else shard.vocabulary
-
-
 def refuse(shard: str | None, what: str) -> None:
     """Raise for a loss that does not work with a sharded head."""
     if shard is not None:
@@ -271,7 +260,7 @@ class ShardedHead:
         known = [own_nll, own.top1.to(own_nll)]
         if own.entropy is not None:
             known.append(own.entropy)
-        own_nlls, top1, *entropies = self.shard.gather(torch.stack(known)).unbind(1)
+        own_nlls, top1, *entropies = gather(self.shard.group, torch.stack(known)).unbind(1)
         nll = joint_nll(own_nlls)
         return own_nll, nll, joint_entropy(nll, own_nlls, *entropies) if entropies else None, top1.bool().all(0)
 
@@ -343,14 +332,6 @@ class ShardedLogitsHead(ShardedHead):
         return self.own.gradient(scores, nll, entropy)
 
 
-@overload
-def sharded(head: BackendLogitsHead, shard: Shard | None, temperature: float, softcap: float | None) -> LogitsHead: ...
-
-
-@overload
-def sharded(head: BackendHead, shard: Shard | None, temperature: float, softcap: float | None) -> Head: ...
-
-
 def sharded(head: BackendHead, shard: Shard | None, temperature: float, softcap: float | None) -> Head:
     """The head itself without a shard, otherwise a rank's part of the whole head."""
     if shard is None:
@@ -367,9 +348,9 @@ def sharded_topk(head: BackendLogitsHead, shard: Shard, x: Tensor, k: int) -> tu
     log_p, ids = head.log_softmax(x, 1.0).topk(own_k, dim=1)
     log_p = log_p.double()
     log_z = head.target_logits(x, ids[:, 0]) - log_p[:, 0]  # of this shard alone
-    log_p += (log_z - shard.gather(log_z).logsumexp(0))[:, None]
+    log_p += (log_z - gather(shard.group, log_z).logsumexp(0))[:, None]
     log_p = nn.functional.pad(log_p, (0, k - own_k), value=-torch.inf)
     ids = nn.functional.pad(ids + shard.begin, (0, k - own_k))
-    all_p, all_ids = (shard.gather(part).transpose(0, 1).flatten(1) for part in (log_p, ids))  # (R, ranks k)
+    all_p, all_ids = (gather(shard.group, part).transpose(0, 1).flatten(1) for part in (log_p, ids))  # (R, ranks k)
     top, place = all_p.topk(k, dim=1)
     return top.to(head.dtype), all_ids.gather(1, place)

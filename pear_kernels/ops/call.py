@@ -23,7 +23,7 @@ from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.ops import backends
 from pear_kernels.options import CallOptions, HeadOptions, Options, decode, encode
-from pear_kernels.sharding import meet, sharded, whole_vocabulary
+from pear_kernels.sharding import meet, sharded
 
 # An op reads its numbers on the host. Inductor must not capture that into a CUDA graph, whose replays would keep the
 # numbers of the capture.
@@ -105,7 +105,7 @@ class Call:
         self.columns = dict(zip(self.given.columns, columns, strict=True))
         self.wanted = Wanted(*wanted)
         self.shard = meet(group, self.hidden, self.weight, self.target, wanted, self.own.workspace_bytes)
-        self.vocabulary = whole_vocabulary(self.weight, self.shard)
+        self.vocabulary = self.weight.shape[0] if self.shard is None else self.shard.vocabulary
         self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
         valid = self.target != self.own.ignore_index
         # a captured CUDA graph has a static pack, whose replays may have another number of tokens that count
