@@ -1,6 +1,6 @@
 """What the engine asks of a loss, and of a teacher that a loss compares the head with."""
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from pear_kernels.engine.head import TeacherRows
 from pear_kernels.engine.packing import Pack
 
 T = TypeVar("T")
+Finished: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of `Objective.finish`: loss (), weights (n,), statistics (k,)
 
 
 class Coefficients(NamedTuple):
@@ -88,9 +89,7 @@ class Objective:
         """(): what all gradients are multiplied by when the walk is over; None for nothing."""
         return None
 
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None) -> Finished:
         """After the walk, from its results for all tokens (n,): loss (), weights (n,) and the `stats` (k,).
 
         By default the loss is sum_t c_t * -log p_t, and likewise for entropy and divergence: right if coefficients are

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import BackendLogitsHead
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
+from pear_kernels.engine.objective import Coefficients, Objective, present
 from pear_kernels.engine.packing import Pack, with_chunk
-from pear_kernels.engine.schedule import Wanted
 from pear_kernels.formulas.weights import PEARWeights
 from pear_kernels.options import CallOptions, Options, Reduction
 
@@ -48,28 +46,12 @@ class Problem(NamedTuple):
         return token_scale(self.pack, reduction, self.denominator, self.columns.get("sequence_scale"))
 
 
-class Loss:
-    """How the custom op makes a loss. `objectives.LOSSES` has one object of a subclass for each loss."""
+class Loss(NamedTuple):
+    """How the custom op makes a loss. `objectives.LOSSES` has one for each public function."""
 
-    def stats(self, given: Sequence[str]) -> tuple[str, ...]:
-        """Names of the statistics of a call with these columns, in order; the op appends `OF_ALL`."""
-        raise NotImplementedError
-
-    def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        """The objective of one call, which runs `on_logits` (by `needs_logits`) or on E."""
-        raise NotImplementedError
-
-    def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
-        """Whether the objective depends on the tokens' entropies."""
-        return False
-
-    def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
-        """Whether the call runs as a `LogitsWalk`: its gradient in the logits is not a per-row scalar times E."""
-        return False
-
-    def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
-        """The teacher that a `LogitsWalk` compares the head with."""
-        return None
+    objective: Callable[[Problem], Objective]  # of one call
+    # names of a call's statistics, from those of its columns; the op adds `OF_ALL`
+    stats: Callable[[Sequence[str]], tuple[str, ...]]
 
 
 class FixedCoefficients(Objective):
@@ -89,8 +71,13 @@ class FixedCoefficients(Objective):
 
 
 class TokenObjective(Objective):
-    """L = sum_t L_t * scale_t. `terms` makes L_t and c_t = dL_t / d(-log p_t), once for each token."""
+    """L = sum_t (L_t + entropy_coef * H_t + divergence_coef * D_t) * scale_t, the last two only with `on_logits`.
 
+    `terms` makes L_t and c_t = dL_t / d(-log p_t), once for each token.
+    """
+
+    entropy_coef: float | None = None
+    divergence_coef: float | None = None
     sequence_sums: PEARWeights | None = None  # of a coupled loss: its log-ratios, summed over sequences
 
     def __init__(self, problem: Problem, token_scale: Tensor):
@@ -111,10 +98,15 @@ class TokenObjective(Objective):
         else:
             self.make(begin, end, entropy)
 
-    def coefficients(self, begin: int, end: int) -> Tensor:
+    def coefficients(self, begin: int, end: int) -> Tensor | Coefficients:
         if self.sequence_sums is not None:
             self.make(begin, end)
-        return self.weights[begin:end] * self.token_scale[begin:end]
+        scale = self.token_scale[begin:end]
+        nll = self.weights[begin:end] * scale
+        if not self.on_logits:
+            return nll
+        others = (None if c is None else c * scale for c in (self.entropy_coef, self.divergence_coef))
+        return Coefficients(nll, *others)
 
     def mean_log_ratio(self, begin: int, end: int) -> Tensor:
         """(end - begin,) of a coupled loss: the mean log-ratio of each token's sequence."""

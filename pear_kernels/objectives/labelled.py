@@ -9,14 +9,12 @@ The paper's term has no bound. This package adds one: the NLL of a wrong token c
 dominate the loss. A token whose log-prob is at or below the floor is not pushed further.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.objective import Objective
-from pear_kernels.objectives.base import Loss, Problem, at_least_one
-from pear_kernels.objectives.pear import STATS, pear_objective, statistics
+from pear_kernels.engine.objective import Finished, Objective
+from pear_kernels.objectives.base import Problem, at_least_one
+from pear_kernels.objectives.pear import pear_objective, statistics
 from pear_kernels.options import LabelOptions, PEAROptions
 
 WRONG_STATS = (  # beside `STATS` of the right sequences, where sequences are labelled
@@ -76,9 +74,7 @@ class LabelledObjective(Objective):
     def coefficients(self, begin: int, end: int) -> Tensor:
         return self.known_coefficients(begin, end) * self.pending_factor(begin, end)
 
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None) -> Finished:
         """Loss (), G (n,) times -negative_lambda for wrong tokens, `STATS` and `WRONG_STATS` (13,), all float64."""
         n, floor = self.pack.tokens, self.labels.logprob_floor
         weights = torch.where(self.right, self.right_weights.weights(0, n), self.wrong_weights.weights(0, n))
@@ -94,11 +90,6 @@ class LabelledObjective(Objective):
         return loss, weights, torch.cat([*stats, wrong_tokens[None]])
 
 
-class PEARLoss(Loss):
-    """`linear_pear_loss`, with labels or without."""
-
-    def stats(self, given: Sequence[str]) -> tuple[str, ...]:
-        return STATS + WRONG_STATS if "sequence_label" in given else STATS
-
-    def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        return LabelledObjective(problem) if "sequence_label" in problem.columns else pear_objective(problem)
+def pear_or_labelled(problem: Problem) -> Objective:
+    """The objective of `linear_pear_loss`, with labels or without."""
+    return LabelledObjective(problem) if "sequence_label" in problem.columns else pear_objective(problem)

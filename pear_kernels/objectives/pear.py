@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.objective import Objective
+from pear_kernels.engine.objective import Finished, Objective
 from pear_kernels.formulas.weights import PEARWeights, Terms
 from pear_kernels.objectives.base import Problem, as_statistic, at_least_one, effective_sample_size
 from pear_kernels.options import PEAROptions
@@ -48,9 +48,7 @@ class PEARObjective(Objective):
     def rescale(self) -> Tensor | None:
         return self.weights.rescale()
 
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None) -> Finished:
         """Loss (), weights (n,) and `STATS` (9,), all float64."""
         weights, scale = self.pack.zero_ghosts(self.weights.weights(0, self.pack.tokens).double()), self.rescale()
         weights = weights if scale is None else weights * scale

@@ -8,17 +8,16 @@ so that `c_t (softmax - onehot)` is the gradient of the logits. GSPO's ratio is 
 then passes its logarithm, the same for all tokens of the sequence.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.objective import Coefficients, Objective, present
-from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.objective import Finished, present
 from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp
-from pear_kernels.objectives.base import Loss, Problem, TokenObjective, as_statistic, at_least_one, largest, token_scale
-from pear_kernels.options import UNCLIPPED, Options, PolicyOptions, PolicyReduction
+from pear_kernels.objectives.base import Problem, TokenObjective, as_statistic, at_least_one, largest, token_scale
+from pear_kernels.options import UNCLIPPED, PolicyOptions, PolicyReduction
 
 POLICY_STATS = (
     "nll",  # mean of -log pi
@@ -113,9 +112,12 @@ def k3(log_ratio: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class PolicyObjective(TokenObjective):
-    """L = sum_t (policy loss_t * w_t + beta KL_t - entropy_coef H_t) * scale_t, with w_t the sampler's correction."""
+    """L = sum_t (policy loss_t * w_t + beta KL_t - entropy_coef H_t) * scale_t, with w_t the sampler's correction.
 
-    scalable = True
+    With an entropy bonus it is neither separable nor scalable: the two coefficients of a token have no common factor.
+    """
+
+    needs_entropy = True
 
     def __init__(self, problem: Problem):
         super().__init__(problem, policy_scale(problem))
@@ -125,7 +127,7 @@ class PolicyObjective(TokenObjective):
         by_sequence = problem.columns.get("sequence_advantages")
         advantages = problem.take("advantages") if by_sequence is None else by_sequence[self.pack.sequence]
         self.raw_advantages = self.advantages = present(advantages).double()
-        columns = (problem.take(name) for name in PolicyLoss.logprobs)
+        columns = (problem.take(name) for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"))
         self.old_logprobs, self.ref_logprobs, sampler_logprobs = (x if x is None else x.double() for x in columns)
         self.sampler_ratio: Tensor | None = None  # (n,) pi_old / pi_sampler, of a token or its sequence
         alike = by_sequence is not None  # whether the tokens of a sequence share one advantage
@@ -150,7 +152,9 @@ class PolicyObjective(TokenObjective):
             lengths = self.pack.stop - self.pack.start  # (n,) tokens of each token's sequence
             self.parts = [self.sums_of_sequences(part) / lengths for part in signed]
             alike = True
-        self.separable = alike and self.options.beta == 0
+        self.on_logits, self.entropy_coef = self.options.entropy_coef != 0, -self.options.entropy_coef
+        self.scalable = not self.on_logits
+        self.separable = self.scalable and alike and self.options.beta == 0
 
     def sums_of_sequences(self, values: Tensor) -> Tensor:
         """(n,) sum of `values` (n,) over each token's sequence, in an order that repeats on every backend."""
@@ -192,9 +196,7 @@ class PolicyObjective(TokenObjective):
 
     # ---- after the walk
 
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None) -> Finished:
         """Loss (), coefficients before `token_scale` (n,) and `POLICY_STATS` (11,), float64."""
         self.make_rest()
         options = self.options
@@ -242,46 +244,3 @@ def policy_scale(problem: Problem) -> Tensor:
             denominator = (longest.amax() if len(longest) else longest.sum()).clamp(min=1) * max(len(lengths), 1)
         reduction = "sum"
     return token_scale(problem.pack, reduction, denominator, columns.get("sequence_scale"))
-
-
-class EntropyBonus(Objective):
-    """A policy loss with the gradient of its entropy bonus, for a `LogitsWalk`.
-
-    Neither separable nor scalable: the two coefficients of a token have no common factor.
-    """
-
-    def __init__(self, policy: PolicyObjective):
-        self.policy = policy
-        self.coupled = policy.coupled
-
-    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
-        self.policy.observe(begin, end, logprobs)
-
-    def coefficients(self, begin: int, end: int) -> Coefficients:
-        policy = self.policy
-        bonus = -policy.options.entropy_coef * policy.token_scale[begin:end]
-        return Coefficients(policy.coefficients(begin, end), bonus)
-
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.policy.finish(logprobs, entropy)
-
-
-class PolicyLoss(Loss):
-    """`linear_policy_loss`."""
-
-    logprobs = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-
-    def stats(self, given: Sequence[str]) -> tuple[str, ...]:
-        return POLICY_STATS
-
-    def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        policy = PolicyObjective(problem)
-        return EntropyBonus(policy) if on_logits else policy
-
-    def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
-        return True
-
-    def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
-        return problem.options[PolicyOptions].entropy_coef != 0 and any(wanted)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import BackendLogitsHead, TopKRows, VocabularyRows
+from pear_kernels.engine.objective import TeacherSource
 from pear_kernels.engine.packing import Pack
 from pear_kernels.objectives.base import Problem
 from pear_kernels.options import DivergenceOptions, HeadOptions, TeacherOptions
@@ -69,10 +70,17 @@ class OfflineTeacher:
         return TopKRows(self.options, ids, top, rest)
 
 
-def loaded_teacher(problem: Problem, student: BackendLogitsHead, options: DivergenceOptions) -> LoadedTeacher:
-    """The teacher in memory of a call, on the student's backend, with a head as exact as the student's."""
-    columns, own = problem.columns, problem.options[TeacherOptions]
-    hidden = columns["teacher_hidden"]
+def teacher_of(problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
+    """The teacher that a call compares the student with: in memory, by its most likely tokens, or none.
+
+    A teacher in memory runs on the student's backend, with a head as exact as the student's.
+    """
+    columns, options = problem.columns, problem.options.get(DivergenceOptions, DivergenceOptions())
+    if "teacher_ids" in columns:
+        return OfflineTeacher(columns["teacher_ids"], columns["teacher_logprobs"], problem.pack, options)
+    if "teacher_hidden" not in columns:
+        return None
+    hidden, own = columns["teacher_hidden"], problem.options[TeacherOptions]
     dtype = torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
     dtype = torch.float64 if student.dtype == torch.float64 else dtype
     arguments = columns["teacher_weight"], columns.get("teacher_bias"), own.temperature, own.softcap, dtype

@@ -7,21 +7,18 @@ and weights by a function of the caller.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.engine.head import BackendLogitsHead
-from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
-from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.objective import Finished, Objective, present
 from pear_kernels.formulas.weights import capped_exp
 from pear_kernels.objectives.base import (
-    Loss,
     Problem,
     TokenObjective,
     as_statistic,
@@ -30,8 +27,7 @@ from pear_kernels.objectives.base import (
     largest,
     set_to,
 )
-from pear_kernels.objectives.teachers import loaded_teacher
-from pear_kernels.options import UNCLIPPED, DivergenceOptions, Options, WeightingOptions
+from pear_kernels.options import UNCLIPPED, WeightingOptions
 
 WEIGHTED_STATS = (
     "nll",  # unweighted mean of -log pi
@@ -56,6 +52,21 @@ class Tokens(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (n,) int64, where the tokens stand in the caller's flat tensors
 
 
+Formula = Callable[[Tokens, WeightingOptions], tuple[Tensor, Tensor]]
+Weights = Callable[[Tokens, WeightingOptions], Tensor]
+
+
+def detached(weights: Weights) -> Formula:
+    """The formula of L = w * -log p with detached weights w."""
+
+    @functools.wraps(weights)
+    def formula(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
+        w = weights(tokens, options)
+        return w * -tokens.logprobs, w
+
+    return formula
+
+
 # ---- one formula each
 
 
@@ -64,23 +75,23 @@ def none(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     return -tokens.logprobs, torch.ones_like(tokens.logprobs)
 
 
-def dft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
+@detached
+def dft(tokens: Tokens, options: WeightingOptions) -> Tensor:
     """p: DFT (arXiv 2508.05629, equation 9)."""
-    p = tokens.logprobs.exp()
-    return p * -tokens.logprobs, p
+    return tokens.logprobs.exp()
 
 
-def iw_sft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
+@detached
+def iw_sft(tokens: Tokens, options: WeightingOptions) -> Tensor:
     """clip(exp(tau mean(log pi - log pi_ref)), 0, iw_max), the mean being a sequence's: iw-SFT (arXiv 2507.12856)."""
-    w = capped_exp(present(tokens.log_ratio) * options.iw_tau).clamp(max=options.iw_max)
-    return w * -tokens.logprobs, w
+    return capped_exp(present(tokens.log_ratio) * options.iw_tau).clamp(max=options.iw_max)
 
 
-def psft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
+@detached
+def psft(tokens: Tokens, options: WeightingOptions) -> Tensor:
     """r 1[r <= 1 + psft_clip], r = pi / pi_ref: PSFT (arXiv 2508.17784), PPO's clip with an advantage of 1."""
     r = capped_exp(present(tokens.log_ratio))
-    w = torch.where(r > 1 + options.psft_clip, 0.0, r)  # NaN stays NaN
-    return w * -tokens.logprobs, w
+    return torch.where(r > 1 + options.psft_clip, 0.0, r)  # NaN stays NaN
 
 
 def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
@@ -99,14 +110,11 @@ def asft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
     return p * -log_p + options.asft_kl * kl, p + options.asft_kl * slope
 
 
-def idft(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
+@detached
+def idft(tokens: Tokens, options: WeightingOptions) -> Tensor:
     """p^a with a = clip(exp(-(log p + H)), idft_clip), H the entropy: IDFT (arXiv 2602.12222)."""
     a = capped_exp(-(tokens.logprobs + present(tokens.entropy))).clamp(*options.idft_clip)
-    w = (a * tokens.logprobs).exp()
-    return w * -tokens.logprobs, w
-
-
-Formula = Callable[[Tokens, WeightingOptions], tuple[Tensor, Tensor]]
+    return (a * tokens.logprobs).exp()
 
 
 class Weighting(NamedTuple):
@@ -125,27 +133,22 @@ WEIGHTINGS = {
 }
 
 
-def detached(weights: Callable[[Tokens], Tensor]) -> Weighting:
-    """L = w * -log p with w = weights(tokens)."""
-
-    def formula(tokens: Tokens, options: WeightingOptions) -> tuple[Tensor, Tensor]:
-        w = weights(tokens)
-        return w * -tokens.logprobs, w
-
-    return Weighting(formula)
-
-
 # ---- the whole loss
 
 
 class WeightedObjective(TokenObjective):
-    """L = sum_t L_t * scale_t, with L_t and its coefficient from a weighting's formula."""
+    """L = sum_t scale_t * L_t, with L_t and its coefficient from a weighting's formula.
+
+    With `kl_coef` (of a weighting that is not coupled) it is L_t + kl_coef * D_t, D being the KL to the whole
+    distribution of a teacher.
+    """
 
     separable = scalable = True
 
-    def __init__(self, problem: Problem, weighting: Weighting):
+    def __init__(self, problem: Problem, weighting: Weighting, kl_coef: float | None = None):
         super().__init__(problem, problem.scale())
-        self.weighting = weighting
+        self.weighting, self.needs_entropy = weighting, weighting.needs_entropy
+        self.divergence_coef, self.on_logits = kl_coef, kl_coef is not None
         ref_logprobs = problem.take("ref_logprobs")
         self.ref_logprobs = None if ref_logprobs is None else ref_logprobs.double()
         self.options = problem.options.get(WeightingOptions, WeightingOptions())
@@ -162,9 +165,7 @@ class WeightedObjective(TokenObjective):
             ratio = logprobs - self.ref_logprobs[begin:end]
         return self.weighting.formula(Tokens(logprobs, entropy, ratio, self.pack.index[begin:end]), self.options)
 
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None) -> Finished:
         """Loss (), coefficients before `token_scale` (n,) and `WEIGHTED_STATS` (7,), float64."""
         self.make_rest()
         weights = self.weights
@@ -175,76 +176,35 @@ class WeightedObjective(TokenObjective):
         nll, ratio, mean, zero = (sums[:4] / tokens).unbind()
         effective = effective_sample_size(sums[2], sums[4], tokens)
         counted = as_statistic(self.pack.counted, sums)
-        return sums[5], weights, torch.stack([nll, ratio, mean, largest(weights), zero, effective, counted])
+        loss = sums[5]
+        if self.divergence_coef is not None:
+            loss = loss + self.divergence_coef * self.pack.sums([present(divergence) * self.token_scale])[0]
+        return loss, weights, torch.stack([nll, ratio, mean, largest(weights), zero, effective, counted])
 
 
-class AnchoredObjective(Objective):
-    """L = sum_t scale_t * (L_t + kl_coef * D_t): another objective plus the KL to a teacher's whole distribution.
-
-    The other objective must not be coupled.
-    """
-
-    def __init__(self, weights: WeightedObjective, kl_coef: float):
-        self.weights = weights
-        self.kl_coef = kl_coef
-
-    def observe(self, begin: int, end: int, logprobs: Tensor, entropy: Tensor | None = None) -> None:
-        self.weights.observe(begin, end, logprobs, entropy)
-
-    def coefficients(self, begin: int, end: int) -> Coefficients:
-        kl = self.kl_coef * self.weights.token_scale[begin:end]
-        return Coefficients(self.weights.coefficients(begin, end), None, kl)
-
-    def finish(
-        self, logprobs: Tensor, entropy: Tensor | None = None, divergence: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (), and the other objective's weights (n,) and statistics."""
-        loss, weights, stats = self.weights.finish(logprobs)
-        pull = self.weights.pack.sums([present(divergence) * self.weights.token_scale])[0]
-        return loss + self.kl_coef * pull, weights, stats
-
-
-class WeightedLoss(Loss):
-    """`linear_weighted_loss`: weights that are given, made by the caller's function, or named."""
-
-    def stats(self, given: Sequence[str]) -> tuple[str, ...]:
-        return WEIGHTED_STATS
-
-    def objective(self, problem: Problem, on_logits: bool) -> Objective:
-        options = problem.options[WeightingOptions]
-        if "weights" in problem.columns:
-            known = problem.columns["weights"].double()
-            weighting = detached(lambda tokens: known[tokens.index])
-        elif options.weighting is None:
-            weighting = detached(_function.get())
-        elif "teacher_hidden" in problem.columns:  # "asft", whose KL is to a whole distribution
-            return AnchoredObjective(WeightedObjective(problem, WEIGHTINGS["dft"]), options.asft_kl)
-        else:
-            weighting = WEIGHTINGS[options.weighting]
-        return WeightedObjective(problem, weighting)
-
-    def needs_entropy(self, options: dict[type[Options], Any]) -> bool:
-        weighting = options[WeightingOptions].weighting
-        return weighting is not None and WEIGHTINGS[weighting].needs_entropy
-
-    def needs_logits(self, problem: Problem, wanted: Wanted) -> bool:
-        return "teacher_hidden" in problem.columns
-
-    def teacher(self, problem: Problem, student: BackendLogitsHead) -> TeacherSource | None:
-        return loaded_teacher(problem, student, DivergenceOptions())
+def weighted_objective(problem: Problem) -> Objective:
+    """The objective of `linear_weighted_loss`: by weights that are given, made by the caller's function, or named."""
+    options = problem.options[WeightingOptions]
+    if "weights" in problem.columns:
+        known = problem.columns["weights"].double()
+        return WeightedObjective(problem, Weighting(detached(lambda tokens, _: known[tokens.index])))
+    if options.weighting is None:
+        return WeightedObjective(problem, Weighting(detached(_weights.get())))
+    if "teacher_hidden" in problem.columns:  # "asft", whose KL is to a whole distribution
+        return WeightedObjective(problem, WEIGHTINGS["dft"], options.asft_kl)
+    return WeightedObjective(problem, WEIGHTINGS[options.weighting])
 
 
 # ---- weights by a function of the caller
 
-# the function of the call that runs
-_function: ContextVar[Callable[[Tokens], Tensor]] = ContextVar("weights")
+_weights: ContextVar[Weights] = ContextVar("weights")  # of the call that runs
 
 
 def weights_by(function: Callable[..., Tensor]) -> AbstractContextManager[None]:
     """Within it, a call of the op without weights takes those of `function`, checked."""
     called = as_called(function)
 
-    def weights(tokens: Tokens) -> Tensor:
+    def weights(tokens: Tokens, options: WeightingOptions) -> Tensor:
         with torch.no_grad():
             # copies: the function may overwrite its arguments, and the pass needs both again
             found = called(tokens.logprobs.clone(), tokens.index.clone())
@@ -258,7 +218,7 @@ def weights_by(function: Callable[..., Tensor]) -> AbstractContextManager[None]:
         checks.check_values({"weights": found}, torch.ones_like(found, dtype=torch.bool))
         return found.double()
 
-    return set_to(_function, weights)
+    return set_to(_weights, weights)
 
 
 def as_called(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,6 +9,7 @@ from pear_kernels.checks import forbid_double_backward
 from pear_kernels.engine.walk import Walk, grad_hidden_dtype
 from pear_kernels.objectives import LOSSES
 from pear_kernels.objectives.base import OF_ALL, Problem
+from pear_kernels.objectives.teachers import teacher_of
 from pear_kernels.ops import backends
 from pear_kernels.ops.call import TAGS, Call, parse
 
@@ -28,12 +29,13 @@ def compute(
     call = Call((hidden, weight, bias, target), numbers, spec, group, wanted, columns)
     given, loss = call.given, LOSSES[call.given.name]
     problem = Problem(call.pack, call.options, call.columns, call.backend.weights, given.dtype)
-    on_logits = loss.needs_logits(problem, call.wanted)
-    objective = loss.objective(problem, on_logits)
+    objective = loss.objective(problem)
+    # only a gradient or a teacher needs the logits to stay
+    on_logits = objective.on_logits and (any(wanted) or any(name.startswith("teacher_") for name in given.columns))
     head: Any = call.logits_head() if on_logits else call.head()
     with call.explain_out_of_memory(given.name, head):
-        entropy = given.return_entropy or loss.needs_entropy(call.options)
-        walk = call.logits_walk(head, entropy, loss.teacher(problem, head)) if on_logits else call.walk(head, entropy)
+        entropy = given.return_entropy or objective.needs_entropy
+        walk = call.logits_walk(head, entropy, teacher_of(problem, head)) if on_logits else call.walk(head, entropy)
         walk.run(objective)
     logprobs = call.unpack(walk.logprobs)  # before `finish`, which may be the caller's and overwrite its arguments
     total, weights, stats = objective.finish(walk.logprobs, walk.entropy, walk.divergence)

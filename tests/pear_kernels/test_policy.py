@@ -25,7 +25,7 @@ from pear_kernels.engine.schedule import Coupling, Wanted, schedule
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.formulas.weights import PEARWeights as TorchWeights
 from pear_kernels.objectives.base import Problem as LossProblem
-from pear_kernels.objectives.policy import POLICY_STATS, EntropyBonus, PolicyObjective
+from pear_kernels.objectives.policy import POLICY_STATS, PolicyObjective
 from pear_kernels.options import OBJECTIVES, CallOptions, PolicyOptions, PolicyReduction
 
 OF_SEQUENCES = ["gspo", "gspo_token"]
@@ -575,7 +575,8 @@ def test_no_step_waits_for_the_device(objective, train_head, rows, monkeypatch):
             dense = LogitsWalk(
                 problem.hidden, dense_head, problem.target, pack, wanted, workspace(rows, 37), entropy=True
             )
-            dense.run(EntropyBonus(policy))
+            policy.on_logits, policy.separable, policy.scalable = True, False, False  # as with an entropy bonus
+            dense.run(policy)
         (exact, _), _ = problem.naive(temperature=0.7, softcap=3.0, **options.asdict())
         torch.testing.assert_close(loss, exact.detach(), rtol=1e-11, atol=1e-14)
 
@@ -608,5 +609,6 @@ def test_nothing_between_the_kernels_waits_for_the_device(objective, rows, monke
                 walk.run(policy)
                 policy.finish(walk.logprobs, walk.entropy)
                 dense = LogitsWalk(problem.hidden, dense_head, problem.target, pack, wanted, rows * 600, entropy=True)
-                dense.run(EntropyBonus(policy))
+                policy.on_logits, policy.separable, policy.scalable = True, False, False  # as with an entropy bonus
+                dense.run(policy)
         assert launch.recorder
