@@ -17,6 +17,7 @@ options here are this package's, against weights that collapse. They are off by 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ TINY = torch.finfo(torch.float64).tiny
 def capped_exp(log_ratio: Tensor) -> Tensor:
     """exp of a float64 log-ratio, finite in any case: log-ratios above `MAX_LOG_RATIO` count as that."""
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def compared(comparison: Callable[..., Tensor], values: Tensor, bound: Tensor | float) -> Tensor:
+    """(n,) float64 0 and 1 by torch.lt, gt, le, ge, eq: what is to be summed takes no launch to be cast."""
+    return comparison(values, bound, out=torch.empty_like(values))
 
 
 class Terms(NamedTuple):
@@ -124,12 +130,11 @@ class PEARWeights:
     @functools.cached_property
     def limits(self) -> Tensor:
         """(n,) float64: multiple of `log_ratio_clip` that bounds the sum stored at a token; 0 where none is stored."""
-        token = torch.arange(self.pack.tokens, device=self.suffix.device)
+        limits = self.blocks.before.diff().double()  # 1 for a token with a log-ratio, else 0
         if self.options.clip_blocks:
+            token = torch.arange(self.pack.tokens, device=self.suffix.device)
             limits = torch.where(self.blocks.start() == token, self.blocks.ratios(token, self.blocks.stop), 0.0)
-        else:
-            limits = self.blocks.ratios(token, token + 1)
-        return limits * self.clip_scale
+        return limits if self.options.clip_length is None else limits * self.clip_scale
 
     @functools.cached_property
     def left(self) -> Tensor:
@@ -234,18 +239,19 @@ class PEARWeights:
         if self.inside is not None:
             start, stop = self.blocks.start(), self.blocks.stop
             ratios = self.inside[start] / self.blocks.ratios(start, stop).clamp(min=1)
-        below, above = torch.lt(ratios, low), torch.gt(ratios, high)
+        below, above = compared(torch.lt, ratios, low), compared(torch.gt, ratios, high)
         if self.block_ids is None:
             return ratios, below, above
         carried = self.blocks.where_carried
-        return carried(ratios), carried(below), carried(above)
+        return ratios if self.inside is None else carried(ratios), carried(below), carried(above)
 
     def terms(self, logprobs: Tensor, weights: Tensor) -> Terms:
         """The terms of all tokens (n,), from their log-probs and weights (n,)."""
         log_ratio, below, above = self.clipping(logprobs)
         log_g = self.log_weights(0, self.pack.tokens)
         floor, ceiling = self.options.log_weight_clip
-        return Terms(-logprobs, log_ratio, below, above, weights, log_g <= floor, log_g >= ceiling, weights.square())
+        on_floor, on_ceiling = compared(torch.le, log_g, floor), compared(torch.ge, log_g, ceiling)
+        return Terms(-logprobs, log_ratio, below, above, weights, on_floor, on_ceiling, weights.square())
 
     def sums(self, logprobs: Tensor, weights: Tensor) -> Tensor:
         """(9,) over the tokens that count: of the `terms`, and of the loss."""

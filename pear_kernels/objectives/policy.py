@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.objective import Finished, present
-from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp
+from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp, compared
 from pear_kernels.objectives.base import Problem, TokenObjective, as_statistic, at_least_one, largest, token_scale
 from pear_kernels.options import UNCLIPPED, PolicyOptions, PolicyReduction
 
@@ -205,22 +205,20 @@ class PolicyObjective(TokenObjective):
         token_log_ratio = log_ratio if self.sequence_sums is None else self.token_log_ratio(0, self.pack.tokens)
         sampler = torch.ones_like(ratio) if self.sampler_ratio is None else self.sampler_ratio
         sampler_clip = torch.inf if options.sampler_clip is None else options.sampler_clip
-        kl_ref = torch.zeros_like(ratio)
-        if self.ref_logprobs is not None:
+        if self.ref_logprobs is None:
+            kl_ref = torch.zeros_like(ratio)
+        else:
             kl_ref = k3(self.ref_logprobs - self.logprobs, self.dtype)[0]
-        low, high, capped = (torch.empty_like(ratio) for _ in range(3))  # float64, so that no launch casts them
-        torch.logical_and(ratio < 1 - options.clip_low, self.raw_advantages < 0, out=low)
-        torch.logical_and(ratio > 1 + options.clip_high, self.raw_advantages > 0, out=high)
-        torch.gt(sampler, sampler_clip, out=capped)
+        below, above = ratio < 1 - options.clip_low, ratio > 1 + options.clip_high
         values = (
             -self.logprobs,
             k3(token_log_ratio, self.dtype)[0],
             kl_ref,
-            low,
-            high,
+            torch.logical_and(below, self.raw_advantages < 0, out=torch.empty_like(ratio)),
+            torch.logical_and(above, self.raw_advantages > 0, out=torch.empty_like(ratio)),
             ratio,
             sampler,
-            capped,
+            compared(torch.gt, sampler, sampler_clip),
             present(entropy),
             (self.losses - options.entropy_coef * present(entropy)) * self.token_scale,
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.engine.objective import Finished, Objective, present
-from pear_kernels.formulas.weights import capped_exp
+from pear_kernels.formulas.weights import capped_exp, compared
 from pear_kernels.objectives.base import (
     Problem,
     TokenObjective,
@@ -170,7 +170,7 @@ class WeightedObjective(TokenObjective):
         self.make_rest()
         weights = self.weights
         ratio = torch.zeros_like(logprobs) if self.ref_logprobs is None else logprobs - self.ref_logprobs
-        is_zero = torch.eq(weights, 0, out=torch.empty_like(weights))  # float64, so that no launch casts it
+        is_zero = compared(torch.eq, weights, 0)
         sums = self.pack.sums((-logprobs, ratio, weights, is_zero, weights.square(), self.losses * self.token_scale))
         tokens = at_least_one(self.pack.counted)
         nll, ratio, mean, zero = (sums[:4] / tokens).unbind()

@@ -3,6 +3,7 @@
 `pear_kernels.backends.torch.logits_head` explains the arithmetic; `divergence.py` has the kernels.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from pear_kernels.options import DIVERGENCES, DivergenceOptions
 # 16 times larger then, since numbers below 6e-5 lose digits, and the largest p (log(p / q) - KL), a quarter of MIN_LOG,
 # still fits.
 HEADROOM = 1 / 16
+SMALLEST = math.ulp(0.0)  # float64's smallest number: a row without a gradient has 0 divided by it
 
 
 class _Rows(NamedTuple):
@@ -71,7 +73,8 @@ class LogitsHead(head.Head):
         )  # fmt: skip
         if not isinstance(teacher, TopKRows):
             divergence = None if teacher is None else sums[7]
-            top1 = sums[9] == target
+            # float64, which the walk keeps without a copy
+            top1 = torch.eq(sums[9], target, out=torch.empty_like(target_logit))
             if logit is not None:  # a shard: a target on another shard has no logit among these
                 top1 = torch.where(target < 0, target_logit > sums[1], top1)
             rows = _Rows(target, sums, entropies, teacher, None)
@@ -90,8 +93,8 @@ class LogitsHead(head.Head):
         logits, dz = self._views(R)
         zero = torch.zeros_like(scores.logprobs)
         given = [zero if factor is None else factor.double() for factor in (nll, entropy, divergence)]
-        size = (given[0].abs() + given[1].abs() + given[2].abs()) * HEADROOM
-        unit = torch.where(size > 0, size, 1.0)
+        size = functools.reduce(torch.add, [x.abs() for x in given if x is not zero] or [zero]) * HEADROOM
+        unit = size.clamp(min=SMALLEST)
         if buckets is not None:
             *given, at_ids = buckets.gradient(given[0], given[2])
         factors = torch.stack(given) / unit
@@ -109,7 +112,7 @@ class LogitsHead(head.Head):
             slope = activation.slope(buckets.ids_logits, sums[1][:, None])
             at_ids = at_ids if slope is None else at_ids * slope
             dz.scatter_(1, buckets.teacher.ids, at_ids.to(dz.dtype))
-        return dz, size * self.inverse_temperature
+        return dz, torch.mul(size, self.inverse_temperature, out=torch.empty_like(size, dtype=self.dtype))
 
     def log_softmax(self, x: Tensor, temperature: float) -> Tensor:
         logits, _ = self._logits(x)

@@ -170,10 +170,12 @@ class PEARWeights(weights.PEARWeights):
         # with center or per-sequence normalisation, sums run over all tokens, including ones not observed yet
         made = torch.zeros_like if self.by_torch else torch.empty_like
         self.log_g, self.g, self.scaled = (made(self.logprobs) for _ in range(3))
+        self.weighed: tuple[int, int] | None = None  # at sequence level: whose weights the last launch made
 
     def observe(self, begin: int, end: int, logprobs: Tensor) -> None:
         """Take the log-probs (end - begin,) of these tokens. Computes and counts token and block weights at once."""
         self.logprobs = with_chunk(self.logprobs, begin, end, logprobs)
+        self.weighed = None
         self._launch(begin, end, scan=True, weigh=self.options.level != "sequence" and not self.options.center)
 
     def summed(self, begin: int, end: int) -> Tensor:
@@ -206,8 +208,9 @@ class PEARWeights(weights.PEARWeights):
         return self.counted
 
     def _weigh_sequences(self, begin: int, end: int) -> None:
-        if self.options.level == "sequence":
+        if self.options.level == "sequence" and self.weighed != (begin, end):
             self._launch(begin, end, scan=False, weigh=True, count=False)
+            self.weighed = begin, end
 
     @functools.cached_property
     def _of_blocks(self) -> tuple[Tensor | None, ...]:
