@@ -9,7 +9,6 @@ values is then undefined.
 """
 
 import functools
-import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pear_kernels.options import is_number, positive
+from pear_kernels.options import POSITIVE, check, is_integer, or_none
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATS = "float32, bfloat16, float16 or float64"
@@ -240,10 +239,8 @@ def check_teacher(
         )
     if bias is not None:
         same_shape(f"{argument}.bias", bias, "(V,)", w.shape[:1])
-    if not positive(temperature):
-        raise ValueError(f"{argument}.temperature must be a positive number, got {temperature!r}")
-    if softcap is not None and not positive(softcap):
-        raise ValueError(f"{argument}.softcap must be a positive number, or None, got {softcap!r}")
+    check(f"{argument}.temperature", temperature, POSITIVE)
+    check(f"{argument}.softcap", softcap, or_none(POSITIVE, "be a positive number, or None"))
     same_device(hidden, **{f"{argument}.hidden": x, f"{argument}.weight": w, f"{argument}.bias": bias})
 
 
@@ -265,7 +262,7 @@ def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher: tuple[Tensor, T
 
 
 def check_k(name: str, k: int, vocabulary: int) -> None:
-    if not (is_number(k, numbers.Integral) and 1 <= k < vocabulary):
+    if not (is_integer(k) and k < vocabulary):
         raise ValueError(
             f"{name} must have a K of at least 1 and less than the vocabulary's {vocabulary} tokens, got {k!r}"
         )
@@ -337,13 +334,13 @@ def values_are_checked() -> bool:
     return setting == "1"
 
 
-def value_check(check: Callable[P, None]) -> Callable[P, None]:
+def value_check(function: Callable[P, None]) -> Callable[P, None]:
     """A check that PEAR_KERNELS_CHECK_VALUES=0 switches off."""
 
-    @functools.wraps(check)
+    @functools.wraps(function)
     def unless_switched_off(*arguments: P.args, **named: P.kwargs) -> None:
         if values_are_checked():
-            check(*arguments, **named)
+            function(*arguments, **named)
 
     return unless_switched_off
 

@@ -11,9 +11,10 @@ import functools
 import inspect
 import math
 import numbers
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypedDict, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypedDict, TypeVar
 
 import torch
 
@@ -27,10 +28,42 @@ DIVERGENCES = ("forward", "reverse", "js")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum", "sequence_mean")
 POLICY_REDUCTIONS = (*REDUCTIONS, "constant_length")
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 # ---- checks of one field
+
+
+class Rule(NamedTuple):
+    """What must hold of a value, or else "NAME must `text`, got VALUE`remedy`"."""
+
+    holds: Callable[[Any], bool]
+    text: str
+    remedy: str = ""
+
+
+Rules: TypeAlias = tuple[Rule, ...]  # the first one that does not hold is the error
+
+
+def rule(holds: Callable[[Any], bool], text: str, remedy: str = "") -> Rules:
+    return (Rule(holds, text, remedy),)
+
+
+def or_none(rules: Rules, text: str | None = None) -> Rules:
+    """One rule that also None keeps."""
+    (first,) = rules
+    return rule(lambda value: value is None or first.holds(value), text or first.text, first.remedy)
+
+
+def one_of(choices: Sequence[str], words: str = "be one of") -> Rules:
+    return rule(lambda value: value in choices, f"{words} {', '.join(map(repr, choices))}")
+
+
+def check(name: str, value: Any, rules: Rules) -> None:
+    for holds, text, remedy in rules:
+        if not holds(value):
+            raise ValueError(f"{name} must {text}, got {value!r}{remedy}")
 
 
 def is_number(value: Any, kind: type = numbers.Real) -> bool:
@@ -38,65 +71,46 @@ def is_number(value: Any, kind: type = numbers.Real) -> bool:
     return isinstance(value, (kind, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
-def is_count(value: Any) -> bool:
-    """An integer of at least 1."""
-    return is_number(value, numbers.Integral) and value >= 1
+def is_integer(value: Any, least: int = 1) -> bool:
+    return is_number(value, numbers.Integral) and value >= least
 
 
-def positive(value: Any) -> bool:
-    """A finite number above 0. Comparisons trace where `math.isfinite` does not."""
+def is_positive(value: Any) -> bool:
+    """A finite number above 0. Comparisons trace where `math.isfinite` does not, and are false for NaN."""
     return is_number(value) and 0 < value < math.inf
 
 
-def listed(choices: Iterable[str]) -> str:
-    return ", ".join(map(repr, choices))
+def are_two(value: Any, kind: Callable[[Any], bool] = is_number) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(kind, value))
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {listed(choices)}, got {value!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def check_finite(name: str, value: Any) -> None:
-    if not (is_number(value) and -math.inf < value < math.inf):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-
-
-def check_at_least_0(name: str, value: Any) -> None:
-    if not (is_number(value) and 0 <= value < math.inf):
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-
-
-def check_bounds(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_number, value)):
-        raise ValueError(f"{name} must be two numbers (low, high), got {value!r}")
-    return value[0], value[1]
-
-
-def check_backend(backend: str | None, name: str = "backend") -> str | None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{name} must be 'triton' or 'torch', or unset to go by the device, got {backend!r}")
-    return backend
+COUNT = rule(is_integer, "be an integer of at least 1")
+POSITIVE = rule(is_positive, "be a positive number")
+AT_LEAST_0 = rule(lambda value: is_number(value) and 0 <= value < math.inf, "be a number of at least 0")
+FINITE = rule(lambda value: is_number(value) and -math.inf < value < math.inf, "be a finite number")
+FLAG = rule(lambda value: isinstance(value, bool), "be True or False")
+TWO = rule(are_two, "be two numbers (low, high)")
+BOUNDS = TWO + rule(lambda value: value[0] <= value[1], "be (low, high) with low <= high", ": swap the two")
+BACKEND = or_none(one_of(BACKENDS), "be 'triton' or 'torch', or unset to go by the device")
 
 
 # ---- the groups
 
 
 class Options:
-    """Base of all groups: what a NamedTuple has, with fields that are given by name only."""
+    """Base of all groups: what a NamedTuple has, with fields that are given by name only, and checked."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    rules: ClassVar[Mapping[str, Rules]] = {}  # by the fields' names
 
     def __post_init__(self) -> None:
-        """Lists become tuples, so that an object is constant and can be hashed."""
-        for name in self.names():
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        """Lists become tuples, so that an object is constant and can be hashed; then each field is checked."""
+        for name, rules in self.rules.items():
+            value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            check(name, value, rules)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in these fields, checked again."""
@@ -133,19 +147,16 @@ class HeadOptions(Options):
     workspace_bytes: int | None = None
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        if not positive(self.temperature):
-            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
-        if self.softcap is not None and not positive(self.softcap):
-            raise ValueError(f"softcap must be a positive number, or None for a head without one, got {self.softcap!r}")
+    rules = {
+        "temperature": POSITIVE,
+        "softcap": or_none(POSITIVE, "be a positive number, or None for a head without one"),
         # options travel to the ops as float64, which holds these integers exactly
-        if not (is_number(self.ignore_index, numbers.Integral) and -(2**53) <= self.ignore_index <= 2**53):
-            raise ValueError(f"ignore_index must be an integer of at most 2**53 in size, got {self.ignore_index!r}")
-        if self.workspace_bytes is not None and not is_count(self.workspace_bytes):
-            raise ValueError(
-                f"workspace_bytes must be a positive integer of bytes, or None, got {self.workspace_bytes!r}"
-            )
-        check_backend(self.backend)
+        "ignore_index": rule(
+            lambda value: is_integer(value, -(2**53)) and value <= 2**53, "be an integer of at most 2**53 in size"
+        ),
+        "workspace_bytes": or_none(COUNT, "be a positive integer of bytes, or None"),
+        "backend": BACKEND,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,32 +193,20 @@ class PEAROptions(Options):
     clip_length: int | None = None
     normalize: str | None = None
 
+    rules = {
+        "level": one_of(LEVELS),
+        "block_size": rule(is_integer, "be an integer of at least 1 (response tokens a block)"),
+        "gamma": rule(lambda value: is_number(value) and 0 < value <= 1, "be in (0, 1]"),
+        "log_ratio_clip": BOUNDS,
+        "log_weight_clip": BOUNDS + rule(lambda value: value[1] < math.inf, "have a finite upper end"),
+        "clip_blocks": FLAG,
+        "center": FLAG,
+        "clip_length": or_none(COUNT, "be an integer of at least 1 (tokens with a log-ratio), or None"),
+        "normalize": or_none(one_of(NORMALIZE, "be None or one of")),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("level", self.level, LEVELS)
-        if not is_count(self.block_size):
-            raise ValueError(
-                f"block_size must be an integer of at least 1 (response tokens a block), got {self.block_size!r}"
-            )
-        if not (is_number(self.gamma) and 0 < self.gamma <= 1):
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
-        for name in ("log_ratio_clip", "log_weight_clip"):
-            low, high = check_bounds(name, getattr(self, name))
-            if not low <= high:  # NaN compares false
-                raise ValueError(
-                    f"{name} must be (low, high) with low <= high, got {getattr(self, name)!r}: swap the two"
-                )
-        if self.log_weight_clip[1] == math.inf:
-            raise ValueError(f"log_weight_clip must have a finite upper end, got {self.log_weight_clip!r}")
-        for name in ("clip_blocks", "center"):
-            check_flag(name, getattr(self, name))
-        if self.clip_length is not None and not is_count(self.clip_length):
-            raise ValueError(
-                "clip_length must be an integer of at least 1 (tokens with a log-ratio), or None, got "
-                f"{self.clip_length!r}"
-            )
-        if self.normalize is not None and self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize must be None or one of {listed(NORMALIZE)}, got {self.normalize!r}")
         for name, given in (("center", self.center), ("normalize", self.normalize == "sequence")):
             if self.level == "sequence" and given:
                 raise ValueError(
@@ -244,13 +243,14 @@ class LabelOptions(Options):
     negative_lambda: float = 0.1
     logprob_floor: float = -5.0
 
-    def __post_init__(self) -> None:
-        check_at_least_0("negative_lambda", self.negative_lambda)
-        if not (is_number(self.logprob_floor) and self.logprob_floor <= 0):  # NaN compares false
-            raise ValueError(
-                f"logprob_floor must be a log-prob, at most 0 (-inf for no bound), got {self.logprob_floor!r}: wrong "
-                "tokens below it are not pushed further"
-            )
+    rules = {
+        "negative_lambda": AT_LEAST_0,
+        "logprob_floor": rule(
+            lambda value: is_number(value) and value <= 0,
+            "be a log-prob, at most 0 (-inf for no bound)",
+            ": wrong tokens below it are not pushed further",
+        ),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,16 +273,15 @@ class WeightingOptions(Options):
     asft_kl: float = 0.1
     idft_clip: tuple[float, float] = (0.1, 2.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weighting is not None:
-            check_choice("weighting", self.weighting, WEIGHTINGS)
-        check_finite("iw_tau", self.iw_tau)
-        for name in ("iw_max", "psft_clip", "asft_kl"):
-            check_at_least_0(name, getattr(self, name))
-        low, high = check_bounds("idft_clip", self.idft_clip)
-        if not 0 <= low <= high < math.inf:
-            raise ValueError(f"idft_clip must be (low, high) with 0 <= low <= high, got {self.idft_clip!r}")
+    rules = {
+        "weighting": or_none(one_of(WEIGHTINGS)),
+        "iw_tau": FINITE,
+        "iw_max": AT_LEAST_0,
+        "psft_clip": AT_LEAST_0,
+        "asft_kl": AT_LEAST_0,
+        "idft_clip": TWO
+        + rule(lambda value: 0 <= value[0] <= value[1] < math.inf, "be (low, high) with 0 <= low <= high"),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,32 +317,30 @@ class PolicyOptions(Options):
     max_length: int | None = None
     unbiased_kl: bool = False
 
+    rules = {
+        "objective": one_of(OBJECTIVES),
+        "beta": AT_LEAST_0,
+        "clip_low": AT_LEAST_0 + rule(lambda value: value <= 1, "be at most 1", ": ratios are kept above 1 - clip_low"),
+        "clip_high": AT_LEAST_0,
+        "sapo_temperatures": rule(
+            lambda value: are_two(value, is_positive),
+            "be two positive numbers, for positive and for negative advantages",
+        ),
+        "sampler_clip": or_none(POSITIVE, "be a positive number, or None for no cap"),
+        "sampler_level": rule(lambda value: value in ("token", "sequence"), "be 'token' or 'sequence'"),
+        "entropy_coef": FINITE,
+        "max_length": or_none(COUNT, "be an integer of at least 1 (tokens), or None"),
+        "unbiased_kl": FLAG,
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("objective", self.objective, OBJECTIVES)
-        for name in ("beta", "clip_low", "clip_high"):
-            check_at_least_0(name, getattr(self, name))
-        if not self.clip_low <= 1:
-            raise ValueError(f"clip_low must be at most 1, got {self.clip_low!r}: ratios are kept above 1 - clip_low")
-        if self.dual_clip is not None and not (positive(self.dual_clip) and self.dual_clip >= 1 + self.clip_high):
+        # not by a rule, whose text would be made in every call, and be a reason to compile for each clip_high
+        if self.dual_clip is not None and not (is_positive(self.dual_clip) and self.dual_clip >= 1 + self.clip_high):
             raise ValueError(
                 f"dual_clip must be a number of at least 1 + clip_high = {1 + self.clip_high:g}, or None, got "
                 f"{self.dual_clip!r}: it is what a ratio counts for at most where the advantage is negative"
             )
-        if self.sampler_clip is not None and not positive(self.sampler_clip):
-            raise ValueError(f"sampler_clip must be a positive number, or None for no cap, got {self.sampler_clip!r}")
-        if self.sampler_level not in ("token", "sequence"):
-            raise ValueError(f"sampler_level must be 'token' or 'sequence', got {self.sampler_level!r}")
-        taus = self.sapo_temperatures
-        if not isinstance(taus, (tuple, list)) or len(taus) != 2 or not all(map(positive, taus)):
-            raise ValueError(
-                "sapo_temperatures must be two positive numbers, for positive and for negative advantages, got "
-                f"{taus!r}"
-            )
-        check_finite("entropy_coef", self.entropy_coef)
-        if self.max_length is not None and not is_count(self.max_length):
-            raise ValueError(f"max_length must be an integer of at least 1 (tokens), or None, got {self.max_length!r}")
-        check_flag("unbiased_kl", self.unbiased_kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,21 +360,21 @@ class DivergenceOptions(Options):
     distill_temperature: float = 1.0
     nll_coef: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        if not (is_number(self.js_beta) and 0 < self.js_beta < 1):
-            raise ValueError(
-                f"js_beta must lie between 0 and 1, got {self.js_beta!r}: for either end take divergence 'forward' or "
-                "'reverse'"
-            )
-        if not positive(self.distill_temperature):
-            raise ValueError(f"distill_temperature must be a positive number, got {self.distill_temperature!r}")
-        check_at_least_0("nll_coef", self.nll_coef)
+    rules = {
+        "divergence": one_of(DIVERGENCES),
+        "js_beta": rule(
+            lambda value: is_number(value) and 0 < value < 1,
+            "lie between 0 and 1",
+            ": for either end take divergence 'forward' or 'reverse'",
+        ),
+        "distill_temperature": POSITIVE,
+        "nll_coef": AT_LEAST_0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Options):
-    """A teacher's own LM head, from the fields of `Teacher`."""
+    """A teacher's own LM head, from the fields of `Teacher`, which `checks` checks by their names there."""
 
     temperature: float = HeadOptions.temperature
     softcap: float | None = HeadOptions.softcap
@@ -396,13 +393,10 @@ class CallOptions(Options):
     valid_tokens: int | None = None
     denominator: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.valid_tokens is not None and not (
-            is_number(self.valid_tokens, numbers.Integral) and self.valid_tokens >= 0
-        ):
-            raise ValueError(f"valid_tokens must be an integer of at least 0, or None, got {self.valid_tokens!r}")
-        if self.denominator is not None and not positive(self.denominator):
-            raise ValueError(f"denominator must be a positive number, got {self.denominator!r}")
+    rules = {
+        "valid_tokens": or_none(rule(lambda value: is_integer(value, 0), "be an integer of at least 0, or None")),
+        "denominator": or_none(POSITIVE, "be a positive number"),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,12 +408,9 @@ class Reduction(Options):
             token of their token means.
     """
 
-    choices = REDUCTIONS
-
     reduction: str | None = "mean"
 
-    def __post_init__(self) -> None:
-        check_choice("reduction", self.reduction, self.choices)
+    rules = {"reduction": one_of(REDUCTIONS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,13 +422,9 @@ class PolicyReduction(Reduction):
             objective's own.
     """
 
-    choices = POLICY_REDUCTIONS
-
     reduction: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.reduction is not None:
-            super().__post_init__()
+    rules = {"reduction": or_none(one_of(POLICY_REDUCTIONS))}
 
 
 DEFAULTS = PEAROptions()
@@ -460,9 +447,7 @@ class ReductionKeywords(TypedDict, total=False):
     reduction: str
 
 
-class WeightsKeywords(TypedDict, total=False):
-    """Of `pear_weights`: the fields of `PEAROptions`."""
-
+class WeightsKeywords(TypedDict, total=False):  # of `pear_weights`: `PEAROptions`
     level: str
     block_size: int
     gamma: float
@@ -474,16 +459,12 @@ class WeightsKeywords(TypedDict, total=False):
     normalize: str | None
 
 
-class PEARKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=False):
-    """Of `linear_pear_loss`: the above and the fields of `LabelOptions`."""
-
+class PEARKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=False):  # of `linear_pear_loss`
     negative_lambda: float
     logprob_floor: float
 
 
-class WeightingConstants(ReductionKeywords, HeadKeywords, total=False):
-    """Of `LinearWeightedLoss`."""
-
+class WeightingConstants(ReductionKeywords, HeadKeywords, total=False):  # of `LinearWeightedLoss`
     iw_tau: float
     iw_max: float
     psft_clip: float
@@ -491,15 +472,11 @@ class WeightingConstants(ReductionKeywords, HeadKeywords, total=False):
     idft_clip: tuple[float, float]
 
 
-class WeightingKeywords(WeightingConstants, total=False):
-    """Of `linear_weighted_loss`."""
-
+class WeightingKeywords(WeightingConstants, total=False):  # of `linear_weighted_loss`
     weighting: str | None
 
 
-class PolicyKeywords(HeadKeywords, total=False):
-    """Of `linear_policy_loss`."""
-
+class PolicyKeywords(HeadKeywords, total=False):  # of `linear_policy_loss`
     objective: str
     beta: float
     clip_low: float
@@ -514,9 +491,7 @@ class PolicyKeywords(HeadKeywords, total=False):
     reduction: str | None
 
 
-class DistillKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=False):
-    """Of `linear_distill_loss`."""
-
+class DistillKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=False):  # of `linear_distill_loss`
     divergence: str
     js_beta: float
     distill_temperature: float
@@ -527,22 +502,18 @@ class DistillKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=Fa
 
 
 def takes(*classes: type[Options]) -> Callable[[F], F]:
-    """Decorator of a function with `**keywords` and `options`: the keywords are the fields of `classes`.
+    """Decorator of a function with `**keywords`, typed by a TypedDict, which are fields of `classes`.
 
-    The signature that `help` and `inspect` show has them, with their defaults.
+    The signature that `help` and `inspect` show has these keywords, with their defaults.
     """
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        parameters = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
-        for field in (field for cls in classes for field in cls.__dataclass_fields__.values()):
-            parameters.setdefault(
-                field.name,
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-                ),
-            )
-        function.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+        shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        typed = typing.get_args(function.__annotations__["keywords"])[0].__annotations__
+        for field in (field for cls in classes for field in cls.__dataclass_fields__.values() if field.name in typed):
+            shown.append(inspect.Parameter(field.name, KEYWORD_ONLY, default=field.default, annotation=field.type))
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         function.option_classes = classes  # type: ignore[attr-defined]
         return function
 

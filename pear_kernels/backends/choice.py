@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from pear_kernels.options import check_backend
+from pear_kernels.options import BACKEND, check
 
 VARIABLE = "PEAR_KERNELS_BACKEND"
 MIN_CAPABILITY = (8, 0)  # the oldest NVIDIA architecture the kernels are compiled for: Ampere
@@ -28,7 +28,8 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
         ValueError: for an unknown backend, or for "triton" where it cannot run.
     """
     name = "backend" if backend is not None else VARIABLE
-    chosen = check_backend(backend if backend is not None else os.environ.get(VARIABLE) or None, name)
+    chosen = backend if backend is not None else os.environ.get(VARIABLE) or None
+    check(name, chosen, BACKEND)
     if chosen == "torch" or dtype == torch.float64 or (chosen is None and device.type != "cuda"):
         return "torch"
     obstacle = triton_obstacle(device)

@@ -280,8 +280,8 @@ FIELDS = {
     ),
     TeacherOptions: dict(temperature=positive, softcap=st.none() | positive),
     CallOptions: dict(valid_tokens=st.none() | st.integers(0, 2**53), denominator=st.none() | positive),
-    Reduction: dict(reduction=st.sampled_from(Reduction.choices)),
-    PolicyReduction: dict(reduction=st.sampled_from([None, *PolicyReduction.choices])),
+    Reduction: dict(reduction=st.sampled_from(all_options.REDUCTIONS)),
+    PolicyReduction: dict(reduction=st.sampled_from([None, *all_options.POLICY_REDUCTIONS])),
 }  # fmt: skip
 
 
