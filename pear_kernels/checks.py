@@ -11,7 +11,7 @@ values is then undefined.
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from pear_kernels.options import POSITIVE, check, is_integer, or_none
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FLOATS = "float32, bfloat16, float16 or float64"
 LOGPROBS = (torch.float32, torch.float64)
 IDS = (torch.int32, torch.int64)
 MAX_LOGPROB = 1e-4  # a log-prob may be this far above 0 by rounding; more is no log-prob
@@ -42,27 +41,46 @@ FINITE = {  # arguments that must be finite: the rule, and what to do
         ),
     ),
 }
-AGAIN = "write them again with `pear score --top_k`"
+AGAIN = ": write them again with `pear score --top_k`"
 P = ParamSpec("P")
 VALUES_VARIABLE = "PEAR_KERNELS_CHECK_VALUES"
-
-
-# ---- what options say together with arguments
-
-
-def check_weighting(weights: object, weighting: str | None) -> None:
-    """One of the two: weights, as a tensor or a function, or the name of a weighting."""
-    if (weights is None) == (weighting is None):
-        got = "neither" if weights is None else f"both, weighting being {weighting!r}"
-        raise ValueError(f"give one of weights and weighting, got {got}")
 
 
 # ---- shapes and dtypes
 
 
+class Kind(NamedTuple):
+    """What a tensor argument must be."""
+
+    dtypes: tuple[torch.dtype, ...]
+    text: str  # the dtypes in an error
+    remedy: str = ""
+    one: str = ""  # of an argument (S,): what it has for each sequence; otherwise it has one value per token
+    if_half: str = ""  # in place of `remedy` for half precision
+
+
+FLOATS = Kind(DTYPES, "float32, bfloat16, float16 or float64")
+TARGET = Kind((torch.int64,), "torch.int64 token ids", ": call target.long()")
+BOUNDS = Kind(IDS, "torch.int32 or torch.int64")
+LOGPROB = Kind(  # half precision rounds a log-prob by 4e-3, and the errors add up along the suffix
+    LOGPROBS,
+    "float32 (or float64)",
+    if_half=": half precision is too coarse for ratios, so score again in float32 rather than cast",
+)
+KINDS = {
+    **dict.fromkeys(POLICY_OF, LOGPROB),
+    "weights": Kind(LOGPROBS, "float32 (or float64)", ": call weights.float()"),
+    "block_ids": Kind(IDS, "torch.int32 or torch.int64", ": call block_ids.int()"),
+    "mask": Kind((torch.bool,), "torch.bool, True at response tokens", ": call mask.bool()"),
+    "sequence_label": Kind(
+        (torch.bool,), "torch.bool, True where the response is right", ": call sequence_label.bool()", "flag"
+    ),
+    "sequence_scale": Kind((), "any dtype", one="number"),
+}
+
+
 def same_shape(name: str, tensor: Tensor, like: str, shape: Sequence[int]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have {like} {tuple(shape)}, got {tuple(tensor.shape)}")
 
@@ -76,11 +94,64 @@ def same_device(hidden: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], wanted: str, remedy: str = "") -> None:
+def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}{remedy}")
+
+
+def check_dtype(name: str, tensor: Tensor, kind: Kind) -> None:
+    check_tensor(name, tensor)
+    if kind.dtypes and tensor.dtype not in kind.dtypes:
+        half = kind.if_half and tensor.dtype in (torch.bfloat16, torch.float16)
+        raise TypeError(f"{name} must be {kind.text}, got {tensor.dtype}{kind.if_half if half else kind.remedy}")
+
+
+def check_columns(
+    columns: Mapping[str, Tensor | None],  # by their names, which `KINDS` has; those that are None are left out
+    like: Tensor,  # (N,) or (B, T)
+    cu_seqlens: Tensor | None,  # checked here, too
+    shape: str = "target's shape",  # the shape of `like`, in an error
+    padded: str = "hidden is (B, T, D)",
+) -> None:
+    """The tensors that a function takes beside a head."""
+    check_cu_seqlens_kind(cu_seqlens, like.dim(), padded)
+    for name, column in columns.items():
+        if column is not None:
+            kind = KINDS[name]
+            if kind.one:
+                same_shape(name, column, f"(S,), one {kind.one} per sequence", sequence_count(like, cu_seqlens))
+            else:
+                same_shape(name, column, shape, like.shape)
+            check_dtype(name, column, kind)
+    same_device(like, **columns, cu_seqlens=cu_seqlens)
+
+
+def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> None:
+    """`cu_seqlens` goes with packs, and is a vector of integers."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor (S+1,) of int32 or int64, got {type(cu_seqlens).__name__}")
+    if dims == 2:
+        raise ValueError(
+            f"cu_seqlens is for packs, but {padded}, one sequence per row: leave it out, or flatten to a pack"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be (S+1,) with S >= 1, got shape {tuple(cu_seqlens.shape)}")
+    check_dtype("cu_seqlens", cu_seqlens, BOUNDS)
+
+
+def sequence_count(target: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
+    """(S,): rows of (B, T), or the sequences between the bounds of a pack."""
+    return (target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1),)
+
+
+def sequence_bounds(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(S+1,) bounds of the flat tokens: the pack's own, one sequence per row for (B, T), or one sequence for (N,)."""
+    if cu_seqlens is not None:
+        return cu_seqlens.contiguous()
+    rows, length = like.shape if like.dim() == 2 else (1, like.numel())
+    return torch.arange(rows + 1, device=like.device) * length
 
 
 def check_head(
@@ -104,9 +175,9 @@ def check_head(
     if weight.shape[0] < least_rows:
         raise ValueError(f"weight must have a vocabulary of at least 2 rows, got shape {tuple(weight.shape)}")
     same_shape("target", target, "hidden's leading shape", hidden.shape[:-1])
-    check_dtype("target", target, (torch.int64,), "torch.int64 token ids", ": call target.long()")
+    check_dtype("target", target, TARGET)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        check_dtype(name, tensor, DTYPES, FLOATS)
+        check_dtype(name, tensor, FLOATS)
     if bias is not None:
         same_shape("bias", bias, "(V,)", weight.shape[:1])
     for name, operand in (("weight", weight), ("bias", bias)):
@@ -129,40 +200,16 @@ def sharded_away(weight: Tensor, least_rows: int) -> bool:
     return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
-def check_loss_arguments(
-    hidden: Tensor,
-    target: Tensor,
-    logprobs: dict[str, Tensor | None],  # by their names; None where one may be left out and is
-    cu_seqlens: Tensor | None,
-    sequence_scale: Tensor | None,
-    denominator: float | Tensor | None,
-) -> None:
-    """What losses take beside the head."""
-    for name, given in logprobs.items():
-        if given is not None:
-            same_shape(name, given, "target's shape", target.shape)
-            check_logprobs_dtype(name, given)
-    check_cu_seqlens_kind(cu_seqlens, target.dim(), "hidden is (B, T, D)")
-    if sequence_scale is not None:
-        count = sequence_count(target, cu_seqlens)
-        same_shape("sequence_scale", sequence_scale, "(S,), one number per sequence", count)
-    others = {**logprobs, "cu_seqlens": cu_seqlens, "sequence_scale": sequence_scale}
-    if isinstance(denominator, Tensor):  # `CallOptions` checks a number
-        if denominator.numel() != 1:
-            raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
-        others["denominator"] = denominator
-    same_device(hidden, **others)
+def check_denominator(hidden: Tensor, denominator: Tensor) -> None:
+    """One number in a tensor. (`CallOptions` checks a number.)"""
+    if denominator.numel() != 1:
+        raise ValueError(f"denominator must hold one number, got a tensor of shape {tuple(denominator.shape)}")
+    same_device(hidden, denominator=denominator)
 
 
-def sequence_count(target: Tensor, cu_seqlens: Tensor | None) -> tuple[int]:
-    """(S,): rows of (B, T), or the sequences between the bounds of a pack."""
-    return (target.shape[0] if target.dim() == 2 else (1 if cu_seqlens is None else cu_seqlens.numel() - 1),)
-
-
-def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, cu_seqlens: Tensor | None) -> None:
-    """`advantages`, one per sequence or per token. (`check_loss_arguments` has checked the rest.)"""
-    if not isinstance(advantages, Tensor):
-        raise TypeError(f"advantages must be a tensor, got {type(advantages).__name__}")
+def check_advantages(target: Tensor, advantages: Tensor, cu_seqlens: Tensor | None) -> None:
+    """One per sequence or per token."""
+    check_tensor("advantages", advantages)
     count = sequence_count(target, cu_seqlens)
     if tuple(advantages.shape) not in (count, tuple(target.shape)):
         raise ValueError(
@@ -171,38 +218,14 @@ def check_policy_arguments(hidden: Tensor, target: Tensor, advantages: Tensor, c
         )
     if not advantages.is_floating_point():
         raise TypeError(f"advantages must be floating-point, got {advantages.dtype}: call advantages.float()")
-    same_device(hidden, advantages=advantages)
+    same_device(target, advantages=advantages)
 
 
-def check_sequence_label(
-    hidden: Tensor, target: Tensor, sequence_label: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    if sequence_label is None:
-        return
-    same_shape("sequence_label", sequence_label, "(S,), one flag per sequence", sequence_count(target, cu_seqlens))
-    wanted, remedy = "torch.bool, True where the response is right", ": call sequence_label.bool()"
-    check_dtype("sequence_label", sequence_label, (torch.bool,), wanted, remedy)
-    same_device(hidden, sequence_label=sequence_label)
-
-
-def check_block_ids_kind(like: Tensor, what: str, block_ids: Tensor | None, level: str) -> None:
-    """The block of each token, at the levels that have blocks."""
-    if block_ids is None:
-        return
-    same_shape("block_ids", block_ids, what, like.shape)
-    check_dtype("block_ids", block_ids, IDS, "torch.int32 or torch.int64", ": call block_ids.int()")
-    same_device(like, block_ids=block_ids)
-    if level == "token":
+def check_level_of_blocks(block_ids: Tensor | None, level: str) -> None:
+    if block_ids is not None and level == "token":
         raise ValueError(
             "block_ids must be None at level 'token', where every token is its own block: use level 'block'"
         )
-
-
-def check_given_weights(hidden: Tensor, target: Tensor, weights: Tensor) -> None:
-    """The caller's weights, one per token."""
-    same_shape("weights", weights, "target's shape", target.shape)
-    check_dtype("weights", weights, LOGPROBS, "float32 (or float64)", ": call weights.float()")
-    same_device(hidden, weights=weights)
 
 
 def check_teacher(
@@ -216,7 +239,7 @@ def check_teacher(
     """A teacher in memory: hidden states and a head over the student's vocabulary."""
     x, w, bias, temperature, softcap = teacher
     for name, tensor in ((f"{argument}.hidden", x), (f"{argument}.weight", w)):
-        check_dtype(name, tensor, DTYPES, FLOATS)
+        check_dtype(name, tensor, FLOATS)
     if x.dim() != hidden.dim() or x.shape[:-1] != target.shape:
         raise ValueError(
             f"{argument}.hidden must have target's shape {tuple(target.shape)} and its own hidden size last, got "
@@ -248,15 +271,14 @@ def check_top_k_teacher(hidden: Tensor, target: Tensor, teacher: tuple[Tensor, T
     """A teacher known by its K most likely tokens at each position."""
     ids, logprobs = teacher
     for name, tensor in (("teacher.ids", ids), ("teacher.logprobs", logprobs)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.dim() != target.dim() + 1 or tensor.shape[:-1] != target.shape:
             raise ValueError(
                 f"{name} must have target's shape {tuple(target.shape)} and K last, got {tuple(tensor.shape)}"
             )
     same_shape("teacher.logprobs", logprobs, "the shape of teacher.ids", ids.shape)
-    check_dtype("teacher.ids", ids, IDS, "torch.int64 or torch.int32")
-    check_logprobs_dtype("teacher.logprobs", logprobs)
+    check_dtype("teacher.ids", ids, Kind(IDS, "torch.int64 or torch.int32"))
+    check_dtype("teacher.logprobs", logprobs, LOGPROB)
     check_k("teacher.ids", ids.shape[-1], vocabulary)
     same_device(hidden, **{"teacher.ids": ids, "teacher.logprobs": logprobs})
 
@@ -266,52 +288,6 @@ def check_k(name: str, k: int, vocabulary: int) -> None:
         raise ValueError(
             f"{name} must have a K of at least 1 and less than the vocabulary's {vocabulary} tokens, got {k!r}"
         )
-
-
-def check_weight_arguments(
-    logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    """What pear_weights takes."""
-    if logprobs.dim() not in (1, 2):
-        raise ValueError(f"logprobs must be (N,) or (B, T), got shape {tuple(logprobs.shape)}")
-    check_logprobs_dtype("logprobs", logprobs)
-    check_logprobs_dtype("behavior_logprobs", behavior_logprobs)
-    same_shape("behavior_logprobs", behavior_logprobs, "logprobs' shape", logprobs.shape)
-    if mask is not None:
-        same_shape("mask", mask, "logprobs' shape", logprobs.shape)
-        check_dtype("mask", mask, (torch.bool,), "torch.bool, True at response tokens", ": call mask.bool()")
-    check_cu_seqlens_kind(cu_seqlens, logprobs.dim(), "logprobs is (B, T)")
-    same_device(logprobs, behavior_logprobs=behavior_logprobs, mask=mask, cu_seqlens=cu_seqlens)
-
-
-def check_logprobs_dtype(name: str, logprobs: Tensor) -> None:
-    """float32 or float64: half precision rounds a log-prob by 4e-3, and the errors add up along the suffix."""
-    half = isinstance(logprobs, Tensor) and logprobs.dtype in (torch.bfloat16, torch.float16)
-    remedy = ": half precision is too coarse for ratios, so score again in float32 rather than cast" if half else ""
-    check_dtype(name, logprobs, LOGPROBS, "float32 (or float64)", remedy)
-
-
-def check_cu_seqlens_kind(cu_seqlens: Tensor | None, dims: int, padded: str) -> None:
-    """`cu_seqlens` goes with packs, and is a vector of integers."""
-    if cu_seqlens is None:
-        return
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor (S+1,) of int32 or int64, got {type(cu_seqlens).__name__}")
-    if dims == 2:
-        raise ValueError(
-            f"cu_seqlens is for packs, but {padded}, one sequence per row: leave it out, or flatten to a pack"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens must be (S+1,) with S >= 1, got shape {tuple(cu_seqlens.shape)}")
-    check_dtype("cu_seqlens", cu_seqlens, IDS, "torch.int32 or torch.int64")
-
-
-def sequence_bounds(shape: Sequence[int], cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """(S+1,) bounds of the flat tokens: the pack's own, one sequence per row for (B, T), or one sequence for (N,)."""
-    if cu_seqlens is not None:
-        return cu_seqlens.contiguous()
-    rows, length = shape if len(shape) == 2 else (1, shape[0])
-    return torch.arange(rows + 1, device=device) * length
 
 
 # ---- values
@@ -412,14 +388,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 @value_check
-def check_valid_tokens(valid_tokens: int | None, valid: Tensor) -> None:
+def check_valid_tokens(
+    valid_tokens: int | None, valid: Tensor, what: str = "targets that are not ignore_index"
+) -> None:
     """The number of tokens that count, where the caller gives one."""
     if valid_tokens is not None:
-        require(
-            valid.sum() == valid_tokens,
-            "valid_tokens must be the number of targets that are not ignore_index",
-            lambda: f"{valid_tokens} where there are {int(valid.sum())}",
-        )
+        rule = f"valid_tokens must be the number of {what}"
+        require(valid.sum() == valid_tokens, rule, lambda: f"{valid_tokens} where there are {int(valid.sum())}")
 
 
 def block_key(block_ids: Tensor, start: Tensor) -> Tensor:
@@ -453,7 +428,7 @@ def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor, vocabulary: int) -
         (logprobs, (logprobs.diff(dim=1) <= 0).all(1), "teacher.logprobs must be sorted, the largest first"),
         (total, total <= 1 + MAX_LOGPROB, "teacher.logprobs must have a sum of probabilities of at most 1"),
     ):
-        none_of(valid & ~good, rule, functools.partial(shown_at, column), ": " + AGAIN)
+        none_of(valid & ~good, rule, functools.partial(shown_at, column), AGAIN)
 
 
 # ---- what autograd may not ask

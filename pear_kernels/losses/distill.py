@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import LossOutput, autocast_dtype, checked_inputs, flat, run, teacher_columns
+from pear_kernels.losses.shared import LossOutput, add_teacher, checked_inputs, run
 from pear_kernels.objectives.teachers import Teacher, TopKTeacher
 from pear_kernels.options import (
     DistillKeywords,
@@ -16,6 +16,7 @@ from pear_kernels.options import (
     Options,
     PEAROptions,
     Reduction,
+    TeacherOptions,
     gather,
     takes,
 )
@@ -80,31 +81,30 @@ def linear_distill_loss(
         ValueError, TypeError, torch.OutOfMemoryError, RuntimeError: as `linear_pear_loss`.
     """
     given = gather("linear_distill_loss", CLASSES, options, keywords)
-    logprobs = {"behavior_logprobs": behavior_logprobs}
-    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
+    columns = {
+        "behavior_logprobs": behavior_logprobs, "block_ids": block_ids, "sequence_scale": sequence_scale
+    }  # fmt: skip
+    inputs = checked_inputs(
+        hidden, weight, target, bias, group, valid_tokens, return_entropy, columns, cu_seqlens, denominator
+    )
     refuse(inputs.group, "linear_distill_loss")
-    hidden, target = inputs.hidden, inputs.target
-    checks.check_block_ids_kind(target, "target's shape", block_ids, given[1].level)
+    checks.check_level_of_blocks(block_ids, given[1].level)
     if block_ids is not None and behavior_logprobs is None:
         raise ValueError(
             "block_ids is given, but behavior_logprobs is None: there are no log-ratios to put into blocks"
         )
-    if isinstance(teacher, TopKTeacher):
-        checks.check_top_k_teacher(hidden, target, teacher, weight.shape[0])
+    if isinstance(teacher, Teacher):
+        head = add_teacher(inputs, teacher, "teacher")
+    elif isinstance(teacher, TopKTeacher):
+        checks.check_top_k_teacher(inputs.hidden, inputs.target, teacher, weight.shape[0])
         if return_entropy:
             raise ValueError(
                 "return_entropy does not work with a TopKTeacher, whose pass makes no entropy of the student: pass "
                 "False, or take it from linear_logprobs(..., return_entropy=True)"
             )
-        of_teacher, head = teacher_columns(None)
-        of_teacher["teacher_ids"], of_teacher["teacher_logprobs"] = (part.detach().flatten(0, -2) for part in teacher)
-    elif isinstance(teacher, Teacher):
-        checks.check_teacher(hidden, inputs.weight, target, teacher, autocast_dtype)
-        of_teacher, head = teacher_columns(teacher)
+        ids, logprobs = (part.detach().flatten(0, -2) for part in teacher)
+        inputs.columns.update(teacher_ids=ids, teacher_logprobs=logprobs)
+        head = TeacherOptions()
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
-    columns = {"block_ids": flat(block_ids), **of_teacher}
-    options = *given, head
-    return run(
-        "linear_distill_loss", inputs, options, columns, return_entropy=return_entropy, valid_tokens=valid_tokens
-    )
+    return run("linear_distill_loss", inputs, (*given, head))

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import Inputs, checked_inputs
+from pear_kernels.losses.shared import checked_inputs
 from pear_kernels.objectives.teachers import TopKTeacher
 from pear_kernels.ops import logprobs as ops
-from pear_kernels.ops.call import spec_and_numbers
-from pear_kernels.options import CallOptions, HeadKeywords, HeadOptions, Options, gather, takes
+from pear_kernels.options import HeadKeywords, HeadOptions, Options, gather, takes
 
 
 @takes(HeadOptions)
@@ -47,10 +46,10 @@ def linear_logprobs(
         RuntimeError: for a double backward.
     """
     given = gather("linear_logprobs", (HeadOptions,), options, keywords)
-    inputs = checked_inputs(hidden, weight, target, bias, group)
+    inputs = checked_inputs(hidden, weight, target, bias, group, valid_tokens, return_entropy)
     checks.refuse_transforms("linear_logprobs", *inputs.flat)
-    arguments = arguments_of("linear_logprobs", inputs, given, valid_tokens, return_entropy)
-    logprobs, entropy, _ = ops.linear_logprobs(*inputs.flat, *arguments)
+    spec, numbers = inputs.spec_and_numbers("linear_logprobs", given)
+    logprobs, entropy, _ = ops.linear_logprobs(*inputs.flat, numbers, spec, inputs.group)
     shape = inputs.target.shape
     return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)
 
@@ -81,25 +80,11 @@ def linear_topk_logprobs(
         ValueError, TypeError: naming the argument, what it got and what to do.
     """
     given = gather("linear_topk_logprobs", (HeadOptions,), options, keywords)
-    inputs = checked_inputs(hidden, weight, target, bias, group)
+    inputs = checked_inputs(hidden, weight, target, bias, group, valid_tokens)
     if inputs.group is None:  # else the op knows the vocabulary
         checks.check_k("k", k, inputs.weight.shape[0])
-    flat = (None if tensor is None else tensor.detach() for tensor in inputs.flat)
-    ids, logprobs = ops.linear_topk_logprobs(
-        *flat, k, *arguments_of("linear_topk_logprobs", inputs, given, valid_tokens)
-    )
+    head = (None if tensor is None else tensor.detach() for tensor in inputs.flat)
+    spec, numbers = inputs.spec_and_numbers("linear_topk_logprobs", given)
+    ids, logprobs = ops.linear_topk_logprobs(*head, k, numbers, spec, inputs.group)
     shape = *inputs.target.shape, k
     return TopKTeacher(ids.view(shape), logprobs.view(shape))
-
-
-def arguments_of(
-    name: str,
-    inputs: Inputs,
-    options: tuple[Options, ...],
-    valid_tokens: int | None,
-    return_entropy: bool = False,
-) -> tuple[Tensor, str, str | None]:
-    """What an op takes after its tensors: numbers, spec and group."""
-    options = *options, CallOptions(valid_tokens=valid_tokens)
-    spec, numbers = spec_and_numbers(name, (), inputs.compute_dtype, options, return_entropy)
-    return numbers, spec, inputs.group

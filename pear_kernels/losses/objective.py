@@ -49,10 +49,10 @@ def linear_objective_loss(
     if not callable(objective):
         raise TypeError(f"objective must be a function from a Pack to an Objective, got {type(objective).__name__}")
     given = gather("linear_objective_loss", (HeadOptions,), options, keywords)
-    inputs = checked_inputs(hidden, weight, target, bias, None, {}, cu_seqlens)
+    inputs = checked_inputs(hidden, weight, target, bias, None, valid_tokens, return_entropy, {}, cu_seqlens)
 
     def call() -> LossOutput:
         with objective_by(objective):
-            return run("linear_objective_loss", inputs, given, return_entropy=return_entropy, valid_tokens=valid_tokens)
+            return run("linear_objective_loss", inputs, given)
 
     return untraced(call)()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import LossOutput, checked_inputs, flat, run
+from pear_kernels.losses.shared import LossOutput, checked_inputs, run
 from pear_kernels.options import HeadOptions, LabelOptions, Options, PEARKeywords, PEAROptions, Reduction, gather, takes
 
 CLASSES = PEAROptions, LabelOptions, Reduction, HeadOptions
@@ -88,15 +88,18 @@ def linear_pear_loss(
         RuntimeError: for a double backward.
     """
     given = gather("linear_pear_loss", CLASSES, options, keywords)
+    columns = {
+        "behavior_logprobs": behavior_logprobs, "block_ids": block_ids, "sequence_label": sequence_label,
+        "sequence_scale": sequence_scale,
+    }  # fmt: skip
+    inputs = checked_inputs(
+        hidden, weight, target, bias, group, valid_tokens, return_entropy, columns, cu_seqlens, denominator
+    )
     pear: PEAROptions = given[0]
-    logprobs: dict[str, Tensor | None] = {"behavior_logprobs": behavior_logprobs}
-    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
-    checks.check_block_ids_kind(inputs.target, "target's shape", block_ids, pear.level)
-    checks.check_sequence_label(inputs.hidden, inputs.target, sequence_label, cu_seqlens)
+    checks.check_level_of_blocks(block_ids, pear.level)
     if sequence_label is not None and pear.normalize == "batch":
         raise ValueError(
             "normalize must not be 'batch' beside sequence_label, as one factor of the whole call would scale wrong "
             "sequences too: use 'sequence', which is of right ones alone"
         )
-    columns = {"block_ids": flat(block_ids), "sequence_label": flat(sequence_label)}
-    return run("linear_pear_loss", inputs, given, columns, return_entropy=return_entropy, valid_tokens=valid_tokens)
+    return run("linear_pear_loss", inputs, given)

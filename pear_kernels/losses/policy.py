@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import LossOutput, checked_inputs, flat, run
+from pear_kernels.losses.shared import LossOutput, checked_inputs, run
 from pear_kernels.options import HeadOptions, Options, PolicyKeywords, PolicyOptions, PolicyReduction, gather, takes
 
 CLASSES = PolicyOptions, PolicyReduction, HeadOptions
@@ -84,9 +84,12 @@ def linear_policy_loss(
         raise ValueError(f"beta is {policy.beta!r}, but ref_logprobs is None: pass the reference policy's log-probs")
     if sampler_logprobs is not None and old_logprobs is None:
         raise ValueError("sampler_logprobs needs old_logprobs: its correction is pi_old / pi_sampler, got None")
-    logprobs = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs}
-    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
-    checks.check_policy_arguments(inputs.hidden, inputs.target, advantages, cu_seqlens)
+    columns = {
+        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampler_logprobs": sampler_logprobs,
+        "sequence_scale": sequence_scale,
+    }  # fmt: skip
+    inputs = checked_inputs(hidden, weight, target, bias, group, valid_tokens, False, columns, cu_seqlens, denominator)
+    checks.check_advantages(inputs.target, advantages, cu_seqlens)
     by_sequence = tuple(advantages.shape) == checks.sequence_count(inputs.target, cu_seqlens)
-    columns = {"sequence_advantages" if by_sequence else "advantages": flat(advantages)}
-    return run("linear_policy_loss", inputs, given, columns, valid_tokens=valid_tokens)
+    inputs.add({"sequence_advantages" if by_sequence else "advantages": advantages})
+    return run("linear_policy_loss", inputs, given)

@@ -1,6 +1,6 @@
 """What every loss does around its op: inputs are checked and flattened, a `LossOutput` comes out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,8 +36,17 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # (V,) or (V_r,)
     group: str | None  # name of the process group whose ranks share the vocabulary
     compute_dtype: torch.dtype  # operands of products are rounded to it
-    columns: dict[str, Tensor | None]  # of the op, flat; those that are None were not given
-    denominator: float | None
+    call: CallOptions
+    return_entropy: bool
+    columns: dict[str, Tensor]  # of the op, flat and without gradients; only those that were given
+
+    def add(self, columns: Mapping[str, Tensor | None]) -> None:
+        """Puts what has no gradient into `columns`, as (N,) or (S,)."""
+        self.columns.update((name, each.detach().reshape(-1)) for name, each in columns.items() if each is not None)
+
+    def spec_and_numbers(self, name: str, options: Sequence[Options]) -> tuple[str, Tensor]:
+        """What the op of the function `name` takes after its tensors."""
+        return spec_and_numbers(name, self.columns, self.compute_dtype, (*options, self.call), self.return_entropy)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -51,24 +60,25 @@ def checked_inputs(
     target: Tensor,
     bias: Tensor | None,
     group: "torch.distributed.ProcessGroup | None",
-    logprobs: dict[str, Tensor | None] | None = None,  # by their names, of a loss
+    valid_tokens: int | None,
+    return_entropy: bool = False,
+    columns: Mapping[str, Tensor | None] | None = None,  # of a loss, by their names; None where one is left out
     cu_seqlens: Tensor | None = None,
-    sequence_scale: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> Inputs:
     hidden, weight, target, bias, shared = local_head(hidden, weight, target, bias, group)
     autocast = autocast_dtype(hidden, weight)
     checks.check_head(hidden, weight, target, bias, autocast is not None, 2 if shared is None else 0)
-    columns: dict[str, Tensor | None] = {}
-    if logprobs is not None:
-        checks.check_loss_arguments(hidden, target, logprobs, cu_seqlens, sequence_scale, denominator)
-        columns = {name: flat(column) for name, column in logprobs.items()}
-        columns["sequence_scale"] = flat(sequence_scale)
-        columns["cu_seqlens"] = checks.sequence_bounds(target.shape, cu_seqlens, hidden.device)
-    number = denominator
-    if isinstance(number, Tensor):
-        columns["denominator"], number = number.detach(), None
-    return Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, columns, number)
+    number = None if isinstance(denominator, Tensor) else denominator
+    call = CallOptions(valid_tokens=valid_tokens, denominator=number)
+    inputs = Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, call, return_entropy, {})
+    if columns is not None:
+        checks.check_columns(columns, target, cu_seqlens)
+        inputs.add({**columns, "cu_seqlens": checks.sequence_bounds(target, cu_seqlens)})
+        if isinstance(denominator, Tensor):
+            checks.check_denominator(hidden, denominator)
+            inputs.columns["denominator"] = denominator.detach()
+    return inputs
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -79,24 +89,16 @@ def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if on and torch.float64 not in (hidden.dtype, weight.dtype) else None
 
 
-def run(
-    name: str,
-    inputs: Inputs,
-    options: Sequence[Options],
-    columns: dict[str, Tensor | None] | None = None,  # flat, of this loss alone
-    *,
-    return_entropy: bool = False,
-    valid_tokens: int | None = None,
-) -> LossOutput:
+def run(name: str, inputs: Inputs, options: Sequence[Options]) -> LossOutput:
     """The op `linear_loss`, as the loss of this name."""
-    given = {key: column for key, column in (inputs.columns | (columns or {})).items() if column is not None}
-    call = CallOptions(valid_tokens=valid_tokens, denominator=inputs.denominator)
-    spec, numbers = spec_and_numbers(name, given, inputs.compute_dtype, (*options, call), return_entropy)
-    checks.refuse_transforms(name, *inputs.flat, *given.values())
-    wanted = wanted_gradients(inputs.hidden, inputs.weight, inputs.bias)
-    found = linear_loss(*inputs.flat, [*given.values()], numbers, spec, inputs.group, wanted)
+    columns, head = inputs.columns, inputs.flat
+    spec, numbers = inputs.spec_and_numbers(name, options)
+    checks.refuse_transforms(name, *head, *columns.values())
+    grad = torch.is_grad_enabled()
+    wanted = [grad and tensor is not None and tensor.requires_grad for tensor in head[:3]]
+    found = linear_loss(*head, [*columns.values()], numbers, spec, inputs.group, wanted)
     loss, logprobs, weights, stats, *_ = found
-    names = LOSSES[name].stats(tuple(given)) + OF_ALL
+    names = LOSSES[name].stats(tuple(columns)) + OF_ALL
     values = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
     shape = inputs.target.shape
     return LossOutput(loss, logprobs.view(shape), weights.view(shape), values)
@@ -110,25 +112,13 @@ def untraced(call: Callable[[], LossOutput]) -> Callable[[], LossOutput]:
     return call
 
 
-def flat(values: Tensor | None) -> Tensor | None:
-    """What has no gradient, as (N,) or (S,)."""
-    return None if values is None else values.detach().reshape(-1)
-
-
-def teacher_columns(teacher: Teacher | None) -> tuple[dict[str, Tensor | None], TeacherOptions]:
-    """Hidden states (N, D'), weight and bias of a teacher in memory, rounded by autocast, and its head's options."""
-    if teacher is None:
-        return {}, TeacherOptions()
+def add_teacher(inputs: Inputs, teacher: Teacher, argument: str) -> TeacherOptions:
+    """Checks a teacher in memory, puts its tensors into `inputs.columns`, hidden as (N, D') and all of them rounded as
+    autocast rounds operands, and returns its head's options."""
+    checks.check_teacher(inputs.hidden, inputs.weight, inputs.target, teacher, autocast_dtype, argument)
     hidden, weight, bias, temperature, softcap = teacher
     dtype = autocast_dtype(hidden, weight)
-    if dtype is not None:
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    columns = {"teacher_hidden": hidden, "teacher_weight": weight.detach(), "teacher_bias": flat(bias)}
-    return columns, TeacherOptions(temperature=temperature, softcap=softcap)
-
-
-def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
-    """Whether each of them gets a gradient."""
-    grad = torch.is_grad_enabled()
-    return [grad and tensor is not None and tensor.requires_grad for tensor in tensors]
+    columns = {"teacher_hidden": hidden.flatten(0, -2), "teacher_weight": weight, "teacher_bias": bias}
+    given = {name: each.detach() for name, each in columns.items() if each is not None}
+    inputs.columns.update(given if dtype is None else {name: each.to(dtype) for name, each in given.items()})
+    return TeacherOptions(temperature=temperature, softcap=softcap)

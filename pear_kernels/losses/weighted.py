@@ -7,8 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from pear_kernels import checks
-from pear_kernels.losses.shared import LossOutput, autocast_dtype, checked_inputs, flat, run, teacher_columns, untraced
+from pear_kernels.losses.shared import LossOutput, add_teacher, checked_inputs, run, untraced
 from pear_kernels.objectives.teachers import Teacher
 from pear_kernels.objectives.weighted import weights_by
 from pear_kernels.options import (
@@ -16,6 +15,7 @@ from pear_kernels.options import (
     HeadOptions,
     Options,
     Reduction,
+    TeacherOptions,
     WeightingKeywords,
     WeightingOptions,
     gather,
@@ -94,7 +94,9 @@ def linear_weighted_loss(
     if isinstance(weights, str) and own.weighting is None:
         own, weights = own.replace(weighting=weights), None
     weighting = own.weighting
-    checks.check_weighting(weights, weighting)
+    if (weights is None) == (weighting is None):
+        got = "neither" if weights is None else f"both, weighting being {weighting!r}"
+        raise ValueError(f"give one of weights and weighting, got {got}")
     if reference is not None and weighting != "asft":
         raise ValueError(f"reference is for weighting 'asft', whose KL is to a whole distribution, got {weighting!r}")
     if weighting in NEEDS_REF and ref_logprobs is None and reference is None:
@@ -102,25 +104,20 @@ def linear_weighted_loss(
             f"weighting is {weighting!r}, but ref_logprobs is None: pass the targets' log-probs under "
             f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
         )
-    logprobs: dict[str, Tensor | None] = {"ref_logprobs": ref_logprobs}
-    inputs = checked_inputs(hidden, weight, target, bias, group, logprobs, cu_seqlens, sequence_scale, denominator)
-    hidden, target = inputs.hidden, inputs.target
-    column = None if callable(weights) or isinstance(weights, str) else weights
-    if column is not None:
-        checks.check_given_weights(hidden, target, column)
+    given = None if callable(weights) or isinstance(weights, str) else weights
+    columns = {"ref_logprobs": ref_logprobs, "weights": given, "sequence_scale": sequence_scale}
+    inputs = checked_inputs(
+        hidden, weight, target, bias, group, valid_tokens, return_entropy, columns, cu_seqlens, denominator
+    )
+    teacher = TeacherOptions()
     if reference is not None:
         if not isinstance(reference, Teacher):
             raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
         refuse(inputs.group, "reference")
-        checks.check_teacher(hidden, inputs.weight, target, reference, autocast_dtype, "reference")
-    of_teacher, teacher = teacher_columns(reference)
-    columns = {"weights": flat(column), **of_teacher}
+        teacher = add_teacher(inputs, reference, "reference")
 
     def call() -> LossOutput:
         with weights_by(weights) if callable(weights) else contextlib.nullcontext():
-            return run(
-                "linear_weighted_loss", inputs, (own, *others, teacher), columns,
-                return_entropy=return_entropy, valid_tokens=valid_tokens,
-            )  # fmt: skip
+            return run("linear_weighted_loss", inputs, (own, *others, teacher))
 
     return (untraced(call) if callable(weights) else call)()

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.losses.shared import flat
 from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.ops.weights import pear_weights as op
-from pear_kernels.options import HeadOptions, Options, PEAROptions, WeightsKeywords, gather, takes
+from pear_kernels.options import CallOptions, HeadOptions, Options, PEAROptions, WeightsKeywords, gather, takes
 
 
 @takes(PEAROptions)
@@ -21,7 +20,8 @@ def pear_weights(
     *,
     cu_seqlens: Tensor | None = None,  # (S+1,)
     block_ids: Tensor | None = None,  # like logprobs
-    backend: str | None = None,
+    backend: str | None = HeadOptions.backend,
+    valid_tokens: int | None = None,
     options: Options | Sequence[Options] = (),
     **keywords: Unpack[WeightsKeywords],
 ) -> Tensor:
@@ -41,7 +41,9 @@ def pear_weights(
             and no position, and has the weight of its place: the sum from the first block that starts after it. What
             behavior_logprobs hold there does not matter. In a sequence of -1 alone all weights are 1.
         options: an object of `PEAROptions`. Its fields, where their meanings stand, are keywords of this function too.
-        backend: "triton", "torch" or None, as in `linear_pear_loss`.
+        backend: as in `HeadOptions`.
+        valid_tokens: the number of True in `mask`, if the caller knows it (all tokens, without one). It saves the one
+            host sync of a call; a wrong number is an error.
 
     Returns:
         Weights of the shape and dtype of `logprobs`.
@@ -50,16 +52,17 @@ def pear_weights(
         ValueError, TypeError: naming the argument, what it got and what it should be.
     """
     (pear,) = gather("pear_weights", (PEAROptions,), options, keywords)
-    checks.check_weight_arguments(logprobs, behavior_logprobs, mask, cu_seqlens)
-    checks.check_block_ids_kind(logprobs, "logprobs' shape", block_ids, pear.level)
-    head = HeadOptions(backend=backend)
-    if mask is None:
-        mask = torch.ones_like(logprobs, dtype=torch.bool)
-    columns = {
-        "behavior_logprobs": flat(behavior_logprobs), "block_ids": flat(block_ids),
-        "cu_seqlens": checks.sequence_bounds(logprobs.shape, cu_seqlens, logprobs.device),
-    }  # fmt: skip
-    given = {name: column for name, column in columns.items() if column is not None}
-    spec, numbers = spec_and_numbers("pear_weights", given, logprobs.dtype, (pear, head))
+    if logprobs.dim() not in (1, 2):
+        raise ValueError(f"logprobs must be (N,) or (B, T), got shape {tuple(logprobs.shape)}")
+    checks.check_dtype("logprobs", logprobs, checks.LOGPROB)
+    checks.check_tensor("behavior_logprobs", behavior_logprobs)
+    columns = {"behavior_logprobs": behavior_logprobs, "block_ids": block_ids, "mask": mask}
+    checks.check_columns(columns, logprobs, cu_seqlens, "logprobs' shape", "logprobs is (B, T)")
+    checks.check_level_of_blocks(block_ids, pear.level)
+    own = HeadOptions(backend=backend), CallOptions(valid_tokens=valid_tokens)
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    given = {name: each.detach().reshape(-1) for name, each in columns.items() if each is not None and name != "mask"}
+    given["cu_seqlens"] = checks.sequence_bounds(logprobs, cu_seqlens)
+    spec, numbers = spec_and_numbers("pear_weights", given, logprobs.dtype, (pear, *own))
     found: Tensor = op(logprobs.detach().reshape(-1), mask.reshape(-1), list(given.values()), numbers, spec)
     return found.view(logprobs.shape)

@@ -7,7 +7,7 @@ numbers as one tensor, which is data, and the rest of its options as one string.
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels import checks
-from pear_kernels.engine.head import BackendHead, BackendLogitsHead
+from pear_kernels.engine.head import BackendHead
 from pear_kernels.engine.memory import explain_out_of_memory
 from pear_kernels.engine.objective import TeacherSource
 from pear_kernels.engine.packing import capturing, pack_tokens, unpack
@@ -28,7 +28,7 @@ from pear_kernels.sharding import meet, sharded
 # An op reads its numbers on the host. Inductor must not capture that into a CUDA graph, whose replays would keep the
 # numbers of the capture.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+DTYPES = {str(dtype): dtype for dtype in checks.DTYPES}
 
 
 class Spec(NamedTuple):
@@ -84,6 +84,14 @@ def parse(spec: str) -> Spec:
     return Spec(name, tuple(columns.split(",")) if columns else (), DTYPES[compute_dtype], entropy == "1", options)
 
 
+def known_tokens(options: dict[type[Options], Any], valid: Tensor, what: str) -> int | None:
+    """How many tokens count, from a caller who gave the right number."""
+    # a captured CUDA graph has a static pack, whose replays may have another number of tokens that count
+    tokens = None if capturing() else options[CallOptions].valid_tokens
+    checks.check_valid_tokens(tokens, valid, what)
+    return tokens
+
+
 class Call:
     """One call inside an op: its options, backend and head, and the pack of its tokens after all checks of values."""
 
@@ -108,37 +116,25 @@ class Call:
         self.vocabulary = self.weight.shape[0] if self.shard is None else self.shard.vocabulary
         self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
         valid = self.target != self.own.ignore_index
-        # a captured CUDA graph has a static pack, whose replays may have another number of tokens that count
-        tokens = None if capturing() else self.options[CallOptions].valid_tokens
-        if counted is not None:
-            tokens = int(counted) if counted >= 0 else None
-        else:
+        if counted is None:
             values = {"target": self.target, **self.columns}
             self.backend.check_values(values, valid, self.vocabulary, self.own.ignore_index)
-            checks.check_valid_tokens(tokens, valid)
+            tokens = known_tokens(self.options, valid, "targets that are not ignore_index")
+        else:
+            tokens = int(counted) if counted >= 0 else None
         self.pack = pack_tokens(valid, self.columns.get("cu_seqlens"), tokens=tokens)
 
-    @property
-    def _of_head(self) -> tuple[Tensor, Tensor | None, float, float | None, torch.dtype]:
-        return self.weight, self.bias, self.own.temperature, self.own.softcap, self.given.compute_dtype
+    def head(self, on_logits: bool) -> Any:
+        """The head over this rank's rows of the vocabulary: a `BackendLogitsHead`, or else a `BackendHead`."""
+        make: Callable[..., Any] = self.backend.logits_head if on_logits else self.backend.head
+        return make(self.weight, self.bias, self.own.temperature, self.own.softcap, self.given.compute_dtype)
 
-    def head(self) -> BackendHead:
-        """The head over this rank's rows of the vocabulary."""
-        return self.backend.head(*self._of_head)
-
-    def logits_head(self) -> BackendLogitsHead:
-        """The same for a `LogitsWalk`."""
-        return self.backend.logits_head(*self._of_head)
-
-    def walk(self, head: BackendHead, entropy: bool) -> Walk:
-        return Walk(*self._of_walk(head), entropy=entropy)
-
-    def logits_walk(self, head: BackendLogitsHead, entropy: bool, teacher: TeacherSource | None = None) -> LogitsWalk:
-        return LogitsWalk(*self._of_walk(head), entropy=entropy, teacher=teacher)
-
-    def _of_walk(self, head: Any) -> tuple[Any, ...]:
+    def walk(self, head: Any, on_logits: bool, entropy: bool, teacher: TeacherSource | None = None) -> Walk:
         whole = sharded(head, self.shard, self.own.temperature, self.own.softcap)
-        return self.hidden, whole, self.target, self.pack, self.wanted, self.own.workspace_bytes
+        arguments = self.hidden, whole, self.target, self.pack, self.wanted, self.own.workspace_bytes
+        if on_logits:
+            return LogitsWalk(*arguments, entropy=entropy, teacher=teacher)
+        return Walk(*arguments, entropy=entropy)
 
     def explain_out_of_memory(self, name: str, head: BackendHead) -> AbstractContextManager[None]:
         return explain_out_of_memory(name, self.hidden, head, self.wanted, self.own.workspace_bytes)

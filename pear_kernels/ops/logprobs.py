@@ -1,7 +1,5 @@
 """The custom ops of `linear_logprobs`, forward and backward, and of `linear_topk_logprobs`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,9 +22,9 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs (N,), entropy (N,) or empty, numbers (k + 1,) for the backward pass: `Call.tokens_on_host` last)."""
     call = Call((hidden, weight, bias, target), numbers, spec, group)
-    head = call.head()
+    head = call.head(on_logits=False)
     with call.explain_out_of_memory("linear_logprobs", head):
-        walk = call.walk(head, call.given.return_entropy)
+        walk = call.walk(head, on_logits=False, entropy=call.given.return_entropy)
         walk.score_all(FixedCoefficients())
     entropy = hidden.new_empty(0, dtype=call.given.dtype) if walk.entropy is None else call.unpack(walk.entropy)
     return call.unpack(walk.logprobs), entropy, torch.cat([numbers, call.tokens_on_host().double()[None]])
@@ -56,11 +54,11 @@ def linear_logprobs_backward(
     """(dX, dW, db) in their tensors' dtypes, empty where not wanted: the logits made again, then two more products."""
     on_logits = grad_entropy is not None
     call = Call((hidden, weight, bias, target), numbers[:-1], spec, group, wanted, counted=numbers[-1])
-    head: Any = call.logits_head() if on_logits else call.head()
+    head = call.head(on_logits)
     known = [None if grad is None else call.pack.take(grad.to(head.dtype)) for grad in (grad_logprobs, grad_entropy)]
     nll = None if known[0] is None else -known[0]
     with call.explain_out_of_memory("the backward pass of linear_logprobs", head):
-        walk = call.logits_walk(head, entropy=True) if on_logits else call.walk(head, entropy=False)
+        walk = call.walk(head, on_logits, entropy=on_logits)
         walk.run(FixedCoefficients(nll, known[1]) if on_logits else FixedCoefficients(nll))
         grads = walk.grads
         return (
@@ -116,7 +114,7 @@ def linear_topk_logprobs(
     """(ids (N, k), logprobs (N, k)); at ignored tokens 0..k-1 and 0."""
     call = Call((hidden, weight, bias, target), numbers, spec, group)
     checks.check_k("k", k, call.vocabulary)
-    head, pack, size = call.logits_head(), call.pack, target.numel()
+    head, pack, size = call.head(on_logits=True), call.pack, target.numel()
     if call.shard is not None:
         call.shard.plan(head)
     ids = torch.arange(k, device=target.device).repeat(size, 1)

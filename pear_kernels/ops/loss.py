@@ -32,10 +32,10 @@ def compute(
     objective = loss.objective(problem)
     # only a gradient or a teacher needs the logits to stay
     on_logits = objective.on_logits and (any(wanted) or any(name.startswith("teacher_") for name in given.columns))
-    head: Any = call.logits_head() if on_logits else call.head()
+    head = call.head(on_logits)
     with call.explain_out_of_memory(given.name, head):
         entropy = given.return_entropy or objective.needs_entropy
-        walk = call.logits_walk(head, entropy, teacher_of(problem, head)) if on_logits else call.walk(head, entropy)
+        walk = call.walk(head, on_logits, entropy, teacher_of(problem, head) if on_logits else None)
         walk.run(objective)
     logprobs = call.unpack(walk.logprobs)  # before `finish`, which may be the caller's and overwrite its arguments
     total, weights, stats = objective.finish(walk.logprobs, walk.entropy, walk.divergence)

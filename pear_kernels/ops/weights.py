@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.ops import backends
-from pear_kernels.ops.call import TAGS, parse
+from pear_kernels.ops.call import TAGS, known_tokens, parse
 from pear_kernels.options import HeadOptions, PEAROptions
 
 
@@ -23,7 +23,7 @@ def pear_weights(
     behavior, cu_seqlens, block_ids = named["behavior_logprobs"], named["cu_seqlens"], named.get("block_ids")
     backend = backends.choose(options[HeadOptions].backend, logprobs.device, logprobs.dtype)
     backend.check_values(named, mask)
-    pack = pack_tokens(mask, cu_seqlens)
+    pack = pack_tokens(mask, cu_seqlens, tokens=known_tokens(options, mask, "response tokens"))
     ids = None if block_ids is None else pack.take(block_ids)
     made = backend.weights(pack.take(behavior), pack, options[PEAROptions], ids)
     made.observe(0, pack.tokens, pack.take(logprobs))

@@ -437,8 +437,12 @@ VALUES = [
     ("zero, as a tensor", dict(denominator=torch.tensor(0)), "denominator must be a positive number, got 0"),
     ("nan, as a tensor", dict(denominator=torch.tensor(nan)), "denominator must be a positive number, got nan"),
     ("scale nan", dict(sequence_scale=torch.tensor([1, nan])), "sequence_scale must be finite, got [1.0, nan]"),
-    ("valid_tokens", dict(valid_tokens=5),
+    ("valid_tokens", dict(valid_tokens=5, target=TARGET),
      "valid_tokens must be the number of targets that are not ignore_index, got 5 where there are 6"),
+    ("valid_tokens of a mask", dict(valid_tokens=5, mask=TARGET > 1),
+     "valid_tokens must be the number of response tokens, got 5 where there are 4"),
+    ("valid_tokens of all", dict(valid_tokens=5, logprobs=ones()),
+     "valid_tokens must be the number of response tokens, got 5 where there are 6"),
     *(
         (f"{name} {value}", {name: with_value(3, value)},
          f"{name} must be finite and at most 0, got {found} ... at flat position 3 (1 such tokens): score the data "

@@ -356,17 +356,18 @@ def test_ops_have_at_most_ten_arguments():
 # ---- valid_tokens
 
 
-@pytest.mark.parametrize("call", [call for call in FUNCTIONS if call is not weights], **NAMED)
+@pytest.mark.parametrize("call", FUNCTIONS, **NAMED)
 def test_valid_tokens_changes_nothing_and_must_be_right(call):
     extra = {"weighting": "iw-sft"} if call is weighted else {}
     hidden, weight = PROBLEM.leaves()
     expected, found = call(hidden, weight, **extra), call(hidden, weight, valid_tokens=COUNTED, **extra)
     assert same(found, expected)
-    if call is not topk:
+    if call not in (topk, weights):
         grads = [torch.autograd.grad(flat(result)[0].sum(), (hidden, weight)) for result in (expected, found)]
         assert same(*grads)
     for wrong in (COUNTED - 1, COUNTED + 1, 0, len(TARGET) + 9):
-        message = f"number of targets that are not ignore_index, got {wrong} where there are {COUNTED}$"
+        counted = "response tokens" if call is weights else "targets that are not ignore_index"
+        message = f"number of {counted}, got {wrong} where there are {COUNTED}$"
         with pytest.raises(ValueError, match=f"^valid_tokens must be the {message}"):
             call(hidden, weight, valid_tokens=wrong, **extra)
     for wrong in (-1, 3.0, True, "3"):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from pear_kernels import pear_weights
 from pear_kernels.engine.packing import pack_tokens
 from pear_kernels.formulas.weights import PEARWeights
-from pear_kernels.options import PEAROptions
+from pear_kernels.ops.call import spec_and_numbers
+from pear_kernels.ops.weights import pear_weights as pear_weights_op
+from pear_kernels.options import CallOptions, HeadOptions, PEAROptions
 from pear_kernels.reference import naive_weights
 
 LEVELS = ["token", "block", "sequence"]
@@ -168,3 +171,16 @@ def test_a_gap_inside_a_response_carries_no_ratio_and_no_position():
 def test_no_gradient_flows_through_the_weights():
     logprobs, behavior = random_logprobs(6, 5)
     assert not pear_weights(logprobs.requires_grad_(), behavior.requires_grad_()).requires_grad
+
+
+def test_a_known_number_of_tokens_saves_the_list_of_them(monkeypatch):
+    """And with it the host sync on a GPU."""
+    monkeypatch.setenv("PEAR_KERNELS_CHECK_VALUES", "0")
+    logprobs, mask, bounds = -torch.ones(6), torch.arange(6) > 1, torch.tensor([0, 6])
+    for valid_tokens in (None, 4):
+        options = PEAROptions(), HeadOptions(), CallOptions(valid_tokens=valid_tokens)
+        columns = {"behavior_logprobs": logprobs, "cu_seqlens": bounds}
+        spec, numbers = spec_and_numbers("pear_weights", columns, torch.float32, options)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            pear_weights_op._init_fn(logprobs, mask, list(columns.values()), numbers, spec)
+        assert ("aten::nonzero" in {event.name for event in profiler.events()}) == (valid_tokens is None)
