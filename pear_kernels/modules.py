@@ -1,21 +1,16 @@
 """The losses as `nn.Module`s, with their options set once."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Concatenate, ParamSpec, Unpack
 
 from torch import nn
 
-from pear_kernels.losses import (
-    LossOutput,
-    linear_distill_loss,
-    linear_pear_loss,
-    linear_policy_loss,
-    linear_weighted_loss,
-)
+from pear_kernels import losses
+from pear_kernels.losses import LossOutput
 from pear_kernels.options import (
     DistillKeywords,
-    Options,
+    Objects,
     PEARKeywords,
     PolicyKeywords,
     WeightingConstants,
@@ -32,10 +27,13 @@ class LinearLoss(nn.Module):
 
     function: ClassVar[Callable[..., LossOutput]]
 
-    def __init__(self, options: Options | Sequence[Options], keywords: Mapping[str, object]):
+    def __init_subclass__(cls) -> None:
+        takes(*cls.function.option_classes)(cls.__init__)  # type: ignore
+
+    def __init__(self, options: Objects, keywords: Mapping[str, object]):
         super().__init__()
         classes = type(self).function.option_classes  # type: ignore[attr-defined]
-        self.options: tuple[Options, ...] = gather(type(self).__name__, classes, options, keywords)
+        self.options = gather(type(self).__name__, classes, options, keywords)
 
     def extra_repr(self) -> str:
         fields = {name: value for each in self.options for name, value in each.asdict().items()}
@@ -63,56 +61,46 @@ def forward_of(function: Callable[P, LossOutput]) -> Callable[[object], Callable
 class LinearPEARLoss(LinearLoss):
     """`linear_pear_loss` (arXiv 2602.01058) as a module, with its keywords."""
 
-    function = staticmethod(linear_pear_loss)
+    function = staticmethod(losses.linear_pear_loss)
 
-    @forward_of(linear_pear_loss)
-    def forward(self) -> None: ...
-
-    @takes(*linear_pear_loss.option_classes)  # type: ignore[attr-defined]
-    def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PEARKeywords]):
+    def __init__(self, *, options: Objects = (), **keywords: Unpack[PEARKeywords]):
         super().__init__(options, keywords)
+
+    @forward_of(losses.linear_pear_loss)
+    def forward(self) -> None: ...
 
 
 class LinearWeightedLoss(LinearLoss):
     """`linear_weighted_loss` as a module, with its keywords: by a named weighting, or with weights in each call."""
 
-    function = staticmethod(linear_weighted_loss)
+    function = staticmethod(losses.linear_weighted_loss)
 
-    @forward_of(linear_weighted_loss)
-    def forward(self) -> None: ...
-
-    @takes(*linear_weighted_loss.option_classes)  # type: ignore[attr-defined]
-    def __init__(
-        self,
-        weighting: str | None = None,
-        *,
-        options: Options | Sequence[Options] = (),
-        **keywords: Unpack[WeightingConstants],
-    ):
+    def __init__(self, weighting: str | None = None, *, options: Objects = (), **keywords: Unpack[WeightingConstants]):
         super().__init__(options, keywords if weighting is None else {"weighting": weighting, **keywords})
+
+    @forward_of(losses.linear_weighted_loss)
+    def forward(self) -> None: ...
 
 
 class LinearDistillLoss(LinearLoss):
     """`linear_distill_loss` as a module, with its keywords."""
 
-    function = staticmethod(linear_distill_loss)
+    function = staticmethod(losses.linear_distill_loss)
 
-    @forward_of(linear_distill_loss)
-    def forward(self) -> None: ...
-
-    @takes(*linear_distill_loss.option_classes)  # type: ignore[attr-defined]
-    def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[DistillKeywords]):
+    def __init__(self, *, options: Objects = (), **keywords: Unpack[DistillKeywords]):
         super().__init__(options, keywords)
+
+    @forward_of(losses.linear_distill_loss)
+    def forward(self) -> None: ...
 
 
 class LinearPolicyLoss(LinearLoss):
     """`linear_policy_loss` as a module, with its keywords."""
 
-    function = staticmethod(linear_policy_loss)
+    function = staticmethod(losses.linear_policy_loss)
 
-    @forward_of(linear_policy_loss)
-    def forward(self) -> None: ...
-
-    @takes(*linear_policy_loss.option_classes)  # type: ignore[attr-defined]
-    def __init__(self, *, options: Options | Sequence[Options] = (), **keywords: Unpack[PolicyKeywords]):
+    def __init__(self, *, options: Objects = (), **keywords: Unpack[PolicyKeywords]):
         super().__init__(options, keywords)
+
+    @forward_of(losses.linear_policy_loss)
+    def forward(self) -> None: ...

@@ -126,6 +126,9 @@ class Options:
         return tuple(cls.__dataclass_fields__)
 
 
+Objects: TypeAlias = Options | Sequence[Options]  # one object, or several of different classes
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions(Options):
     """The LM head and the pass over it: logits = softcap * tanh((x W^T + b) / softcap) / temperature.
@@ -498,6 +501,13 @@ class DistillKeywords(WeightsKeywords, ReductionKeywords, HeadKeywords, total=Fa
     nll_coef: float
 
 
+class PlanKeywords(TypedDict, total=False):  # of `plan`, beside `level`: those that change what a call costs
+    center: bool
+    normalize: str | None
+    workspace_bytes: int | None
+    backend: str | None
+
+
 # ---- keywords and objects of a call
 
 
@@ -523,7 +533,7 @@ def takes(*classes: type[Options]) -> Callable[[F], F]:
 def gather(
     name: str,
     classes: tuple[type[Options], ...],
-    options: Options | Sequence[Options],
+    options: Objects,
     keywords: Mapping[str, object],
 ) -> tuple[Any, ...]:
     """One object of each of `classes`, from the objects and the keywords of a call of the function `name`.

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 
@@ -11,8 +12,20 @@ from pear_kernels.backends.torch.head import temporary_bytes
 from pear_kernels.engine.head import torch_row_bytes, triton_row_bytes
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
 from pear_kernels.engine.walk import grad_hidden_dtype
-from pear_kernels.options import LEVELS, HeadOptions, PEAROptions, is_number
+from pear_kernels.options import (
+    LEVELS,
+    HeadOptions,
+    PEAROptions,
+    PlanKeywords,
+    check,
+    gather,
+    is_number,
+    one_of,
+    or_none,
+    takes,
+)
 
+CLASSES = PEAROptions, HeadOptions
 TOKEN_BYTES = 28 * 8  # per-token numbers that are kept: positions, blocks, log-probs, ratios, sums, weights
 
 
@@ -75,9 +88,7 @@ class Plan:
 
     def __str__(self) -> str:
         call = "linear_logprobs" if self.level is None else f"linear_pear_loss, {self.level} level"
-        trained = " and ".join(
-            name for name, is_wanted in (("hidden", self.wanted.hidden), ("head", self.wanted.head)) if is_wanted
-        )
+        trained = " and ".join(["hidden"] * self.wanted.hidden + ["head"] * self.wanted.head)
         lines = [
             f"{call}: {self.tokens:,} tokens, vocabulary {self.vocabulary:,}, hidden size {self.hidden_size:,}, "
             f"{str(self.dtype).removeprefix('torch.')}, {self.backend}; gradients of {trained or 'nothing'}",
@@ -119,6 +130,7 @@ _STEPS = {
 }
 
 
+@takes(*CLASSES)
 def plan(
     tokens: int,
     vocabulary: int,
@@ -127,15 +139,12 @@ def plan(
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     level: str | None = PEAROptions.level,
-    center: bool = PEAROptions.center,
-    normalize: str | None = PEAROptions.normalize,
     gradient: bool = True,
     train_head: bool = True,
     bias: bool = False,
-    workspace_bytes: int | None = HeadOptions.workspace_bytes,
     static: bool = False,
     device: str = "cuda",
-    backend: str | None = HeadOptions.backend,
+    **keywords: Unpack[PlanKeywords],
 ) -> Plan:
     """What a call of this shape will do and cost, from the code that schedules the call itself. Nothing runs.
 
@@ -149,14 +158,13 @@ def plan(
         level: that of `linear_pear_loss`; None: `linear_logprobs`, whose backward pass makes the logits again. For
             `linear_policy_loss` and `linear_weighted_loss`: "token", but "sequence" for "gspo" and "iw-sft". (Losses of
             a `LogitsWalk`, with a teacher or an entropy bonus, have other chunks: not planned yet.)
-        center, normalize: those of `linear_pear_loss`, whose other options cost nothing here.
         gradient: False: no gradient at all, as under `torch.no_grad()`.
         train_head: False: a frozen head, whose weight (and bias) need no gradient.
         bias: whether the head has one.
-        workspace_bytes: as in the call.
         static: the call is recorded into a CUDA graph: `tokens` are then all tokens, the ignored ones included.
         device: "cuda" or "cpu".
-        backend: "triton" or "torch"; None: "triton" on "cuda" (except for float64), else "torch".
+        center, normalize, workspace_bytes, backend: as in the call, whose other options cost nothing here. Without a
+            backend: "triton" on "cuda" (except for float64), else "torch".
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it should be.
@@ -171,10 +179,9 @@ def plan(
         )
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
-    if level is not None and level not in LEVELS:
-        raise ValueError(f"level must be None or one of {', '.join(map(repr, LEVELS))}, got {level!r}")
-    options = PEAROptions(level=level or PEAROptions.level, center=center, normalize=normalize)
-    HeadOptions(workspace_bytes=workspace_bytes, backend=backend)
+    check("level", level, or_none(one_of(LEVELS, "be None or one of")))
+    pear, head = gather("plan", CLASSES, (), {"level": level or PEAROptions.level, **keywords})
+    backend, workspace_bytes = head.backend, head.workspace_bytes
     if device not in ("cuda", "cpu"):
         raise ValueError(f'device must be "cuda" or "cpu", got {device!r}')
     if dtype == torch.float64 or backend is None:
@@ -195,7 +202,7 @@ def plan(
     # ---- the walks
     wanted = Wanted(gradient, gradient and train_head, gradient and train_head and bias)
     weight = torch.empty(vocabulary, hidden_size, device="meta")
-    head_bytes = sums.itemsize * (weight.numel() * wanted.weight + vocabulary * wanted.bias)
+    head_numbers = weight.numel() * wanted.weight + vocabulary * wanted.bias  # of dW and db
 
     def walk(wanted: Wanted) -> Schedule:
         return schedule(
@@ -203,11 +210,11 @@ def plan(
             wanted,
             row_bytes=row_bytes(any(wanted)),
             workspace_bytes=workspace_bytes or default_workspace(weight, sums.itemsize),
-            coupling=Coupling(options.separable, True, None if static else lengths) if options.coupled else None,
+            coupling=Coupling(pear.separable, True, None if static else lengths) if pear.coupled else None,
         )
 
     walks: tuple[Schedule, ...] = (walk(wanted),)
-    if level is None and gradient:
+    if level is None and gradient:  # linear_logprobs: the forward pass alone comes first
         walks = walk(Wanted(False, False, False)), *walks
 
     # ---- their bytes
@@ -216,9 +223,7 @@ def plan(
     temporary = tokens * TOKEN_BYTES
     if backend == "torch":
         temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums)
-    rounded = 0
-    if dtype != sums:
-        rounded += itemsize * (weight.numel() * wanted.weight + vocabulary * wanted.bias)
+    rounded = itemsize * head_numbers if dtype != sums else 0
     if grad_hidden_itemsize != itemsize:
         rounded += itemsize * tokens * hidden_size * wanted.hidden
 
@@ -239,16 +244,9 @@ def plan(
             moved += tokens * (vocabulary * cell + hidden_size * itemsize)
 
     return Plan(
-        tokens,
-        vocabulary,
-        hidden_size,
-        dtype,
-        level,
-        backend,
-        wanted,
-        walks,
+        *(tokens, vocabulary, hidden_size, dtype, level, backend, wanted, walks),
         workspace_bytes=max(walk.rows * row_bytes(walk.gradient) for walk in walks),
-        grad_head_bytes=head_bytes,
+        grad_head_bytes=sums.itemsize * head_numbers,
         grad_hidden_bytes=tokens * hidden_size * grad_hidden_itemsize * wanted.hidden,
         temporary_bytes=temporary,
         rounded_bytes=rounded,

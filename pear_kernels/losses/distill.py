@@ -1,6 +1,5 @@
 """Distillation: `linear_distill_loss`."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -13,10 +12,9 @@ from pear_kernels.options import (
     DistillKeywords,
     DivergenceOptions,
     HeadOptions,
-    Options,
+    Objects,
     PEAROptions,
     Reduction,
-    TeacherOptions,
     gather,
     takes,
 )
@@ -41,7 +39,7 @@ def linear_distill_loss(
     return_entropy: bool = False,
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[DistillKeywords],
 ) -> LossOutput:
     """Distillation of an LM head with PEAR's weights, heads included, without ever holding the (N, V) logits of either.
@@ -94,7 +92,7 @@ def linear_distill_loss(
             "block_ids is given, but behavior_logprobs is None: there are no log-ratios to put into blocks"
         )
     if isinstance(teacher, Teacher):
-        head = add_teacher(inputs, teacher, "teacher")
+        add_teacher(inputs, teacher, "teacher")
     elif isinstance(teacher, TopKTeacher):
         checks.check_top_k_teacher(inputs.hidden, inputs.target, teacher, weight.shape[0])
         if return_entropy:
@@ -104,7 +102,6 @@ def linear_distill_loss(
             )
         ids, logprobs = (part.detach().flatten(0, -2) for part in teacher)
         inputs.columns.update(teacher_ids=ids, teacher_logprobs=logprobs)
-        head = TeacherOptions()
     else:
         raise TypeError(f"teacher must be a pear_kernels.Teacher or TopKTeacher, got {type(teacher).__name__}")
-    return run("linear_distill_loss", inputs, (*given, head))
+    return run("linear_distill_loss", inputs, given)

@@ -1,6 +1,5 @@
 """Log-probs for a loss of the caller's, and those of the most likely tokens."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -10,7 +9,7 @@ from pear_kernels import checks
 from pear_kernels.losses.shared import checked_inputs
 from pear_kernels.objectives.teachers import TopKTeacher
 from pear_kernels.ops import logprobs as ops
-from pear_kernels.options import HeadKeywords, HeadOptions, Options, gather, takes
+from pear_kernels.options import HeadKeywords, HeadOptions, Objects, gather, takes
 
 
 @takes(HeadOptions)
@@ -23,7 +22,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[HeadKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log pi of each target under an LM head, without ever holding the (N, V) logits; any loss may be built on top.
@@ -64,7 +63,7 @@ def linear_topk_logprobs(
     bias: Tensor | None = None,  # (V,)
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[HeadKeywords],
 ) -> TopKTeacher:
     """The k most likely tokens of an LM head and their log-probs, without ever holding the (N, V) logits.

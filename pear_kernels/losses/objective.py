@@ -1,6 +1,6 @@
 """A loss of the caller: `linear_objective_loss`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Unpack
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from pear_kernels.engine.objective import Objective
 from pear_kernels.engine.packing import Pack
 from pear_kernels.losses.shared import LossOutput, checked_inputs, run, untraced
 from pear_kernels.objectives.custom import objective_by
-from pear_kernels.options import HeadKeywords, HeadOptions, Options, gather, takes
+from pear_kernels.options import HeadKeywords, HeadOptions, Objects, gather, takes
 
 
 @takes(HeadOptions)
@@ -23,7 +23,7 @@ def linear_objective_loss(
     cu_seqlens: Tensor | None = None,  # (S+1,)
     valid_tokens: int | None = None,
     return_entropy: bool = False,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[HeadKeywords],
 ) -> LossOutput:
     """A loss of your own on an LM head, head included, without ever holding the (N, V) logits.

@@ -1,6 +1,5 @@
 """PEAR: `linear_pear_loss`."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.losses.shared import LossOutput, checked_inputs, run
-from pear_kernels.options import HeadOptions, LabelOptions, Options, PEARKeywords, PEAROptions, Reduction, gather, takes
+from pear_kernels.options import HeadOptions, LabelOptions, Objects, PEARKeywords, PEAROptions, Reduction, gather, takes
 
 CLASSES = PEAROptions, LabelOptions, Reduction, HeadOptions
 
@@ -29,7 +28,7 @@ def linear_pear_loss(
     return_entropy: bool = False,
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[PEARKeywords],
 ) -> LossOutput:
     """PEAR loss of an LM head (arXiv 2602.01058), head included, without ever holding the (N, V) logits.

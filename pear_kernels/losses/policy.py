@@ -1,6 +1,5 @@
 """RL: `linear_policy_loss`."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.losses.shared import LossOutput, checked_inputs, run
-from pear_kernels.options import HeadOptions, Options, PolicyKeywords, PolicyOptions, PolicyReduction, gather, takes
+from pear_kernels.options import HeadOptions, Objects, PolicyKeywords, PolicyOptions, PolicyReduction, gather, takes
 
 CLASSES = PolicyOptions, PolicyReduction, HeadOptions
 
@@ -29,7 +28,7 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[PolicyKeywords],
 ) -> LossOutput:
     """Policy-gradient loss of an LM head, head included, without ever holding the (N, V) logits.

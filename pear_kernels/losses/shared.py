@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # (V,) or (V_r,)
     group: str | None  # name of the process group whose ranks share the vocabulary
     compute_dtype: torch.dtype  # operands of products are rounded to it
-    call: CallOptions
+    options: list[Options]  # but those that the function gathers
     return_entropy: bool
     columns: dict[str, Tensor]  # of the op, flat and without gradients; only those that were given
 
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
     def spec_and_numbers(self, name: str, options: Sequence[Options]) -> tuple[str, Tensor]:
         """What the op of the function `name` takes after its tensors."""
-        return spec_and_numbers(name, self.columns, self.compute_dtype, (*options, self.call), self.return_entropy)
+        return spec_and_numbers(name, self.columns, self.compute_dtype, (*options, *self.options), self.return_entropy)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -71,7 +71,7 @@ def checked_inputs(
     checks.check_head(hidden, weight, target, bias, autocast is not None, 2 if shared is None else 0)
     number = None if isinstance(denominator, Tensor) else denominator
     call = CallOptions(valid_tokens=valid_tokens, denominator=number)
-    inputs = Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, call, return_entropy, {})
+    inputs = Inputs(hidden, weight, target, bias, shared, autocast or hidden.dtype, [call], return_entropy, {})
     if columns is not None:
         checks.check_columns(columns, target, cu_seqlens)
         inputs.add({**columns, "cu_seqlens": checks.sequence_bounds(target, cu_seqlens)})
@@ -112,13 +112,13 @@ def untraced(call: Callable[[], LossOutput]) -> Callable[[], LossOutput]:
     return call
 
 
-def add_teacher(inputs: Inputs, teacher: Teacher, argument: str) -> TeacherOptions:
-    """Checks a teacher in memory, puts its tensors into `inputs.columns`, hidden as (N, D') and all of them rounded as
-    autocast rounds operands, and returns its head's options."""
+def add_teacher(inputs: Inputs, teacher: Teacher, argument: str) -> None:
+    """Checks a teacher in memory, and puts its tensors (hidden as (N, D'), all of them rounded as autocast rounds
+    operands) and its head's options into `inputs`."""
     checks.check_teacher(inputs.hidden, inputs.weight, inputs.target, teacher, autocast_dtype, argument)
     hidden, weight, bias, temperature, softcap = teacher
     dtype = autocast_dtype(hidden, weight)
     columns = {"teacher_hidden": hidden.flatten(0, -2), "teacher_weight": weight, "teacher_bias": bias}
     given = {name: each.detach() for name, each in columns.items() if each is not None}
     inputs.columns.update(given if dtype is None else {name: each.to(dtype) for name, each in given.items()})
-    return TeacherOptions(temperature=temperature, softcap=softcap)
+    inputs.options.append(TeacherOptions(temperature=temperature, softcap=softcap))

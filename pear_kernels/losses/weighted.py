@@ -1,7 +1,7 @@
 """Any weights per token: `linear_weighted_loss`."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -13,9 +13,8 @@ from pear_kernels.objectives.weighted import weights_by
 from pear_kernels.options import (
     NEEDS_REF,
     HeadOptions,
-    Options,
+    Objects,
     Reduction,
-    TeacherOptions,
     WeightingKeywords,
     WeightingOptions,
     gather,
@@ -42,7 +41,7 @@ def linear_weighted_loss(
     return_entropy: bool = False,
     valid_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[WeightingKeywords],
 ) -> LossOutput:
     """SFT loss of an LM head with any weight per token, head included, without ever holding the (N, V) logits.
@@ -109,15 +108,14 @@ def linear_weighted_loss(
     inputs = checked_inputs(
         hidden, weight, target, bias, group, valid_tokens, return_entropy, columns, cu_seqlens, denominator
     )
-    teacher = TeacherOptions()
     if reference is not None:
         if not isinstance(reference, Teacher):
             raise TypeError(f"reference must be a pear_kernels.Teacher, got {type(reference).__name__}")
         refuse(inputs.group, "reference")
-        teacher = add_teacher(inputs, reference, "reference")
+        add_teacher(inputs, reference, "reference")
 
     def call() -> LossOutput:
         with weights_by(weights) if callable(weights) else contextlib.nullcontext():
-            return run("linear_weighted_loss", inputs, (own, *others, teacher))
+            return run("linear_weighted_loss", inputs, (own, *others))
 
     return (untraced(call) if callable(weights) else call)()

@@ -1,6 +1,5 @@
 """`pear_weights`: the weights without a loss."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from pear_kernels import checks
 from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.ops.weights import pear_weights as op
-from pear_kernels.options import CallOptions, HeadOptions, Options, PEAROptions, WeightsKeywords, gather, takes
+from pear_kernels.options import CallOptions, HeadOptions, Objects, PEAROptions, WeightsKeywords, gather, takes
 
 
 @takes(PEAROptions)
@@ -22,7 +21,7 @@ def pear_weights(
     block_ids: Tensor | None = None,  # like logprobs
     backend: str | None = HeadOptions.backend,
     valid_tokens: int | None = None,
-    options: Options | Sequence[Options] = (),
+    options: Objects = (),
     **keywords: Unpack[WeightsKeywords],
 ) -> Tensor:
     """PEAR weights G (arXiv 2602.01058) from log-probs that a trainer already has. No gradient flows through G.

@@ -130,7 +130,7 @@ class Call:
         return make(self.weight, self.bias, self.own.temperature, self.own.softcap, self.given.compute_dtype)
 
     def walk(self, head: Any, on_logits: bool, entropy: bool, teacher: TeacherSource | None = None) -> Walk:
-        whole = sharded(head, self.shard, self.own.temperature, self.own.softcap)
+        whole: Any = sharded(head, self.shard, self.own.temperature, self.own.softcap)
         arguments = self.hidden, whole, self.target, self.pack, self.wanted, self.own.workspace_bytes
         if on_logits:
             return LogitsWalk(*arguments, entropy=entropy, teacher=teacher)

@@ -22,9 +22,9 @@ LAYERS = [  # lowest first; a module imports its own layer and those below
     ("__init__",),
 ]
 MOST_PARAMETERS = 14
-MORE_PARAMETERS = {  # the public losses and `plan`, whose arguments are keywords, and one reference
+MORE_PARAMETERS = {  # the public losses, whose arguments are keywords, and one reference
     *("losses.pear.linear_pear_loss", "losses.weighted.linear_weighted_loss", "losses.policy.linear_policy_loss"),
-    *("losses.distill.linear_distill_loss", "plan.plan", "reference.naive_policy_loss"),
+    *("losses.distill.linear_distill_loss", "reference.naive_policy_loss"),
 }
 UPWARD_TODAY: set[tuple[str, str]] = set()  # (importer, imported) that break the order; empty it
 
