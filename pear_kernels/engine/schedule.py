@@ -83,20 +83,18 @@ def schedule(
         workspace_bytes: bytes of the workspace.
         coupling: None for a loss whose coefficients are known as soon as a chunk's log-probs are.
     """
-    gradient = any(wanted)
-    rows = chunk_rows(workspace_bytes, row_bytes)
-    if coupling is None or not gradient:
-        return Schedule([Step("visit", [chunk]) for chunk in reversed(cut(0, tokens, rows))], gradient)
-    separable, scalable, lengths, coupled_sequences = coupling
-    if lengths is None:
-        chunks = cut(0, tokens, rows)[::-1]
-        if len(chunks) > 1:  # dX can be rescaled row by row; dW is a sum over sequences and cannot
-            return Schedule([Step("twice" if wanted.head or not scalable else "deferred", chunks)], gradient)
-        return Schedule([Step("visit", [chunk]) for chunk in chunks], gradient)
-    whole, long = cut_at_sequences(lengths, rows, coupled_sequences)
-    if not wanted.head:
-        first = further = "deferred" if scalable else "twice"
-    else:  # while the first long sequence is walked, dW holds nothing else and can be rescaled
-        first, further = "deferred" if separable else "twice", "twice"
-    steps = [Step(further if i else first, chunks[::-1]) for i, chunks in enumerate(long)]
-    return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(whole)], gradient)
+    gradient, rows = any(wanted), chunk_rows(workspace_bytes, row_bytes)
+    alone, further = cut(0, tokens, rows), "twice"
+    steps: list[Step] = []
+    if coupling is not None and gradient:
+        separable, scalable, lengths, coupled_sequences = coupling
+        if not wanted.head and scalable:  # dX can be rescaled row by row; dW is a sum over sequences and cannot
+            further = "deferred"
+        if lengths is not None:
+            alone, long = cut_at_sequences(lengths, rows, coupled_sequences)
+            # while the first long sequence is walked, dW holds nothing else and can be rescaled
+            first = "deferred" if wanted.head and separable else further
+            steps = [Step(further if i else first, chunks[::-1]) for i, chunks in enumerate(long)]
+        elif len(alone) > 1:
+            alone, steps = [], [Step(further, alone[::-1])]
+    return Schedule(steps + [Step("visit", [chunk]) for chunk in reversed(alone)], gradient)

@@ -1,0 +1,1 @@
+"""Formulas in PyTorch, on per-token tensors: no loss, no head, no schedule."""

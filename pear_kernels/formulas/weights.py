@@ -199,8 +199,8 @@ class PEARWeights:
 
     def mean_weights(self) -> Tensor:
         """(n,) float64: mean G of each token's sequence, for sequences observed down to their first token."""
-        pack, weights = self.pack, self.clipped_weights(0, self.pack.tokens)
-        sums = torch.segment_reduce(weights, "sum", lengths=pack.lengths, unsafe=True, initial=0.0)  # (S,)
+        pack = self.pack
+        sums = pack.sequence_sums(self.clipped_weights(0, pack.tokens))  # (S,)
         means = (sums[pack.sequence] / (pack.stop - pack.start)).clamp(min=TINY)
         return means if pack.counts is None else means.masked_fill(~pack.counts, 1.0)  # a ghost belongs to no sequence
 

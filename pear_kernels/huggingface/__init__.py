@@ -1,0 +1,1 @@
+"""The losses in models of transformers."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.engine.head import BackendHead
-from pear_kernels.engine.memory import explain_out_of_memory
 from pear_kernels.engine.objective import TeacherSource
+from pear_kernels.engine.out_of_memory import explain_out_of_memory
 from pear_kernels.engine.packing import capturing, pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import LogitsWalk, Walk

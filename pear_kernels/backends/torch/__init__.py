@@ -1,0 +1,1 @@
+"""Heads in plain PyTorch, on any device."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from pear_kernels.backends.torch import head
 from pear_kernels.engine.head import Scores, TeacherRows, TopKRows, VocabularyRows
 from pear_kernels.formulas import softmax
-from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
 from pear_kernels.formulas.divergence import compared_with, divergence, slope
 from pear_kernels.formulas.softmax import MIN_LOG
+from pear_kernels.formulas.topk import Buckets, is_first_of_both
 
 
 class _Teacher(NamedTuple):
@@ -113,7 +113,7 @@ class LogitsHead(head.Head):
             row = z, target[rows], top[rows], largest[rows]
             others[rows], _ = self._others(*row)
             others_soft[rows] = others[rows] if temperature == 1.0 else self._others(*row, temperature=temperature)[0]
-        buckets = make_buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
+        buckets = Buckets(teacher, target, ids_logits, target_logit, top, others, others_soft)
         top1 = is_first_of_both(teacher.ids, ids_logits, top, largest, target)
         state = _Rows(target, largest, buckets=buckets)
         return Scores(buckets.logprobs, None, buckets.divergence, state, top1, top, buckets.log_z)

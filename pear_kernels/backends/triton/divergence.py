@@ -2,7 +2,7 @@
 
 The formulas are explained in `pear_kernels.backends.torch.logits_head` and `pear_kernels.formulas.divergence`. One
 program processes one row, whose float32 logits cuBLAS has left in the workspace. A raw logit of -inf is no outcome of
-its own: it is one of a teacher's ids, which `pear_kernels.formulas.buckets` handles.
+its own: it is one of a teacher's ids, which `pear_kernels.formulas.topk` handles.
 """
 
 import triton
@@ -173,7 +173,7 @@ def gradient_rows(
     TEMPERATURE: tl.constexpr,
     SOFT: tl.constexpr,
     KIND: tl.constexpr,
-    BUCKETS: tl.constexpr,  # factors are a, b and t of `pear_kernels.formulas.buckets.Buckets.gradient`
+    BUCKETS: tl.constexpr,  # factors are a, b and t of `pear_kernels.formulas.topk.Buckets.gradient`
     BLOCK_V: tl.constexpr,
 ):
     """dL/dz of a row: c (p - 1[v = y]) - h p (log p + H) + g dD/dz."""

@@ -16,7 +16,7 @@ from pear_kernels.backends.triton.head import ROW_BLOCK
 from pear_kernels.backends.triton.launch import launch
 from pear_kernels.engine.head import Scores, TeacherRows, TopKRows, VocabularyRows, triton_row_bytes
 from pear_kernels.formulas.activation import Activation
-from pear_kernels.formulas.buckets import Buckets, is_first_of_both, make_buckets
+from pear_kernels.formulas.topk import Buckets, is_first_of_both
 from pear_kernels.options import DIVERGENCES, DivergenceOptions
 
 # A row's dz is stored divided by its unit, the sum of its coefficients' sizes times HEADROOM. For float16: entries are
@@ -79,7 +79,7 @@ class LogitsHead(head.Head):
                 top1 = torch.where(target < 0, target_logit > sums[1], top1)
             rows = _Rows(target, sums, entropies, teacher, None)
             return Scores(sums[0], entropies, divergence, rows, top1, sums[1], sums[4])
-        buckets = make_buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
+        buckets = Buckets(teacher, target, ids_logits, target_logit, *sums[1:4])
         top1 = is_first_of_both(teacher.ids, ids_logits, sums[1], sums[9], target)
         rows = _Rows(target, sums, None, teacher, buckets)
         return Scores(buckets.logprobs, None, buckets.divergence, rows, top1, sums[1], buckets.log_z)

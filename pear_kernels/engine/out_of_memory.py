@@ -23,14 +23,13 @@ def explain_out_of_memory(
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in SIGNS):
             raise
-        workspace = workspace_bytes or default_workspace(head.planned, head.dtype.itemsize)
+        weight, itemsize, dtype = head.weight, head.dtype.itemsize, str(head.dtype).removeprefix("torch.")
+        workspace = workspace_bytes or default_workspace(head.planned, itemsize)
         needs = [f"a workspace of up to {mebibytes(workspace)} (lower it: workspace_bytes, now {workspace})"]
         if wanted.weight:
-            size = mebibytes(head.weight.numel() * head.dtype.itemsize)
-            dtype = str(head.dtype).removeprefix("torch.")
             needs.append(
-                f"{size} for the {dtype} gradient of weight (V, D) = {tuple(head.weight.shape)} "
-                "(none where weight needs no gradient)"
+                f"{mebibytes(weight.numel() * itemsize)} for the {dtype} gradient of weight (V, D) = "
+                f"{tuple(weight.shape)} (none where weight needs no gradient)"
             )
         if wanted.hidden:
             needs.append(f"{mebibytes(hidden.numel() * hidden.itemsize)} for the gradient of hidden")
