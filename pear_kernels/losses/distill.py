@@ -54,9 +54,8 @@ def linear_distill_loss(
     | "reverse" | KL(p, q) = sum p log(p / q) |
     | "js" | js_beta KL(q, m) + (1 - js_beta) KL(p, m), m = js_beta q + (1 - js_beta) p (GKD, arXiv 2306.13649) |
 
-    Three matrix products with a trained head, two with a frozen one, one without gradients, plus one for a teacher in
-    memory. (At sequence level, with center or normalize: as `linear_pear_loss`.) One chunk of logits of each model is
-    held at a time.
+    As many matrix products as `linear_pear_loss`, plus one for a teacher in memory. One chunk of logits of each model
+    is held at a time.
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, return_entropy, valid_tokens, group: see
@@ -68,8 +67,7 @@ def linear_distill_loss(
             last one being any other token (whose probability is at least the rounding of the log-probs' dtype). No
             gradient goes to a teacher.
         behavior_logprobs, block_ids: as in `linear_pear_loss`; without behavior_logprobs every G is 1.
-        options: objects of `DivergenceOptions`, `PEAROptions`, `Reduction` and `HeadOptions`, at most one each.
-            Their fields, where their meanings stand, are keywords of this function too.
+        options: objects of `DivergenceOptions`, `PEAROptions`, `Reduction`, `HeadOptions`, as in `linear_pear_loss`.
 
     Returns:
         LossOutput. `weights` are G. `stats` begin with "divergence", the mean of D; the others are

@@ -28,15 +28,14 @@ def linear_objective_loss(
 ) -> LossOutput:
     """A loss of your own on an LM head, head included, without ever holding the (N, V) logits.
 
-    Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients. (A coupled objective: as `linear_pear_loss` at sequence level.)
+    As many matrix products as `linear_pear_loss` (a coupled objective: as that at sequence level).
 
     Args:
         hidden, weight, target, bias, cu_seqlens, valid_tokens, return_entropy: see `linear_pear_loss`.
         objective: a function from the call's `Pack` to an `Objective`, such as a subclass of it. The objective gets
             log-probs and returns their coefficients; the pack says where tokens stand, and `pack.take(values)` brings
             your (N, ...) tensors into its order. (`torch.compile` breaks the graph there.)
-        options: an object of `HeadOptions`. Its fields, where their meanings stand, are keywords of this function too.
+        options: an object of `HeadOptions`, as in `linear_pear_loss`.
 
     Returns:
         LossOutput. `weights` and `stats` are those that `Objective.finish` returns, the latter by the names in

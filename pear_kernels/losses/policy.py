@@ -53,10 +53,9 @@ def linear_policy_loss(
     clips are 3e-4 and 4e-4, "gspo_token" its section 4.3; CISPO: 2506.13585; SAPO: 2511.20347; REINFORCE: Williams
     1992.
 
-    Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients. ("gspo" and "gspo_token": sequences longer than a chunk cost up to a fourth
-    product, after the first one of a call; with beta or an entropy bonus, or for "gspo_token" with advantages or
-    corrections that differ within a sequence, the first one too.)
+    As many matrix products as `linear_pear_loss`. ("gspo" and "gspo_token": as that at sequence level; with beta or an
+    entropy bonus, or for "gspo_token" with advantages or corrections that differ within a sequence, the first sequence
+    longer than a chunk costs up to a fourth product, too.)
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, valid_tokens, group: see
@@ -67,8 +66,7 @@ def linear_policy_loss(
             many sequences as tokens.)
         ref_logprobs: like target, under the reference policy. For statistics alone if beta is 0.
         sampler_logprobs: like target, under the engine that drew the tokens, where it is not pi_old to the last digit.
-        options: objects of `PolicyOptions`, `PolicyReduction` and `HeadOptions`, at most one each. Their fields, where
-            their meanings stand, are keywords of this function too.
+        options: objects of `PolicyOptions`, `PolicyReduction` and `HeadOptions`, as in `linear_pear_loss`.
 
     Returns:
         LossOutput. `weights` are the policy gradient's factors: d loss_t / d(-log pi) before the divisor, KL included.

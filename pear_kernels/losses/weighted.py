@@ -64,8 +64,7 @@ def linear_weighted_loss(
     vocabulary that its authors use, with the same gradient in the target's logit. With the initial model in memory
     (`reference`) it is theirs.
 
-    Gradients are made in the forward pass: three matrix products with a trained head, two when `weight` needs no
-    gradient, one without gradients. ("iw-sft": as `linear_pear_loss` at sequence level. A `reference` adds its own.)
+    As many matrix products as `linear_pear_loss` ("iw-sft": as that at sequence level). A `reference` adds its own.
 
     Args:
         hidden, weight, target, bias, cu_seqlens, sequence_scale, denominator, return_entropy, valid_tokens, group: see
@@ -79,8 +78,7 @@ def linear_weighted_loss(
         ref_logprobs: like target, float32 or float64: log-probs under the initial model ("iw-sft", "asft") or the
             previous policy ("psft").
         reference: for "asft", the initial model's hidden states and head, in place of ref_logprobs.
-        options: objects of `WeightingOptions`, `Reduction` and `HeadOptions`, at most one each. Their fields, where
-            their meanings stand, are keywords of this function too.
+        options: objects of `WeightingOptions`, `Reduction` and `HeadOptions`, as in `linear_pear_loss`.
 
     Returns:
         LossOutput. `weights` are d loss_t / d(-log pi) before the divisor: w, and for "asft" the KL's share (but not

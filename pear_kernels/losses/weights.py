@@ -55,12 +55,12 @@ def pear_weights(
         raise ValueError(f"logprobs must be (N,) or (B, T), got shape {tuple(logprobs.shape)}")
     checks.check_dtype("logprobs", logprobs, checks.LOGPROB)
     checks.check_tensor("behavior_logprobs", behavior_logprobs)
-    columns = {"behavior_logprobs": behavior_logprobs, "block_ids": block_ids, "mask": mask}
-    checks.check_columns(columns, logprobs, cu_seqlens, "logprobs' shape", "logprobs is (B, T)")
+    columns = {"behavior_logprobs": behavior_logprobs, "block_ids": block_ids}
+    checks.check_columns({**columns, "mask": mask}, logprobs, cu_seqlens, "logprobs' shape", "logprobs is (B, T)")
     checks.check_level_of_blocks(block_ids, pear.level)
     own = HeadOptions(backend=backend), CallOptions(valid_tokens=valid_tokens)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    given = {name: each.detach().reshape(-1) for name, each in columns.items() if each is not None and name != "mask"}
+    given = {name: each.detach().reshape(-1) for name, each in columns.items() if each is not None}
     given["cu_seqlens"] = checks.sequence_bounds(logprobs, cu_seqlens)
     spec, numbers = spec_and_numbers("pear_weights", given, logprobs.dtype, (pear, *own))
     found: Tensor = op(logprobs.detach().reshape(-1), mask.reshape(-1), list(given.values()), numbers, spec)

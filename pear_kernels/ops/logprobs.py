@@ -129,12 +129,10 @@ def linear_topk_logprobs(
                 else:
                     top, where = sharded_topk(head, call.shard, x, k)
                 index = pack.index[begin:end]
-                if pack.counts is None:
-                    ids[index], logprobs[index] = where, top
-                else:
+                if pack.counts is not None:
                     counts = pack.counts[begin:end, None]
-                    ids[index] = torch.where(counts, where, ids[index])
-                    logprobs[index] = torch.where(counts, top, 0.0)
+                    where, top = torch.where(counts, where, ids[index]), torch.where(counts, top, 0.0)
+                ids[index], logprobs[index] = where, top
     return ids, logprobs
 
 
