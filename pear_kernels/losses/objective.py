@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pear_kernels.engine.objective import Objective
 from pear_kernels.engine.packing import Pack
-from pear_kernels.losses.shared import LossOutput, checked_inputs, run, untraced
+from pear_kernels.losses.shared import LossOutput, checked_inputs, run_with
 from pear_kernels.objectives.custom import objective_by
 from pear_kernels.options import HeadKeywords, HeadOptions, Objects, gather, takes
 
@@ -49,9 +49,4 @@ def linear_objective_loss(
         raise TypeError(f"objective must be a function from a Pack to an Objective, got {type(objective).__name__}")
     given = gather("linear_objective_loss", (HeadOptions,), options, keywords)
     inputs = checked_inputs(hidden, weight, target, bias, None, valid_tokens, return_entropy, {}, cu_seqlens)
-
-    def call() -> LossOutput:
-        with objective_by(objective):
-            return run("linear_objective_loss", inputs, given)
-
-    return untraced(call)()
+    return run_with(objective_by, objective, "linear_objective_loss", inputs, given)

@@ -1,7 +1,8 @@
 """What every loss does around its op: inputs are checked and flattened, a `LossOutput` comes out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,12 +105,23 @@ def run(name: str, inputs: Inputs, options: Sequence[Options]) -> LossOutput:
     return LossOutput(loss, logprobs.view(shape), weights.view(shape), values)
 
 
-def untraced(call: Callable[[], LossOutput]) -> Callable[[], LossOutput]:
-    """`call`, for which `torch.compile` breaks the graph: it calls a function of the caller inside the op."""
+def run_with(
+    lend: Callable[[Any], AbstractContextManager[None]],
+    function: Any,
+    name: str,
+    inputs: Inputs,
+    options: Sequence[Options],
+) -> LossOutput:
+    """`run` with a function of the caller, which `lend` brings into the op. `torch.compile` breaks the graph there."""
+
+    def call() -> LossOutput:
+        with lend(function):
+            return run(name, inputs, options)
+
     if torch.compiler.is_compiling():
         # not by a decorator, which would import torch._dynamo, for a second, with this package
-        return torch.compiler.disable(call)  # type: ignore[no-any-return, no-untyped-call]
-    return call
+        return torch.compiler.disable(call)()  # type: ignore[no-any-return, no-untyped-call]
+    return call()
 
 
 def add_teacher(inputs: Inputs, teacher: Teacher, argument: str) -> None:

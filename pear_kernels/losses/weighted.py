@@ -1,13 +1,12 @@
 """Any weights per token: `linear_weighted_loss`."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from pear_kernels.losses.shared import LossOutput, add_teacher, checked_inputs, run, untraced
+from pear_kernels.losses.shared import LossOutput, add_teacher, checked_inputs, run, run_with
 from pear_kernels.objectives.teachers import Teacher
 from pear_kernels.objectives.weighted import weights_by
 from pear_kernels.options import (
@@ -101,8 +100,8 @@ def linear_weighted_loss(
             f"weighting is {weighting!r}, but ref_logprobs is None: pass the targets' log-probs under "
             f"{'the previous policy' if weighting == 'psft' else 'the initial model'}"
         )
-    given = None if callable(weights) or isinstance(weights, str) else weights
-    columns = {"ref_logprobs": ref_logprobs, "weights": given, "sequence_scale": sequence_scale}
+    column = None if callable(weights) or isinstance(weights, str) else weights
+    columns = {"ref_logprobs": ref_logprobs, "weights": column, "sequence_scale": sequence_scale}
     inputs = checked_inputs(
         hidden, weight, target, bias, group, valid_tokens, return_entropy, columns, cu_seqlens, denominator
     )
@@ -112,8 +111,7 @@ def linear_weighted_loss(
         refuse(inputs.group, "reference")
         add_teacher(inputs, reference, "reference")
 
-    def call() -> LossOutput:
-        with weights_by(weights) if callable(weights) else contextlib.nullcontext():
-            return run("linear_weighted_loss", inputs, (own, *others))
-
-    return (untraced(call) if callable(weights) else call)()
+    given = own, *others
+    if callable(weights):
+        return run_with(weights_by, weights, "linear_weighted_loss", inputs, given)
+    return run("linear_weighted_loss", inputs, given)
