@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -139,11 +138,9 @@ def replace_entry(table: Table, arch: str, dtype: str, entry: dict[str, Any]) ->
 
 def write(table: Table, path: Path) -> None:
     """Replaces the file atomically."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(json.dumps(table, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(table, indent=1) + "\n")
+    written.replace(path)
 
 
 def main() -> None:

@@ -91,16 +91,14 @@ class Head:
         self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
     ) -> Softmax:
         if logit is None:
-            logit, slope, anchor = self._target_logits(x, target)
+            of_target = self._target_logits(x, target)
         else:  # a shard, whose target_mass is not used; target -1, on another shard, matches no column
-            slope, anchor = torch.ones_like(logit), logit.float()
-        logprobs, row_scale, target_mass, top1 = (torch.empty_like(logit) for _ in range(4))
-        entropies = torch.empty_like(logit) if entropy else None
+            of_target = logit, torch.ones_like(logit), logit.float()
+        logprobs, row_scale, target_mass, top1 = (torch.empty_like(of_target[0]) for _ in range(4))
+        entropies = torch.empty_like(logprobs) if entropy else None
         out = logprobs, row_scale, target_mass, top1, entropies
-        if self._is_plain(gradient):
-            exp = self._plain(x, target, logit, slope, out, gradient)
-        else:
-            exp = self._fused(x, target, logit, slope, anchor, out, gradient)
+        product = self._plain if self._is_plain(gradient) else self._fused
+        exp = product(x, target, *of_target, out, gradient)
         # without a gradient nothing reads `exp`
         return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1)  # type: ignore[arg-type]
 
@@ -151,17 +149,16 @@ class Head:
                 INTERPRETED=self.architecture == "interpreter",
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-            block = 8
             launch(
-                rows.finish, (-(-R // block),),
+                rows.finish, (-(-R // 8),),
                 sums, maxima, exp_logs, logit, slope, anchor, redo, *out,
                 R, tile_count, self.inverse_temperature, MAX_EXPONENT,
-                AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=block, BLOCK_T=64,
+                AGAIN=again, TILE_ROWS=tile.rows, BLOCK_R=8, BLOCK_T=64,
             )  # fmt: skip
         return exp
 
     def _plain(
-        self, x: Tensor, target: Tensor, logit: Tensor, slope: Tensor, out: RowResults, gradient: bool
+        self, x: Tensor, target: Tensor, logit: Tensor, slope: Tensor, _: Tensor, out: RowResults, gradient: bool
     ) -> Tensor | None:
         """cuBLAS's product, then one kernel over its rows; E overwrites the logits."""
         logits, narrow = self._logits(x)
@@ -261,10 +258,9 @@ class Head:
 def scale_and_round(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream, rounded to `dtype`, in one pass; `gradient` is contiguous."""
     out = torch.empty_like(gradient, dtype=dtype)
-    block = 4096
     launch(
-        gradients.scale_and_round, (-(-gradient.numel() // block),),
-        gradient, upstream, out, gradient.numel(), BLOCK=block, num_warps=8,
+        gradients.scale_and_round, (-(-gradient.numel() // 4096),),
+        gradient, upstream, out, gradient.numel(), BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return out
 

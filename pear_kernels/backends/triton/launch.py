@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pear_kernels.engine.packing import capturing
 
@@ -44,17 +43,9 @@ def launch(
         return
     if 0 in grid:
         return
-    with on_device_of(args), loading_allowed():
+    # Triton launches on the current device
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))), loading_allowed():
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
-
-
-def on_device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensors' device the current one, on which Triton launches."""
-    for arg in args:
-        tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
-        if isinstance(tensor, torch.Tensor):
-            return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
