@@ -14,8 +14,8 @@ from torch import Tensor
 from pear_kernels.backends.triton import launch, tiles, values
 from pear_kernels.backends.triton.head import Head, scale_and_round
 from pear_kernels.backends.triton.logits_head import LogitsHead
+from pear_kernels.backends.triton.pear_weights import PEARWeights
 from pear_kernels.backends.triton.product import exp_product
-from pear_kernels.backends.triton.weights import PEARWeights
 from pear_kernels.engine.head import TopKRows, VocabularyRows
 from pear_kernels.engine.packing import Pack
 from pear_kernels.options import DIVERGENCES, DivergenceOptions, PEAROptions

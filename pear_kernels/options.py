@@ -164,7 +164,7 @@ class HeadOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PEAROptions(Options):
-    """How log-probs become PEAR weights G (arXiv 2602.01058, section 3; `formulas.weights` has the formulas).
+    """How log-probs become PEAR weights G (arXiv 2602.01058, section 3; `formulas.pear_weights` has the formulas).
 
     The defaults are the paper's. The options from `clip_blocks` on are not in the paper: they are this package's,
     against weights that collapse, and off by default.

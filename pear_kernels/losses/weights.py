@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.ops.call import spec_and_numbers
-from pear_kernels.ops.weights import pear_weights as op
+from pear_kernels.ops.pear_weights import pear_weights as op
 from pear_kernels.options import CallOptions, HeadOptions, Objects, PEAROptions, WeightsKeywords, gather, takes
 
 

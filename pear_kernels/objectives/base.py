@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pear_kernels.engine.objective import Coefficients, Objective, present
 from pear_kernels.engine.packing import Pack, with_chunk
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 from pear_kernels.options import CallOptions, Options, Reduction
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.objective import Finished, Objective
-from pear_kernels.formulas.weights import PEARWeights, Terms
+from pear_kernels.formulas.pear_weights import PEARWeights, Terms
 from pear_kernels.objectives.base import Problem, as_statistic, at_least_one, effective_sample_size
 from pear_kernels.options import PEAROptions
 

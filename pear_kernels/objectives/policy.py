@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_kernels.engine.objective import Finished, present
-from pear_kernels.formulas.weights import MAX_LOG_RATIO, capped_exp, compared
+from pear_kernels.formulas.pear_weights import MAX_LOG_RATIO, capped_exp, compared
 from pear_kernels.objectives.base import Problem, TokenObjective, as_statistic, at_least_one, largest, token_scale
 from pear_kernels.options import UNCLIPPED, PolicyOptions, PolicyReduction
 

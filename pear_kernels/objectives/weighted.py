@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.engine.objective import Finished, Objective, present
-from pear_kernels.formulas.weights import capped_exp, compared
+from pear_kernels.formulas.pear_weights import capped_exp, compared
 from pear_kernels.objectives.base import (
     Problem,
     TokenObjective,

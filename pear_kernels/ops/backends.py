@@ -11,7 +11,7 @@ from pear_kernels.backends.torch.head import Head
 from pear_kernels.backends.torch.logits_head import LogitsHead
 from pear_kernels.checks import check_values
 from pear_kernels.engine.head import BackendHead, BackendLogitsHead, HeadFactory
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 
 
 class Backend(NamedTuple):
@@ -27,11 +27,11 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> Bac
     """The backend of a call whose products run in `dtype` on `device`; see `backends.choice.resolve`."""
     if resolve(backend, device, dtype) == "torch":
         return Backend(Head, LogitsHead, PEARWeights, check_values)
-    from pear_kernels.backends.triton import head, logits_head, values, weights
+    from pear_kernels.backends.triton import head, logits_head, pear_weights, values
 
     # interpreted kernels run on CPU tensors, whose values an error can name
     by_kernel = values.check_values if off_cpu(device) else check_values
-    return Backend(head.Head, logits_head.LogitsHead, weights.PEARWeights, by_kernel)
+    return Backend(head.Head, logits_head.LogitsHead, pear_weights.PEARWeights, by_kernel)
 
 
 def off_cpu(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from pear_kernels import (
     linear_weighted_loss,
 )
 from pear_kernels.backends.torch.head import Head
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 from pear_kernels.objectives.base import token_scale
 from pear_kernels.objectives.pear import PEARObjective
 from pear_kernels.ops.call import spec_and_numbers

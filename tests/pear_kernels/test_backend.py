@@ -21,7 +21,7 @@ from pear_kernels import (
 from pear_kernels.backends import choice as backend
 from pear_kernels.backends import triton as triton_package
 from pear_kernels.backends.torch import head, logits_head
-from pear_kernels.formulas import weights
+from pear_kernels.formulas import pear_weights as formulas
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT = torch.float32
@@ -158,7 +158,7 @@ def watched(monkeypatch):
             super().__init__(*arguments)
             made.append("head")
 
-    class PEARWeights(weights.PEARWeights):
+    class PEARWeights(formulas.PEARWeights):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append("weights")

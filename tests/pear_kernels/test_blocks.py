@@ -26,7 +26,7 @@ from pear_kernels.engine import packing
 from pear_kernels.engine.packing import pack_tokens
 from pear_kernels.engine.schedule import Wanted
 from pear_kernels.engine.walk import Walk
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 from pear_kernels.options import PEAROptions
 from pear_kernels.reference import naive_weights
 

@@ -29,7 +29,7 @@ from pear_kernels.ops import backends
 from pear_kernels.ops import logprobs as logprobs_ops
 from pear_kernels.ops import loss as loss_op
 from pear_kernels.ops.loss import compute, linear_loss
-from pear_kernels.ops.weights import pear_weights as pear_weights_op
+from pear_kernels.ops.pear_weights import pear_weights as pear_weights_op
 from pear_kernels.options import HeadOptions, LabelOptions, PEAROptions, Reduction
 
 

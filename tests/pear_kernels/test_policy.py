@@ -23,7 +23,7 @@ from pear_kernels.engine import packing
 from pear_kernels.engine.packing import pack_tokens
 from pear_kernels.engine.schedule import Coupling, Wanted, schedule
 from pear_kernels.engine.walk import LogitsWalk, Walk
-from pear_kernels.formulas.weights import PEARWeights as TorchWeights
+from pear_kernels.formulas.pear_weights import PEARWeights as TorchWeights
 from pear_kernels.objectives.base import Problem as LossProblem
 from pear_kernels.objectives.policy import POLICY_STATS, PolicyObjective
 from pear_kernels.options import OBJECTIVES, CallOptions, PolicyOptions, PolicyReduction
@@ -589,7 +589,7 @@ def test_nothing_between_the_kernels_waits_for_the_device(objective, rows, monke
     from pear_kernels.backends.triton import launch
     from pear_kernels.backends.triton.head import Head
     from pear_kernels.backends.triton.logits_head import LogitsHead
-    from pear_kernels.backends.triton.weights import PEARWeights
+    from pear_kernels.backends.triton.pear_weights import PEARWeights
 
     problem = make_policy_problem((40, 3, 0, 60), D=16, V=64, by_token=True, bias=True, dtype=torch.bfloat16)
     head_options = problem.weight, problem.options["bias"], 0.7, 3.0, torch.bfloat16

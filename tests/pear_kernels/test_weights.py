@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pear_kernels import pear_weights
 from pear_kernels.engine.packing import pack_tokens
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 from pear_kernels.ops.call import spec_and_numbers
-from pear_kernels.ops.weights import pear_weights as pear_weights_op
+from pear_kernels.ops.pear_weights import pear_weights as pear_weights_op
 from pear_kernels.options import CallOptions, HeadOptions, PEAROptions
 from pear_kernels.reference import naive_weights
 

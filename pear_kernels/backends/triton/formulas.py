@@ -1,6 +1,6 @@
 """The formulas of the Triton kernels, each once, and the block of logits that the row kernels load.
 
-PEAR's weights are a scan and stand with it, in weights.py.
+PEAR's weights are a scan and stand with it, in pear_weights.py.
 
 `pear_kernels.formulas` has the same formulas in PyTorch and explains them;
 tests/pear_kernels/interpreted/test_kernel_formulas.py compares the two on a grid. Unless a docstring says otherwise a

@@ -12,8 +12,8 @@ from problems import gradients, make_distill_problem, random_blocks
 from test_kernel_weights import assert_same, both, random_logprobs, sequences
 
 from pear_kernels import pear_weights
+from pear_kernels.backends.triton import pear_weights as triton_weights
 from pear_kernels.backends.triton import tiles
-from pear_kernels.backends.triton import weights as triton_weights
 from pear_kernels.options import PEAROptions
 
 B = triton_weights.BLOCK

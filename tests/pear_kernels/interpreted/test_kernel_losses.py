@@ -21,8 +21,8 @@ from problems import gradients, relative_error
 from pear_kernels import linear_pear_loss
 from pear_kernels.backends.triton import gradients as gradient_kernels
 from pear_kernels.backends.triton import head as triton_head
+from pear_kernels.backends.triton import pear_weights as triton_weights
 from pear_kernels.backends.triton import rows, tiles
-from pear_kernels.backends.triton import weights as triton_weights
 from pear_kernels.backends.triton.product import exp_product
 from pear_kernels.engine import packing
 from pear_kernels.engine.walk import Walk

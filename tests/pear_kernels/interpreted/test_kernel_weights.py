@@ -1,4 +1,4 @@
-"""The scan kernel against formulas.weights and objectives.pear, which the paper's formula checks."""
+"""The scan kernel against formulas.pear_weights and objectives.pear, which the paper's formula checks."""
 
 import math
 
@@ -10,9 +10,9 @@ from kernel_problems import DEVICE, LEVELS
 from problems import pear_objective
 
 from pear_kernels import pear_weights
-from pear_kernels.backends.triton import weights as triton_weights
+from pear_kernels.backends.triton import pear_weights as triton_weights
 from pear_kernels.engine.packing import pack_tokens
-from pear_kernels.formulas.weights import PEARWeights
+from pear_kernels.formulas.pear_weights import PEARWeights
 from pear_kernels.objectives import pear as objectives
 from pear_kernels.options import PEAROptions
 

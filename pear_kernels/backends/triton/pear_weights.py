@@ -1,7 +1,7 @@
 """PEAR weights in one small kernel per chunk: log-ratios, suffix sums, weights, coefficients, loss and statistics.
 
-`formulas.weights` explains the formulas; tests compare the two. One program processes a chunk's tokens from right to
-left, `BLOCK` tokens at a time. Within a block, the sums of log-ratios are a segmented scan, restarted at each
+`formulas.pear_weights` explains the formulas; tests compare the two. One program processes a chunk's tokens from right
+to left, `BLOCK` tokens at a time. Within a block, the sums of log-ratios are a segmented scan, restarted at each
 sequence's last token. A sequence that continues in the block or chunk to the right finds its sum there in `suffix`. A
 NaN stays in its sequence. If blocks of response tokens are clipped as a whole, a scan of the same kind within those
 blocks comes first.
@@ -19,8 +19,8 @@ from pear_kernels.backends.choice import interpreting
 from pear_kernels.backends.triton.formulas import clamp
 from pear_kernels.backends.triton.launch import launch
 from pear_kernels.engine.packing import Pack, with_chunk
-from pear_kernels.formulas import weights
-from pear_kernels.formulas.weights import tokens_a_block
+from pear_kernels.formulas import pear_weights
+from pear_kernels.formulas.pear_weights import tokens_a_block
 from pear_kernels.options import PEAROptions
 
 BLOCK = 64 if interpreting() else 512  # tokens at a time
@@ -122,7 +122,7 @@ def scan_and_weigh(
             tl.store(log_weights + token, log_g, mask=live)
             tl.store(weights + token, G, mask=live)
             tl.store(coefficients + token, G * scale, mask=live)
-            if sums is not None:  # in the order of formulas.weights.Terms
+            if sums is not None:  # in the order of formulas.pear_weights.Terms
                 if counts is not None:
                     live = live & (tl.load(counts + token, mask=live, other=0) != 0)
                 log_p = tl.load(logprobs + token, mask=live, other=0.0)
@@ -148,10 +148,10 @@ def scan_and_weigh(
             tl.store(sums + 8, tl.load(sums + 8) + tl.sum(loss, 0))
 
 
-class PEARWeights(weights.PEARWeights):
+class PEARWeights(pear_weights.PEARWeights):
     """The same by the kernel: suffix sums always, and weights unless `center` or `normalize` changes them.
 
-    Those two options are applied afterwards, by the formulas of `pear_kernels.formulas.weights`.
+    Those two options are applied afterwards, by the formulas of `pear_kernels.formulas.pear_weights`.
     """
 
     def __init__(
