@@ -168,7 +168,7 @@ def watched(monkeypatch):
             super().__init__(*arguments)
             made.append("logits head")
 
-    for name, part in (("head", Head), ("logits_head", LogitsHead), ("weights", PEARWeights)):
+    for name, part in (("head", Head), ("logits_head", LogitsHead), ("pear_weights", PEARWeights)):
         module = types.ModuleType(f"pear_kernels.backends.triton.{name}")
         setattr(module, part.__name__, part)
         monkeypatch.setitem(sys.modules, module.__name__, module)
