@@ -62,7 +62,7 @@ class Treatment(NamedTuple):
         return activated
 
 
-def checked_treatment(model: CausalLM, backend: str | None = None) -> Treatment:
+def checked_treatment(model: CausalLM, backend: str | None = HeadOptions.backend) -> Treatment:
     """Check a causal LM's head, measure the treatment of its logits, and compare both on a short row.
 
     Attributes of modules, buffers, training flags and random states are afterwards as before.
@@ -222,7 +222,7 @@ def _tidy(value: float) -> float:
     return float(f"{value:.14g}")
 
 
-def check_row(model: CausalLM, treatment: Treatment, backend: str | None = None) -> None:
+def check_row(model: CausalLM, treatment: Treatment, backend: str | None = HeadOptions.backend) -> None:
     """Raise ValueError unless fused log-probs and the model's logits agree within the rounding of its dtype.
 
     The tolerance is relative to the largest logit. Logits that are not finite (damaged weights) are not compared.

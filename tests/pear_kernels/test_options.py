@@ -226,6 +226,19 @@ def test_modules_hold_their_options_and_nothing_else(module):
         module(gama=0.9)
 
 
+@pytest.mark.parametrize("module", MODULES, **NAMED)
+def test_modules_may_be_subclassed(module):
+    class Plain(module):
+        pass
+
+    class Own(module):
+        def __init__(self, scale):
+            super().__init__(temperature=scale)
+
+    assert inspect.signature(Plain) == inspect.signature(module)
+    assert "temperature=2.0" in repr(Own(2.0)) and list(inspect.signature(Own).parameters) == ["scale"]
+
+
 def test_a_weighted_module_takes_its_weighting_by_position_or_with_the_call():
     hidden, weight = PROBLEM.leaves()
     expected = linear_weighted_loss(hidden, weight, TARGET, weighting="dft")
