@@ -20,8 +20,6 @@ from problems import (
 from test_accuracy import hard_problem
 
 from pear_kernels import (
-    LinearDistillLoss,
-    LossOutput,
     Teacher,
     TopKTeacher,
     linear_distill_loss,
@@ -138,14 +136,6 @@ def test_numbers_of_ids(divergence, top_k, temperatures):
     # of 30 ids and more the rest is what the sum of the others leaves of 1, which has 16 digits less its own size
     tolerance = TOLERANCE if top_k < 30 or divergence == "forward" else 1e-9
     assert_matches_naive(problem, tolerance, workspace_bytes=workspace(5, 37))
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-@pytest.mark.parametrize("level", LEVELS)
-def test_sequences_that_end_on_a_chunk_edge_and_span_several(divergence, top_k, level):
-    problem = make_distill_problem((4, 4, 16, 8, 5), divergence=divergence, top_k=top_k, level=level, ignored=0.0)
-    assert_matches_naive(problem, TOLERANCE, workspace_bytes=workspace(4, 37), nll_coef=0.1)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -467,113 +457,6 @@ def test_topk_logprobs_where_all_are_ignored():
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-@pytest.mark.parametrize("level", LEVELS)
-def test_padded_equals_packed(divergence, top_k, level):
-    lengths = (7, 2, 9)
-    pack = make_distill_problem(
-        lengths, divergence=divergence, top_k=top_k, level=level, ignored=0.0, nll_coef=0.2, teacher_bias=top_k is None
-    )
-    packed, leaves = pack.ours()
-    expected = gradients(packed.loss, leaves)
-    T = 13
-    for side in ("left", "right"):
-        where = torch.zeros(3, T, dtype=torch.bool)
-        for row, length in enumerate(lengths):
-            where[row, slice(T - length, T) if side == "left" else slice(length)] = True
-
-        def padded(values, filler, where=where):
-            return values.new_full((3, T, *values.shape[1:]), filler).index_put_((where,), values)
-
-        teacher = pack.options["teacher"]
-        if top_k is None:
-            teacher = teacher._replace(hidden=padded(teacher.hidden, math.nan))
-        else:
-            teacher = TopKTeacher(padded(teacher.ids, -1), padded(teacher.logprobs, math.nan))
-        leaves = [padded(pack.hidden, 1e3).requires_grad_(), pack.weight.clone().requires_grad_()]
-        out = linear_distill_loss(
-            *leaves, teacher, padded(pack.target, -100), padded(pack.behavior_logprobs, math.nan),
-            divergence=divergence, level=level, nll_coef=0.2,
-        )  # fmt: skip
-        torch.testing.assert_close(out.loss, packed.loss.detach(), rtol=1e-11, atol=1e-15)
-        torch.testing.assert_close(out.weights[where], packed.weights, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(out.stats, packed.stats, rtol=1e-11, atol=1e-15)
-        grad_hidden, grad_weight = gradients(out.loss, leaves)
-        torch.testing.assert_close(grad_hidden[where], expected[0], rtol=1e-9, atol=1e-14)
-        assert not grad_hidden[~where].any() and not out.weights[~where].any()
-        torch.testing.assert_close(grad_weight, expected[1], rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-@pytest.mark.parametrize("weighted", [True, False])
-def test_all_ignored(divergence, top_k, weighted):
-    problem = make_distill_problem(
-        divergence=divergence, top_k=top_k, weighted=weighted, ignored=1.0, bias=True, nll_coef=0.1
-    )
-    problem.hidden.fill_(math.nan)
-    out, leaves = problem.ours()
-    assert out.loss.item() == 0.0
-    assert all(not grad.any() for grad in gradients(out.loss, leaves))
-    assert out.stats["tokens"].item() == 0.0
-    assert all(value.isfinite() for value in out.stats.values())
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_no_tokens_at_all(divergence):
-    nothing = torch.zeros(0)
-    teachers = Teacher(torch.zeros(0, 3), torch.ones(5, 3)), TopKTeacher(torch.zeros(0, 2).long(), torch.zeros(0, 2))
-    for teacher in teachers:
-        hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
-        out = linear_distill_loss(hidden, weight, teacher, nothing.long(), nothing, divergence=divergence)
-        grads = gradients(out.loss, [hidden, weight])
-        assert out.loss.item() == 0.0 and grads[0].shape == (0, 4) and not grads[1].any()
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-@pytest.mark.parametrize("level", LEVELS)
-def test_one_token(divergence, top_k, level):
-    problem = make_distill_problem((1,), divergence=divergence, top_k=top_k, level=level, ignored=0.0)
-    assert_matches_naive(problem, TOLERANCE)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_vocabulary_of_two(divergence):
-    for top_k in (None, 1):
-        assert_matches_naive(make_distill_problem(V=2, top_k=top_k, divergence=divergence), TOLERANCE)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-def test_bitwise_repeatable(divergence, top_k):
-    problem = make_distill_problem((60, 90), V=501, D=32, dtype=torch.float32, divergence=divergence, top_k=top_k)
-    runs = []
-    for _ in range(3):
-        out, leaves = problem.ours(workspace_bytes=workspace(40, 501, 4))
-        runs.append([out.loss.detach(), out.logprobs, out.weights, *gradients(out.loss, leaves)])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("whose", ["student", "student of top-k", "teacher"])
-@pytest.mark.parametrize("level", LEVELS)
-def test_nan_stays_in_its_sequence(divergence, whose, level):
-    problem = make_distill_problem(
-        (20, 30, 20), ignored=0.0, divergence=divergence, level=level, top_k=5 if "top-k" in whose else None
-    )
-    clean, leaves = problem.ours(workspace_bytes=workspace(16, 37))
-    expected = gradients(clean.loss, leaves)[0]
-    (problem.options["teacher"] if whose == "teacher" else problem).hidden[35] = math.nan
-    out, leaves = problem.ours(workspace_bytes=workspace(16, 37))
-    gradient = gradients(out.loss, leaves)[0]
-    assert out.loss.isnan() and gradient[35].isnan().all()
-    for others in (slice(0, 20), slice(50, 70)):
-        torch.testing.assert_close(gradient[others], expected[others], rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_that_a_bias_of_minus_infinity_takes_out(divergence):
     """Ids that neither has, as of a vocabulary that is padded to a multiple of 64, add nothing to any divergence."""
     problem = make_distill_problem((9, 14), divergence=divergence, bias=True, teacher_bias=True, ignored=0.0)
@@ -662,23 +545,6 @@ def test_logits_far_apart_overflow_nothing(divergence, size, top_k):
             assert (ours - exact).norm() < 1e-3 * max(exact.norm(), 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-def test_half_precision(divergence, top_k, dtype):
-    problem = make_distill_problem(
-        (40, 30), divergence=divergence, top_k=top_k, dtype=dtype, D=32, teacher_dim=16, reduction="sum"
-    )
-    problem.weight.mul_(0.3)
-    out, leaves = problem.ours(workspace_bytes=workspace(16, 37, 4))
-    (loss, _, weights), exact_leaves = problem.naive()
-    assert out.loss.dtype == out.weights.dtype == torch.float32
-    assert out.loss.item() == pytest.approx(loss.item(), rel=2e-5)
-    torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=0)
-    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
-        assert ours.dtype == dtype and relative_error(ours, exact) < torch.finfo(dtype).eps / 2
-
-
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
 @pytest.mark.parametrize("make", [make_distill_problem, functools.partial(make_weighted_problem, weighting="anchored")])
 def test_autocast_rounds_the_teacher_as_the_student(make, dtypes):
@@ -693,24 +559,6 @@ def test_autocast_rounds_the_teacher_as_the_student(make, dtypes):
             out, leaves = problem.ours()
         found.append([out.loss.detach(), *gradients(out.loss, leaves)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-def test_autocast_rounds_operands_and_keeps_float32_gradients(divergence, top_k):
-    # a teacher in bfloat16, which that rounding leaves as it is
-    problem = make_distill_problem(
-        (9, 17, 5), dtype=torch.float32, divergence=divergence, top_k=top_k, bias=True, teacher_dtype=torch.bfloat16
-    )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, leaves = problem.ours()
-    grads = gradients(out.loss, leaves)
-    assert out.loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
-    problem.hidden, problem.weight, problem.options["bias"] = [leaf.detach().bfloat16() for leaf in leaves]
-    (loss, _, _), exact_leaves = problem.naive()
-    assert out.loss.item() == pytest.approx(loss.item(), rel=2e-5)
-    for ours, exact in zip(grads, gradients(loss, exact_leaves), strict=True):
-        assert relative_error(ours, exact) < 2e-5
 
 
 # ---- what it costs, statistics, faces
@@ -760,45 +608,6 @@ def test_statistics_are_what_their_names_say(weighted, top_k):
         expected |= {"weight_max": w.max(), "weight_zero": torch.tensor(0), "ref_log_ratio_mean": torch.tensor(0)}
     for name, value in expected.items():
         assert out.stats[name].item() == pytest.approx(value.item(), rel=1e-11), name
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-def test_module_is_the_function(divergence, top_k):
-    options = dict(divergence=divergence, js_beta=0.3, nll_coef=0.2, level="block", gamma=0.9, temperature=0.7)
-    options |= dict(reduction="sequence_mean", distill_temperature=1.5)
-    problem = make_distill_problem(top_k=top_k)
-    out, leaves = problem.ours(**options)
-    module = LinearDistillLoss(**options)
-    theirs = problem.leaves()
-    again = module(
-        *theirs, problem.options["teacher"], problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens
-    )
-    assert isinstance(again, LossOutput) and not list(module.parameters()) and f"'{divergence}'" in repr(module)
-    assert torch.equal(out.loss, again.loss)
-    for a, b in zip(gradients(out.loss, leaves), gradients(again.loss, theirs), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("top_k", TOP_K)
-@pytest.mark.parametrize("weighted", [True, False])
-def test_compile_keeps_one_graph(divergence, top_k, weighted):
-    torch._dynamo.reset()
-    problem = make_distill_problem(dtype=torch.float32, divergence=divergence, top_k=top_k, weighted=weighted)
-
-    def loss(hidden, weight):
-        out = problem.loss(
-            hidden * 1.5, weight, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens,
-            denominator=17.0, **problem.options,
-        )  # fmt: skip
-        return out.loss * 2 + 0 * out.stats["divergence"] + 0 * out.weights.sum()
-
-    leaves, compiled_leaves = problem.leaves(), problem.leaves()
-    value = loss(*leaves)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_leaves)
-    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", TOP_K)

@@ -17,8 +17,7 @@ from problems import (
     workspace,
 )  # fmt: skip
 
-from pear_kernels import LinearPEARLoss, LossOutput, linear_pear_loss
-from pear_kernels.engine import packing
+from pear_kernels import linear_pear_loss
 from pear_kernels.objectives.pear import STATS
 
 LEVELS = ["token", "block", "sequence"]
@@ -75,13 +74,6 @@ def test_clips_hold_for_both(level):
     assert_matches_naive(problem)
     weights = problem.ours()[0].weights[wrong_tokens(problem)]
     assert (-weights).max() <= 0.1 * math.exp(0.5) * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("right", [(True, False, True, False, True), (False, True, False, True, False)])
-def test_sequences_that_end_on_a_chunk_edge_and_span_several(level, right):
-    problem = mixed_problem((4, 4, 16, 8, 5), level=level, ignored=0.0, right=right)
-    assert_matches_naive(problem, workspace_bytes=workspace(4, 37))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -281,34 +273,6 @@ def test_the_defaults_stay_bounded_where_a_plain_penalty_runs_away(optimizer, lr
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_padded_equals_packed(level):
-    lengths = (7, 2, 9)
-    pack = mixed_problem(lengths, right=(False, True, False), level=level, ignored=0.0)
-    packed, leaves = pack.ours()
-    expected = gradients(packed.loss, leaves)
-    T = 13
-    for side in ("left", "right"):
-        where = torch.zeros(3, T, dtype=torch.bool)
-        for row, length in enumerate(lengths):
-            where[row, slice(T - length, T) if side == "left" else slice(length)] = True
-
-        def padded(values, filler, where=where):
-            return values.new_full((3, T, *values.shape[1:]), filler).index_put_((where,), values)
-
-        leaves = [padded(pack.hidden, 1e3).requires_grad_(), pack.weight.clone().requires_grad_()]
-        out = linear_pear_loss(
-            *leaves, padded(pack.target, -100), padded(pack.behavior_logprobs, math.nan), **pack.options
-        )
-        torch.testing.assert_close(out.loss, packed.loss.detach(), rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(out.weights[where], packed.weights, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(out.stats, packed.stats, rtol=1e-12, atol=1e-15)
-        grad_hidden, grad_weight = gradients(out.loss, leaves)
-        torch.testing.assert_close(grad_hidden[where], expected[0], rtol=1e-10, atol=1e-15)
-        assert not grad_hidden[~where].any() and not out.weights[~where].any()
-        torch.testing.assert_close(grad_weight, expected[1], rtol=1e-10, atol=1e-15)
-
-
-@pytest.mark.parametrize("level", LEVELS)
 def test_packing_order_changes_nothing(level):
     lengths, right = (7, 4, 12, 5), (True, False, False, True)
     pack = mixed_problem(lengths, right=right, level=level)
@@ -320,85 +284,6 @@ def test_packing_order_changes_nothing(level):
     a, b = pack.ours()[0], shuffled.ours()[0]
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(a.weights[index], b.weights, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("right", [True, False])
-def test_all_ignored(level, right):
-    problem = mixed_problem(level=level, right=(right,) * 5, ignored=1.0, bias=True)
-    problem.hidden.fill_(math.nan)
-    out, leaves = problem.ours()
-    assert out.loss.item() == 0.0 and all(not grad.any() for grad in gradients(out.loss, leaves))
-    assert out.stats["tokens"].item() == out.stats["wrong_tokens"].item() == 0.0
-    assert all(value.isfinite() for value in out.stats.values())
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("right", [True, False])
-def test_no_tokens_at_all(level, right):
-    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
-    nothing, label = torch.zeros(0), torch.tensor([right])
-    out = linear_pear_loss(hidden, weight, nothing.long(), nothing, sequence_label=label, level=level)
-    grads = gradients(out.loss, [hidden, weight])
-    assert out.loss.item() == 0.0 and grads[0].shape == (0, 4) and not grads[1].any()
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("right", [True, False])
-def test_one_token(level, right):
-    assert_matches_naive(mixed_problem((1,), right=(right,), level=level, ignored=0.0, logprob_floor=-20.0))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_bitwise_repeatable(level):
-    problem = mixed_problem(
-        (60, 90, 30), right=(True, False, False), V=501, D=32, dtype=torch.float32, level=level, logprob_floor=-30.0
-    )
-    runs = []
-    for _ in range(3):
-        out, leaves = problem.ours(workspace_bytes=workspace(40, 501, 4))
-        runs.append([out.loss.detach(), out.logprobs, out.weights, *gradients(out.loss, leaves)])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("right", [(True, False, True), (False, True, False)])
-def test_nan_stays_in_its_sequence(level, right):
-    problem = mixed_problem((20, 30, 20), right=right, ignored=0.0, level=level)
-    clean, _ = problem.ours(workspace_bytes=workspace(16, 37))
-    problem.hidden[35] = math.nan
-    out, _ = problem.ours(workspace_bytes=workspace(16, 37))
-    assert out.loss.isnan()
-    others = torch.ones(70, dtype=torch.bool)
-    others[20:50] = False
-    torch.testing.assert_close(out.weights[others], clean.weights[others], rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", LEVELS)
-def test_half_precision(level, dtype):
-    problem = mixed_problem((40, 30, 20), right=(True, False, False), level=level, dtype=dtype, D=32, reduction="sum")
-    problem.weight.mul_(0.3)
-    out, leaves = problem.ours(workspace_bytes=workspace(16, 37, 4))
-    (loss, _, weights), exact_leaves = problem.naive()
-    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
-    torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=0)
-    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
-        assert ours.dtype == dtype and relative_error(ours, exact) < torch.finfo(dtype).eps / 2
-
-
-def test_autocast_rounds_operands_and_keeps_float32_gradients():
-    problem = mixed_problem((9, 17, 5), right=(True, False, False), dtype=torch.float32, bias=True, logprob_floor=-30.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, leaves = problem.ours()
-    grads = gradients(out.loss, leaves)
-    assert out.loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
-    problem.hidden, problem.weight, problem.options["bias"] = [leaf.detach().bfloat16() for leaf in leaves]
-    (loss, _, _), exact_leaves = problem.naive()
-    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
-    for ours, exact in zip(grads, gradients(loss, exact_leaves), strict=True):
-        assert relative_error(ours, exact) < 1e-5
 
 
 # ---- what it costs: rows that go through each product
@@ -475,58 +360,3 @@ def test_statistics_without_labels_are_those_of_before():
 def test_statistics_without_a_wrong_sequence():
     out, _ = mixed_problem(right=(True,) * 5).ours()
     assert all(out.stats[name].item() == 0 for name in OF_WRONG)
-
-
-def test_module_is_the_function():
-    problem = mixed_problem(reduction="sequence_mean")
-    options = dict(negative_lambda=0.3, logprob_floor=-6.0, level="block", gamma=0.9)
-    out, leaves = problem.ours(**options)
-    module = LinearPEARLoss(reduction="sequence_mean", **options)
-    theirs = problem.leaves()
-    again = module(
-        *theirs, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens,
-        sequence_label=problem.options["sequence_label"],
-    )  # fmt: skip
-    assert isinstance(again, LossOutput) and "negative_lambda=0.3" in repr(module)
-    assert torch.equal(out.loss, again.loss)
-    for a, b in zip(gradients(out.loss, leaves), gradients(again.loss, theirs), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_compile_keeps_one_graph(level):
-    torch._dynamo.reset()
-    problem = mixed_problem(dtype=torch.float32, bias=True, level=level)
-
-    def loss(hidden, weight, bias):
-        out = linear_pear_loss(
-            hidden * 1.5, weight, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens,
-            denominator=17.0, **{**problem.options, "bias": bias},
-        )  # fmt: skip
-        return out.loss * 2 + 0 * out.stats["wrong_nll"] + 0 * out.weights.sum()
-
-    leaves, compiled_leaves = problem.leaves(), problem.leaves()
-    value = loss(*leaves)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_leaves)
-    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("trained", ["xw", "x", ""])
-@pytest.mark.parametrize("rows", [3, 40])
-def test_static_packs_give_the_same_answers(level, trained, rows, monkeypatch):
-    problem = mixed_problem(level=level)
-    problem.hidden[problem.target < 0] = math.nan
-    problem.behavior_logprobs[problem.target < 0] = math.nan
-    found = []
-    for static in (False, True):
-        monkeypatch.setattr(packing, "capturing", lambda static=static: static)
-        leaves = [x.requires_grad_(n in trained) for n, x in zip("xw", problem.leaves(), strict=True)]
-        out = linear_pear_loss(
-            *leaves, problem.target, problem.behavior_logprobs, cu_seqlens=problem.cu_seqlens,
-            workspace_bytes=workspace(rows, 37), **problem.options,
-        )  # fmt: skip
-        grads = gradients(2 * out.loss, [x for x in leaves if x.requires_grad]) if trained else []
-        found.append([out.loss.detach(), out.logprobs, out.weights, *out.stats.values(), *grads])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-14)

@@ -24,7 +24,6 @@ from test_accuracy import hard_problem
 
 from pear_kernels import (
     LinearWeightedLoss,
-    LossOutput,
     linear_distill_loss,
     linear_logprobs,
     linear_weighted_loss,
@@ -35,7 +34,6 @@ from pear_kernels.objectives.weighted import WEIGHTED_STATS
 
 NAMES = ["none", "dft", "iw-sft", "psft", "asft", "idft"]
 WEIGHTINGS = ["tensor", *NAMES]
-NEED_REF = ["iw-sft", "psft", "asft"]
 
 
 def function_problem(function, *arguments, **options) -> WeightedProblem:
@@ -106,12 +104,6 @@ def test_options(weighting, options):
         assert_matches_naive(problem, workspace_bytes=workspace(rows, 37))
     default, _ = make_weighted_problem(weighting=weighting).ours()
     assert not torch.equal(problem.ours()[0].weights, default.weights)  # it does something
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_sequences_that_end_on_a_chunk_edge_and_span_several(weighting):
-    problem = make_weighted_problem((4, 4, 16, 8, 5), weighting=weighting, ignored=0.0)
-    assert_matches_naive(problem, workspace_bytes=workspace(4, 37))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -381,27 +373,6 @@ def test_a_reference_in_lower_precision(dtype, V):
         assert ours.dtype == dtype and relative_error(ours, exact) < (2e-5 if dtype == torch.float32 else 4e-3)
 
 
-def test_padded_equals_packed_with_a_reference():
-    problem = make_weighted_problem((8, 8, 8), weighting="anchored", bias=True)
-    packed, leaves = problem.ours()
-    reference = problem.options["reference"]
-    theirs = problem.leaves()
-    rows = reference._replace(hidden=reference.hidden.view(3, 8, -1))
-    out = linear_weighted_loss(
-        theirs[0].view(3, 8, -1), theirs[1], problem.target.view(3, 8), weighting="asft", reference=rows, bias=theirs[2]
-    )
-    assert_same(out.loss, theirs, packed.loss, leaves)
-    torch.testing.assert_close(out.weights.view(-1), packed.weights, rtol=1e-12, atol=0)
-
-
-def test_all_ignored_with_a_reference():
-    problem = make_weighted_problem(weighting="anchored", ignored=1.0, bias=True)
-    problem.hidden.fill_(math.nan)
-    out, leaves = problem.ours()
-    assert out.loss.item() == 0.0 and all(not grad.any() for grad in gradients(out.loss, leaves))
-    assert all(value.isfinite() for value in out.stats.values())
-
-
 def test_no_gradient_flows_to_a_reference():
     problem = make_weighted_problem(weighting="anchored", ignored=0.0)
     others = [x.requires_grad_() for x in problem.options["reference"][:2]]
@@ -609,88 +580,10 @@ def test_asft_of_a_token_that_is_certain(lead):
     assert of_logit.item() == pytest.approx(exact if lead < 69 else 0.0, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_padded_equals_packed(weighting):
-    lengths = (7, 2, 9)
-    pack = make_weighted_problem(lengths, weighting=weighting, ignored=0.0)
-    packed, leaves = pack.ours()
-    expected = gradients(packed.loss, leaves)
-    T = 13
-    for side in ("left", "right"):
-        where = torch.zeros(3, T, dtype=torch.bool)
-        for row, length in enumerate(lengths):
-            where[row, slice(T - length, T) if side == "left" else slice(length)] = True
-
-        def padded(values, filler, where=where):
-            return values.new_full((3, T, *values.shape[1:]), filler).index_put_((where,), values)
-
-        columns = {n: padded(v, math.nan) if isinstance(v, torch.Tensor) else v for n, v in pack.options.items()}
-        leaves = [padded(pack.hidden, 1e3).requires_grad_(), pack.weight.clone().requires_grad_()]
-        out = linear_weighted_loss(*leaves, padded(pack.target, -100), **columns)
-        assert out.logprobs.shape == out.weights.shape == (3, T)
-        torch.testing.assert_close(out.loss, packed.loss.detach(), rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(out.weights[where], packed.weights, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(out.stats, packed.stats, rtol=1e-12, atol=1e-15)
-        grad_hidden, grad_weight = gradients(out.loss, leaves)
-        torch.testing.assert_close(grad_hidden[where], expected[0], rtol=1e-10, atol=1e-15)
-        assert not grad_hidden[~where].any() and not out.weights[~where].any()
-        torch.testing.assert_close(grad_weight, expected[1], rtol=1e-10, atol=1e-15)
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_all_ignored(weighting):
-    problem = make_weighted_problem(weighting=weighting, ignored=1.0, bias=True)
-    problem.hidden.fill_(math.nan)
-    out, leaves = problem.ours()
-    assert out.loss.item() == 0.0
-    assert all(not grad.any() for grad in gradients(out.loss, leaves))
-    assert out.stats["tokens"].item() == 0.0
-    assert all(value.isfinite() for value in out.stats.values())
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_functions_where_all_are_ignored(function):
     out, leaves = function_problem(function, ignored=1.0).ours()
     assert out.loss.item() == 0.0 and all(not grad.any() for grad in gradients(out.loss, leaves))
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_no_tokens_at_all(weighting):
-    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
-    columns = {"weights": torch.zeros(0)} if weighting == "tensor" else {"weighting": weighting}
-    if weighting in NEED_REF:
-        columns["ref_logprobs"] = torch.zeros(0)
-    out = linear_weighted_loss(hidden, weight, torch.zeros(0, dtype=torch.long), **columns)
-    grads = gradients(out.loss, [hidden, weight])
-    assert out.loss.item() == 0.0 and grads[0].shape == (0, 4) and not grads[1].any()
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_one_token(weighting):
-    assert_matches_naive(make_weighted_problem((1,), weighting=weighting, ignored=0.0))
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_bitwise_repeatable(weighting):
-    problem = make_weighted_problem((60, 90), V=501, D=32, dtype=torch.float32, weighting=weighting)
-    runs = []
-    for _ in range(3):
-        out, leaves = problem.ours(workspace_bytes=workspace(40, 501, 4))
-        runs.append([out.loss.detach(), out.logprobs, out.weights, *gradients(out.loss, leaves)])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-
-
-@pytest.mark.parametrize("weighting", NAMES)
-def test_nan_stays_in_its_sequence(weighting):
-    problem = make_weighted_problem((20, 30, 20), ignored=0.0, weighting=weighting)
-    clean, _ = problem.ours(workspace_bytes=workspace(16, 37))
-    problem.hidden[35] = math.nan
-    out, _ = problem.ours(workspace_bytes=workspace(16, 37))
-    assert out.loss.isnan()
-    others = torch.ones(70, dtype=torch.bool)
-    others[20:50] = False
-    torch.testing.assert_close(out.weights[others], clean.weights[others], rtol=1e-13, atol=0)
 
 
 # ---- precision: p near 1, and p near 0
@@ -751,35 +644,6 @@ def test_float32_where_it_is_hard(name, kind, level):
     unweighted = torch.autograd.grad(-logprobs.mean(), exact_leaves, retain_graph=True)
     for ours, exact, usual in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), unweighted, strict=True):
         assert (ours - exact).norm() < tolerance * exact.norm() + nothing * usual.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_half_precision(weighting, dtype):
-    problem = make_weighted_problem((40, 30), weighting=weighting, dtype=dtype, D=32, reduction="sum")
-    problem.weight.mul_(0.3)
-    out, leaves = problem.ours(workspace_bytes=workspace(16, 37, 4))
-    (loss, logprobs, weights), exact_leaves = problem.naive()
-    assert out.loss.dtype == out.weights.dtype == torch.float32
-    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
-    torch.testing.assert_close(out.weights.double(), weights, rtol=1e-4, atol=1e-7)
-    for ours, exact in zip(gradients(out.loss, leaves), gradients(loss, exact_leaves), strict=True):
-        assert ours.dtype == dtype and relative_error(ours, exact) < torch.finfo(dtype).eps / 2
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_autocast_rounds_operands_and_keeps_float32_gradients(weighting):
-    problem = make_weighted_problem((9, 17, 5), dtype=torch.float32, weighting=weighting, bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, leaves = problem.ours()
-    grads = gradients(out.loss, leaves)
-    assert out.loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
-    rounded = [leaf.detach().bfloat16() for leaf in leaves]
-    problem.hidden, problem.weight, problem.options["bias"] = rounded
-    (loss, _, _), exact_leaves = problem.naive()
-    assert abs(out.loss.item() - loss.item()) < 1e-5 * max(1.0, abs(loss.item()))
-    for ours, exact in zip(grads, gradients(loss, exact_leaves), strict=True):
-        assert relative_error(ours, exact) < 2e-5
 
 
 # ---- what it costs: rows that go through each product
@@ -887,46 +751,12 @@ def test_statistics_are_what_their_names_say(weighting):
         assert out.stats[name].item() == pytest.approx(value, rel=1e-11), name
 
 
-@pytest.mark.parametrize("weighting", NAMES)
-def test_module_is_the_function(weighting):
-    options = dict(iw_tau=0.5, iw_max=2.0, psft_clip=0.1, asft_kl=0.3, idft_clip=(0.2, 1.5), temperature=0.7)
-    options |= dict(reduction="sequence_mean", weighting=weighting)
-    problem = make_weighted_problem(weighting=weighting)
-    out, leaves = problem.ours(**options)
-    module = LinearWeightedLoss(**options)
-    theirs = problem.leaves()
-    columns = dict(ref_logprobs=problem.options["ref_logprobs"], cu_seqlens=problem.cu_seqlens)
-    again = module(*theirs, problem.target, **columns)
-    assert isinstance(again, LossOutput) and not list(module.parameters()) and f"'{weighting}'" in repr(module)
-    assert torch.equal(out.loss, again.loss)
-    for a, b in zip(gradients(out.loss, leaves), gradients(again.loss, theirs), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_module_with_weights_of_each_call():
     problem = make_weighted_problem()
     out, _ = problem.ours(reduction="sum")
     module = LinearWeightedLoss(reduction="sum")
     again = module(*problem.leaves(), problem.target, problem.options["weights"], cu_seqlens=problem.cu_seqlens)
     assert torch.equal(out.loss, again.loss)
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_compile_keeps_one_graph(weighting):
-    torch._dynamo.reset()
-    problem = make_weighted_problem(dtype=torch.float32, weighting=weighting)
-
-    def loss(hidden, weight):
-        out = linear_weighted_loss(
-            hidden * 1.5, weight, problem.target, cu_seqlens=problem.cu_seqlens, denominator=17.0, **problem.options
-        )
-        return out.loss * 2 + 0 * out.stats["nll"] + 0 * out.weights.sum()
-
-    leaves, compiled_leaves = problem.leaves(), problem.leaves()
-    value = loss(*leaves)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_leaves)
-    torch.testing.assert_close(compiled, value, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradients(compiled, compiled_leaves), gradients(value, leaves), rtol=1e-5, atol=1e-6)
 
 
 def test_compile_breaks_the_graph_at_a_function_and_makes_it_no_constant():
@@ -953,25 +783,3 @@ def test_double_backward_is_refused(weighting):
     out, leaves = make_weighted_problem(weighting=weighting).ours()
     with pytest.raises(RuntimeError, match="no second derivative.*create_graph=True"):
         torch.autograd.grad(out.loss, leaves, create_graph=True)
-
-
-# ---- static packs, as CUDA graphs need
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("trained", ["xw", "x", ""])
-@pytest.mark.parametrize("rows", [3, 40])
-def test_static_packs_give_the_same_answers(weighting, trained, rows, monkeypatch):
-    problem = make_weighted_problem(weighting=weighting)
-    problem.hidden[problem.target < 0] = math.nan
-    found = []
-    for static in (False, True):
-        monkeypatch.setattr(packing, "capturing", lambda static=static: static)
-        leaves = [x.requires_grad_(n in trained) for n, x in zip("xw", problem.leaves(), strict=True)]
-        out = linear_weighted_loss(
-            *leaves, problem.target, cu_seqlens=problem.cu_seqlens, workspace_bytes=workspace(rows, 37),
-            **problem.options,
-        )  # fmt: skip
-        grads = gradients(2 * out.loss, [x for x in leaves if x.requires_grad]) if trained else []
-        found.append([out.loss.detach(), out.logprobs, out.weights, *out.stats.values(), *grads])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-14)
