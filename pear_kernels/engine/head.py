@@ -32,6 +32,16 @@ class Softmax(NamedTuple):
     top1: Tensor | None = None
 
 
+class Kept(NamedTuple):
+    """The part of a chunk's E (R, V) of which products 2 and 3 are taken: k rows, K columns (`engine.sparsify`)."""
+
+    rows: Tensor | None  # (k,) int64, ascending; None: all R
+    columns: Tensor  # (K,) int64, ascending
+    exp: Tensor  # (k, K), in the workspace
+    rest: Tensor  # (R,) the sum of each row's entries that are left out
+    mean: Tensor  # (D,) the mean of W's rows over the columns left out, weighted by their mass
+
+
 class VocabularyRows(NamedTuple):
     """A teacher's distribution over the whole vocabulary at R tokens."""
 
@@ -73,6 +83,7 @@ class Head(Protocol):
     weight: Tensor  # (V, D)
     planned: torch.Size  # (V, D) by which chunks are cut: with a sharded vocabulary, the shape of the largest shard
     dtype: torch.dtype  # of every product and sum: float32 (float64 for float64)
+    separate_target: bool  # whether E must be 0 at the target, with a `Softmax.target_mass`; a head may do so always
 
     def row_bytes(self, gradient: bool) -> int:
         """Bytes of workspace that one row of a chunk takes, with or without a gradient."""
@@ -94,14 +105,33 @@ class Head(Protocol):
         row_scale: Tensor,  # (R,)
         target: Tensor,  # (R,)
         target_mass: Tensor | None,  # (R,)
+        kept: Kept | None = None,
     ) -> None:
-        """Product 2: into[index] = diag(row_scale) (factor W - diag(target_mass) W[target])."""
+        """Product 2: into[index] = diag(row_scale) (factor W - diag(target_mass) W[target]).
 
-    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        """Product 3: grad (V, D) += factor^T diag(row_scale) x. The `first` chunk overwrites `grad`, uninitialised."""
+        Where only a part of `factor` is `kept`, kept.exp W[kept.columns] + kept.rest kept.mean^T takes the place of
+        factor W.
+        """
+
+    def add_grad_weight_(
+        self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool, kept: Kept | None = None
+    ) -> None:
+        """Product 3: grad (V, D) += factor^T diag(row_scale) x. The `first` chunk overwrites `grad`, uninitialised.
+
+        Where only a part of `factor` is `kept`, only its rows and columns are read and written.
+        """
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         """grad (V,) += factor^T row_scale."""
+
+    def scaled(self, row_scale: Tensor) -> Tensor:
+        """(R,) what multiplies E in the workspace where `row_scale` (R,) multiplies the whole head's."""
+
+    def compact_(self, factor: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+        """(k, K) factor[rows, columns] in the workspace, which overwrites `factor` (R, V)."""
+
+    def mean_row(self, mass: Tensor) -> Tensor:
+        """(D,) sum_v mass_v W_v / sum_v mass_v, zeros if there is no `mass` (V,)."""
 
     def subtract_targets_(
         self,

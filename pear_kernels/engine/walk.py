@@ -26,8 +26,10 @@ from torch import Tensor
 
 from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
-from pear_kernels.engine.packing import Pack, with_chunk
+from pear_kernels.engine.packing import Pack, capturing, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
+
+from pear_kernels.engine.sparsify import Sparsifier
 
 
 def grad_hidden_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,6 +60,7 @@ class Walk:
         workspace_bytes: int | None,
         *,
         entropy: bool = False,
+        gradient_tolerance: float = 0.0,
     ):
         self.hidden = hidden  # (N, D), the caller's
         self.head = head
@@ -70,6 +73,8 @@ class Walk:
         self.entropy = torch.empty_like(self.logprobs) if entropy else None  # (n,)
         self.divergence: Tensor | None = None  # (n,), of a `LogitsWalk` with a teacher
         self.top1 = torch.empty_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
+        self.sparsifier = Sparsifier(gradient_tolerance) if gradient_tolerance and any(wanted) else None
+        head.separate_target = self.sparsifier is not None
         # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
         self.target_scale: Tensor | None = None
 
@@ -168,10 +173,14 @@ class Walk:
         """
         for begin, end in chunks:
             x, softmax = self.score(objective, begin, end, gradient=True)
-            # never skipped, so that dW is written
-            self.accumulate(begin, end, x, softmax, objective.known_coefficients(begin, end), may_skip=False)
-        for begin, end in chunks:
-            factor = self.checked(begin, end, objective.pending_factor(begin, end)).to(self.head.dtype)
+            # never skipped, so that dW is written; a factor for each token changes how much of a chunk each row is
+            known, may_leave_out = objective.known_coefficients(begin, end), objective.separable
+            self.accumulate(begin, end, x, softmax, known, may_skip=False, may_leave_out=may_leave_out)
+        for i, (begin, end) in enumerate(chunks):
+            exact = self.checked(begin, end, objective.pending_factor(begin, end))
+            factor = exact.to(self.head.dtype)
+            if self.sparsifier is not None:
+                self.sparsifier.rescale(i - len(chunks), exact)
             if self.wanted.hidden:
                 index = self.pack.index[begin:end]
                 self.grads.hidden.index_copy_(0, index, self.grads.hidden[index].mul_(factor[:, None]))
@@ -219,6 +228,7 @@ class Walk:
         coefficients: Tensor | Coefficients | None,
         *,
         may_skip: bool = True,
+        may_leave_out: bool = True,
     ) -> None:
         """The gradient products of one chunk, for coefficients (R,), or for ones."""
         assert isinstance(softmax, Softmax)
@@ -232,7 +242,7 @@ class Walk:
         if may_skip and self.may_branch and not row_scale.any():
             self.skip(begin, end)
         else:
-            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass)
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, may_leave_out=may_leave_out)
 
     def checked(self, begin: int, end: int, coefficients: Tensor) -> Tensor:
         """An objective's (end - begin,), with 0 for ghosts."""
@@ -251,16 +261,20 @@ class Walk:
         factor: Tensor,  # (R, V)
         row_scale: Tensor,  # (R,)
         target_mass: Tensor | None,  # (R,)
+        *,
+        may_leave_out: bool = True,
     ) -> None:
         """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias."""
-        if self.wanted.hidden:
-            self.head.write_grad_hidden_(
-                self.grads.hidden, self.pack.index[begin:end], factor, row_scale, self.target[begin:end], target_mass
-            )
-        if self.wanted.weight:
-            self.head.add_grad_weight_(self.grads.weight, factor, x, row_scale, first=not self.grads.written)
         if self.wanted.bias:
             self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
+        kept = None
+        if self.sparsifier is not None:  # overwrites what it does not keep
+            kept = self.sparsifier.choose(self.head, factor, row_scale, may_leave_out and self.may_sync)
+        if self.wanted.hidden:
+            index, target = self.pack.index[begin:end], self.target[begin:end]
+            self.head.write_grad_hidden_(self.grads.hidden, index, factor, row_scale, target, target_mass, kept)
+        if self.wanted.weight:
+            self.head.add_grad_weight_(self.grads.weight, factor, x, row_scale, not self.grads.written, kept)
         if target_mass is not None and self.wanted.head:
             if self.target_scale is None:
                 # zeros where a chunk may be skipped, which writes nothing here
@@ -273,10 +287,17 @@ class Walk:
         """A chunk whose coefficients are all 0: its gradient is 0, and no product is taken."""
         if self.wanted.hidden:
             self.grads.hidden.index_fill_(0, self.pack.index[begin:end], 0.0)
+        if self.sparsifier is not None:
+            self.sparsifier.skip(end - begin, len(self.head.weight))
 
     def rows(self, begin: int, end: int) -> Tensor:
         """(R, D) hidden states of these tokens, as operand of a product."""
         return self.head.as_operand(self.pack.take(self.hidden, begin, end))
+
+    @property
+    def may_sync(self) -> bool:
+        """Whether a chunk may take a host sync, which a static pack may not."""
+        return self.pack.counts is None and not capturing()
 
     @property
     def may_branch(self) -> bool:
@@ -341,8 +362,9 @@ class LogitsWalk(Walk):
         coefficients: Tensor | Coefficients | None,
         *,
         may_skip: bool = True,
+        may_leave_out: bool = True,
     ) -> None:
-        """The gradient products of one chunk."""
+        """The gradient products of one chunk, of which nothing is left out."""
         assert isinstance(softmax, Scores)
         if not isinstance(coefficients, Coefficients):
             raise TypeError(f"an objective with on_logits must return Coefficients, got {type(coefficients).__name__}")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import Softmax, torch_row_bytes
+from pear_kernels.engine.head import Kept, Softmax, torch_row_bytes
 from pear_kernels.engine.packing import capturing
 from pear_kernels.formulas import softmax
 from pear_kernels.formulas.activation import Activation, slope_of_tanh_
@@ -55,6 +55,7 @@ class Head:
     """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, where each of these is given."""
 
     workspace: Tensor  # (rows, V), made by `reserve`
+    separate_target = False  # whether a gradient's E is 0 at the target, whose term is `Softmax.target_mass`
 
     def __init__(
         self,
@@ -85,21 +86,22 @@ class Head:
         """Operand of a product: rounded to the compute dtype, then cast to that of the accumulators."""
         return x.to(self.compute_dtype).to(self.dtype)
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as tiles of the vocabulary in the accumulators' dtype; one tile if no cast is needed."""
-        if self.weight.dtype == self.compute_dtype == self.dtype:
+    def tiles(self, columns: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The weight, or its rows `columns`, as tiles in the accumulators' dtype; one tile if no copy is needed."""
+        if columns is None and self.weight.dtype == self.compute_dtype == self.dtype:
             yield slice(0, self.vocabulary), self.weight
             return
-        rows = tile_rows(self.weight.shape[1], self.dtype)
-        for begin in range(0, self.vocabulary, rows):
-            tile = slice(begin, min(begin + rows, self.vocabulary))
-            yield tile, self.as_operand(self.weight[tile])
+        rows, size = tile_rows(self.weight.shape[1], self.dtype), self.vocabulary if columns is None else len(columns)
+        for begin in range(0, size, rows):
+            tile = slice(begin, min(begin + rows, size))
+            yield tile, self.as_operand(self.weight[tile if columns is None else columns[tile]])
 
     # ---- product 1: logits, and the softmax in place
 
     def softmax(
         self, x: Tensor, target: Tensor, *, gradient: bool, entropy: bool = False, logit: Tensor | None = None
     ) -> Softmax:
+        separate = self.separate_target or logit is not None
         logits, anchor, below, top1 = self._anchored_logits(x, target, logit)
         S, exp_log = torch.empty_like(below), torch.empty_like(below)  # of E and, for the entropy, of E log E
         for rows in self._row_blocks(len(x)):
@@ -112,18 +114,22 @@ class Head:
             S[rows] = sums.double()
             if log is not None:
                 exp_log[rows] = log.mul_(exp).sum(1).double()
-            if gradient and logit is None:
+            if gradient and not separate:
                 exp.scatter_(1, y, -sums[:, None])
             if gradient and tanh is not None:
                 exp.mul_(slope_of_tanh_(tanh))
         nll, e_y = softmax.nll(S, below), below.exp()
         Z = e_y + S
         row_scale = (Z * self.activation.temperature).reciprocal()
+        target_mass = None
+        if self.separate_target and logit is None:
+            slope = self.activation.slope(below + anchor)
+            target_mass = S if slope is None else S * slope
         if not entropy:
-            return Softmax(logits, row_scale, -nll, None, top1=top1)
+            return Softmax(logits, row_scale, -nll, None, target_mass, top1)
         log_z = torch.where(below < -1, Z.log(), below + nll)  # where Z is near 1, its log would lose digits
         H = softmax.entropy(log_z, exp_log + torch.xlogy(e_y, e_y), Z)
-        return Softmax(logits, row_scale, -nll, H, top1=top1)
+        return Softmax(logits, row_scale, -nll, H, target_mass, top1)
 
     def _anchored_logits(
         self, x: Tensor, target: Tensor, target_logit: Tensor | None
@@ -173,19 +179,67 @@ class Head:
     # ---- products 2 and 3
 
     def write_grad_hidden_(
-        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
+        self,
+        into: Tensor,
+        index: Tensor,
+        factor: Tensor,
+        row_scale: Tensor,
+        target: Tensor,
+        target_mass: Tensor | None,
+        kept: Kept | None = None,
     ) -> None:
-        """`target_mass` is None, since `factor` holds E_y = -S."""
+        """`target_mass` is None where `factor` holds E_y = -S."""
+        factor = factor if kept is None else kept.exp
         out = factor.new_zeros(len(factor), self.weight.shape[1])
-        for tile, weight in self.tiles():
+        for tile, weight in self.tiles(None if kept is None else kept.columns):
             out.addmm_(factor[:, tile], weight)
+        if kept is not None:
+            if kept.rows is not None:
+                out = out.new_zeros(len(index), out.shape[1]).index_copy_(0, kept.rows, out)
+            out.addr_(kept.rest, kept.mean)
+        if target_mass is not None:
+            out.addcmul_(self.as_operand(self.weight[target]), target_mass.to(self.dtype)[:, None], value=-1)
         into.index_copy_(0, index, out.mul_(row_scale[:, None]).to(into.dtype))
 
-    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        torch.addmm(grad, factor.t(), x * row_scale[:, None], beta=0 if first else 1, out=grad)
+    def add_grad_weight_(
+        self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool, kept: Kept | None = None
+    ) -> None:
+        x = x * row_scale[:, None]
+        if kept is None:
+            torch.addmm(grad, factor.t(), x, beta=0 if first else 1, out=grad)
+            return
+        x = x if kept.rows is None else x[kept.rows]
+        if first:
+            grad.zero_()
+        step = tile_rows(x.shape[1], self.dtype)
+        for begin in range(0, len(kept.columns), step):
+            tile = slice(begin, begin + step)
+            grad.index_add_(0, kept.columns[tile], kept.exp[:, tile].t() @ x)
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         grad.addmv_(factor.t(), row_scale)
+
+    def scaled(self, row_scale: Tensor) -> Tensor:
+        return row_scale
+
+    def compact_(self, factor: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+        """Packs row after row to the front of the workspace, which no row reaches before it was read."""
+        kept = torch.arange(len(factor), device=factor.device) if rows is None else rows
+        out = self.workspace.view(-1)[: len(kept) * len(columns)].view(len(kept), len(columns))
+        edges = torch.searchsorted(kept, torch.tensor([block.stop for block in self._row_blocks(len(factor))])).tolist()
+        begin = 0
+        for block, end in zip(self._row_blocks(len(factor)), edges, strict=True):
+            part = factor[block].index_select(1, columns)
+            out[begin:end] = part if rows is None else part[kept[begin:end] - block.start]
+            begin = end
+        return out
+
+    def mean_row(self, mass: Tensor) -> Tensor:
+        total = torch.zeros(self.weight.shape[1], dtype=self.dtype, device=mass.device)
+        mass = mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
+        for tile, weight in self.tiles():
+            total.addmv_(weight.t(), mass[tile])
+        return total
 
     def subtract_targets_(
         self,
@@ -196,7 +250,7 @@ class Head:
         target: Tensor,
         scale: Tensor,
     ) -> None:
-        """Needed for a shard, whose E has no entry for the target."""
+        """Needed where E has no entry for the target: in a shard, or with `separate_target`."""
         if grad_weight is not None:
             step = max(1, ROW_BLOCK_BYTES // (hidden.shape[1] * self.dtype.itemsize))
             for begin in range(0, len(target), step):
