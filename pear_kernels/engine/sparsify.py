@@ -16,13 +16,10 @@ having as much mass at the targets as elsewhere. So dW, whose rows are sums of r
 at most m max_t |x_t|, summed over the norms of its rows; dX by at most m max_v |W_v - mean|, summed over its rows.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from pear_kernels.engine.head import Head, Kept
-from pear_kernels.engine.packing import capturing
 
 ROWS_SHARE = 0.1  # of the budget may be spent on rows
 MOST_KEPT = 0.6  # of the work; with more the dense products are taken, which need no compaction
@@ -60,10 +57,10 @@ class Sparsifier:
         column_mass = torch.zeros(factor.shape[1], dtype=head.dtype, device=factor.device)
         head.add_grad_bias_(column_mass, factor, row_scale.abs().masked_fill(light, 0.0))
         column_order, columns_left, more = lightest(column_mass, total, self.tolerance - left / total)
-        finite = total.isfinite()
-        first_row, first_column, known = torch.stack([rows_left, columns_left, finite.long()]).tolist()
+        usable = (total > 0) & total.isfinite()
+        first_row, first_column, known = torch.stack([rows_left, columns_left, usable.long()]).tolist()
         (R, V), k, K = factor.shape, len(row_order) - first_row, len(column_order) - first_column
-        if not known or k * K > MOST_KEPT * R * V:
+        if not known or not 0 < k * K <= MOST_KEPT * R * V:
             return None
         rows = None if k == R else row_order[first_row:].sort().values
         columns = column_order[first_column:].sort().values

@@ -28,7 +28,6 @@ from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.packing import Pack, capturing, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
-
 from pear_kernels.engine.sparsify import Sparsifier
 
 

@@ -53,6 +53,25 @@ def write_grad_hidden(
         tl.store(out + to * D + column, (value * scale).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["K"])
+def compact_columns(
+    e,  # (R, V), of which the first K columns are overwritten
+    e_stride,  # elements from row to row
+    columns,  # (K,) int64, ascending
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """e[:, :K] = e[:, columns]. One program per row, from left to right, so it never reads what it has written."""
+    row = e + tl.program_id(0).to(tl.int64) * e_stride
+    for k in range(0, K, BLOCK_K):
+        place = k + tl.arange(0, BLOCK_K)
+        inside = place < K
+        value = tl.load(row + tl.load(columns + place, mask=inside, other=0), mask=inside, other=0.0)
+        tl.debug_barrier()  # this block's stores may overwrite what another thread of the program has yet to read
+        tl.store(row + place, value, mask=inside)
+        tl.debug_barrier()
+
+
 @triton.jit
 def scale_and_round(
     gradient,  # (size,) float32

@@ -6,6 +6,7 @@ is kept separately in float32 (`target_mass`), so it is not rounded with E. And 
 finds the rows that need another anchor and recomputes their tiles.
 """
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -17,11 +18,12 @@ from pear_kernels.backends.triton import gradients, rows, tiles
 from pear_kernels.backends.triton.formulas import MAX_EXPONENT
 from pear_kernels.backends.triton.launch import launch
 from pear_kernels.backends.triton.product import exp_product
-from pear_kernels.engine.head import Softmax, padded_vocabulary, triton_row_bytes
+from pear_kernels.engine.head import Kept, Softmax, padded_vocabulary, triton_row_bytes
 
 ALIGNMENT = 16  # bytes: descriptors and vector loads begin at multiples of it
 CACHED_BYTES = 24 << 20  # most bytes of x that row tiles processed together have, so that they stay in the L2 cache
 ROW_BLOCK = 1024  # columns per step of a row kernel
+TILE_BYTES = 64 << 20  # of float32 rows of dW, where a part of the columns is kept
 FLOAT16_PEAK = 1024.0  # largest entry of a float16 operand after scaling: far from float16's largest and smallest
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -33,6 +35,7 @@ class Head:
     """An LM head: logits = softcap * tanh((x W^T + b) / softcap) / temperature, where each of these is given."""
 
     dtype = torch.float32  # of accumulators and of the head's gradients
+    separate_target = True
     workspace: Tensor | None = None  # (rows, padded V); None in passes that store no logits
 
     def __init__(
@@ -197,16 +200,38 @@ class Head:
     # ---- second and third product
 
     def write_grad_hidden_(
-        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
+        self,
+        into: Tensor,
+        index: Tensor,
+        factor: Tensor,
+        row_scale: Tensor,
+        target: Tensor,
+        target_mass: Tensor | None,
+        kept: Kept | None = None,
     ) -> None:
         product = self.grad_rows[: len(factor)]
-        multiply(product, factor, self.weight)
+        if kept is None:
+            multiply(product, factor, self.weight)
+        else:
+            part = product if kept.rows is None else product.new_empty(len(kept.rows), product.shape[1])
+            for tile in self._tiles(kept):
+                multiply(part, kept.exp[:, tile], self.weight[kept.columns[tile]], add=tile.start > 0)
+            if kept.rows is not None:
+                product.zero_().index_copy_(0, kept.rows, part)
+            product.addr_(kept.rest, kept.mean)
         launch(
             gradients.write_grad_hidden, (len(factor),),
             product, self.weight, row_scale, target, target_mass, index, into, self.hidden_size, BLOCK_D=ROW_BLOCK,
         )  # fmt: skip
 
-    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
+    def add_grad_weight_(
+        self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool, kept: Kept | None = None
+    ) -> None:
+        if kept is not None and first:
+            grad.zero_()
+            first = False
+        if kept is not None and kept.rows is not None:
+            x, row_scale = x[kept.rows], row_scale[kept.rows]
         scaled = self.scaled_rows[: len(x)]
         unit = self._unit(x, row_scale)
         if unit is not None:
@@ -214,9 +239,41 @@ class Head:
             if not first:
                 grad.mul_(unit)
         launch(gradients.scale_rows, (len(x),), x, row_scale, scaled, self.hidden_size, BLOCK_D=ROW_BLOCK)
-        multiply(grad, factor.t(), scaled, add=not first)
+        if kept is None:
+            multiply(grad, factor.t(), scaled, add=not first)
+        else:
+            for tile in self._tiles(kept):
+                columns = kept.columns[tile]
+                part = grad.new_empty(len(columns), grad.shape[1])
+                multiply(part, kept.exp[:, tile].t(), scaled)
+                grad.index_add_(0, columns, part)  # each column once, so its order does not matter
         if unit is not None:
             grad.div_(unit)
+
+    def _tiles(self, kept: Kept) -> Iterator[slice]:
+        """The columns kept, so many at a time that a copy of their rows of W is small beside the workspace."""
+        step = max(128, TILE_BYTES // (self.hidden_size * self.dtype.itemsize))
+        for begin in range(0, len(kept.columns), step):
+            yield slice(begin, min(begin + step, len(kept.columns)))
+
+    def scaled(self, row_scale: Tensor) -> Tensor:
+        return row_scale
+
+    def compact_(self, factor: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+        launch(
+            gradients.compact_columns, (len(factor),),
+            factor, factor.stride(0), columns, len(columns), BLOCK_K=ROW_BLOCK,
+        )  # fmt: skip
+        kept = factor[:, : len(columns)]
+        return kept if rows is None else kept[rows]
+
+    def mean_row(self, mass: Tensor) -> Tensor:
+        total = torch.empty(1, self.hidden_size, dtype=self.dtype, device=mass.device)
+        part = (mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)).to(
+            self.compute_dtype
+        )  # float16: no smaller
+        multiply(total, part[None], self.weight)
+        return total[0] / part.sum(dtype=self.dtype).clamp(min=torch.finfo(self.dtype).tiny)
 
     def _unit(self, x: Tensor, row_scale: Tensor) -> Tensor | None:
         """float16: a power of two () that scales a chunk's c x, which may exceed float16's range, to its middle.
