@@ -269,9 +269,7 @@ class Head:
 
     def mean_row(self, mass: Tensor) -> Tensor:
         total = torch.empty(1, self.hidden_size, dtype=self.dtype, device=mass.device)
-        part = (mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)).to(
-            self.compute_dtype
-        )  # float16: no smaller
+        part = (mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)).to(self.compute_dtype)
         multiply(total, part[None], self.weight)
         return total[0] / part.sum(dtype=self.dtype).clamp(min=torch.finfo(self.dtype).tiny)
 
