@@ -142,6 +142,11 @@ class HeadOptions(Options):
         backend: "triton", kernels for NVIDIA GPUs of compute capability 8.0 or newer, or "torch", any device. None: the
             environment variable PEAR_KERNELS_BACKEND, or else the kernels wherever they run. float64 is always computed
             by "torch".
+        gradient_tolerance: share of the gradient's mass, sum_t |c_t| (1 - p_t), that may be left out of dX and dW, from
+            0 to below 1; c_t is dL/d(-log p_t). 0: all three products. Otherwise products 2 and 3 are taken of the
+            tokens and columns that matter, `stats` adds "gradient_kept", the share of their work that was done, and
+            "gradient_left_out", that of the mass, which is never above the tolerance. Loss and log-probs stay exact.
+            The bound and what to expect of it are in docs/engine.md.
     """
 
     temperature: float = 1.0
@@ -149,6 +154,7 @@ class HeadOptions(Options):
     ignore_index: int = -100
     workspace_bytes: int | None = None
     backend: str | None = None
+    gradient_tolerance: float = 0.0
 
     rules = {
         "temperature": POSITIVE,
@@ -159,6 +165,7 @@ class HeadOptions(Options):
         ),
         "workspace_bytes": or_none(COUNT, "be a positive integer of bytes, or None"),
         "backend": BACKEND,
+        "gradient_tolerance": rule(lambda value: is_number(value) and 0 <= value < 1, "be a number from 0 to below 1"),
     }
 
 
@@ -444,6 +451,7 @@ class HeadKeywords(TypedDict, total=False):
     ignore_index: int
     workspace_bytes: int | None
     backend: str | None
+    gradient_tolerance: float
 
 
 class ReductionKeywords(TypedDict, total=False):
@@ -596,7 +604,9 @@ def encode(options: Iterable[Options]) -> tuple[str, list[float]]:
         for name in each.names():
             value = getattr(each, name)
             several = value if isinstance(value, tuple) else (value,)
-            if all(map(is_number, several)):
+            if name == "gradient_tolerance" and not value:
+                fields.append(f"{name}=0.0")  # no number: another pass, with other statistics, is meant
+            elif all(map(is_number, several)):
                 values += several
                 fields.append(f"{name}=#{'' if several is not value else len(several)}")
             else:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pear_kernels import checks
-from pear_kernels.engine.head import BackendHead, BackendLogitsHead, Head, Scores, Softmax, TeacherRows
+from pear_kernels.engine.head import BackendHead, BackendLogitsHead, Head, Kept, Scores, Softmax, TeacherRows
 from pear_kernels.engine.packing import capturing
 from pear_kernels.formulas.activation import Activation
 from pear_kernels.formulas.softmax import joint_entropy, joint_nll
@@ -228,6 +228,7 @@ def refuse(shard: str | None, what: str) -> None:
 class ShardedHead:
     """`engine.head.Head` over a rank's own columns, with log-probs, entropy and dX of the whole vocabulary."""
 
+    separate_target = True
     scale: Tensor | None = None  # (R,) float64: times row_scale * E in the workspace, dL/d(raw logits) for c = 1
 
     def __init__(self, own: BackendHead, shard: Shard, activation: Activation):
@@ -235,6 +236,7 @@ class ShardedHead:
         self.weight, self.dtype = own.weight, own.dtype
         self.planned = shard.plan(own)
         self.row_bytes, self.reserve, self.as_operand = own.row_bytes, own.reserve, own.as_operand
+        self.compact_, self.mean_row = own.compact_, own.mean_row
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         """(R,) float64, each from the rank where `target` (R,), a row of the shard, is not -1."""
@@ -265,20 +267,29 @@ class ShardedHead:
         return own_nll, nll, joint_entropy(nll, own_nlls, *entropies) if entropies else None, top1.bool().all(0)
 
     def write_grad_hidden_(
-        self, into: Tensor, index: Tensor, factor: Tensor, row_scale: Tensor, target: Tensor, target_mass: Tensor | None
+        self,
+        into: Tensor,
+        index: Tensor,
+        factor: Tensor,
+        row_scale: Tensor,
+        target: Tensor,
+        target_mass: Tensor | None,
+        kept: Kept | None = None,
     ) -> None:
         """The rank that holds the target adds its term, in the dtype of the sums."""
         target = self.shard.find(target).clamp(min=0)
         partial = torch.empty(len(factor), self.weight.shape[1], dtype=self.dtype, device=factor.device)
         rows = torch.arange(len(partial), device=partial.device)
-        self.own.write_grad_hidden_(partial, rows, factor, self.scaled(row_scale), target, None)
+        self.own.write_grad_hidden_(partial, rows, factor, self.scaled(row_scale), target, None, kept)
         if target_mass is not None:
             target_term = (row_scale * target_mass).to(self.dtype)[:, None]
             partial.addcmul_(target_term, self.own.as_operand(self.weight[target]).to(self.dtype), value=-1)
         into.index_copy_(0, index, self.shard.sum(partial).to(into.dtype))
 
-    def add_grad_weight_(self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool) -> None:
-        self.own.add_grad_weight_(grad, factor, x, self.scaled(row_scale), first)
+    def add_grad_weight_(
+        self, grad: Tensor, factor: Tensor, x: Tensor, row_scale: Tensor, first: bool, kept: Kept | None = None
+    ) -> None:
+        self.own.add_grad_weight_(grad, factor, x, self.scaled(row_scale), first, kept)
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         self.own.add_grad_bias_(grad, factor, self.scaled(row_scale))

@@ -76,7 +76,7 @@ class Sparsifier:
         return Kept(rows, columns, kept, rest.clamp_(min=0.0), head.mean_row(column_mass))
 
     def rescale(self, chunk: int, factor: Tensor) -> None:
-        """Multiplies what was counted of a chunk by its rows' `factor` (R,), which is the same if anything was left out."""
+        """Multiplies what was counted of a chunk by its rows' `factor` (R,), one value if anything was left out."""
         self.left[chunk] = self.left[chunk] * factor[0].abs()
         self.mass[chunk] = self.mass[chunk] * factor.abs()
 

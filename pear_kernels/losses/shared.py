@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pear_kernels import checks
 from pear_kernels.objectives import LOSSES
-from pear_kernels.objectives.base import OF_ALL
 from pear_kernels.objectives.teachers import Teacher
 from pear_kernels.ops.call import spec_and_numbers
 from pear_kernels.ops.loss import linear_loss
@@ -24,7 +23,7 @@ class LossOutput(NamedTuple):
     logprobs: Tensor  # target's shape, log pi of each target, 0 at ignored tokens
     # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored tokens
     weights: Tensor
-    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.base.OF_ALL`, say what each is
+    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.base.OF_ALL` and `OF_GRADIENT`, say what each is
     stats: dict[str, Tensor]
 
 
@@ -99,8 +98,8 @@ def run(name: str, inputs: Inputs, options: Sequence[Options]) -> LossOutput:
     wanted = [grad and tensor is not None and tensor.requires_grad for tensor in head[:3]]
     found = linear_loss(*head, [*columns.values()], numbers, spec, inputs.group, wanted)
     loss, logprobs, weights, stats, *_ = found
-    names = LOSSES[name].stats(tuple(columns)) + OF_ALL
-    values = dict(zip(names[: len(stats)], stats.unbind(), strict=True))
+    names = LOSSES[name].all_stats(tuple(columns), inputs.return_entropy, "gradient_tolerance=#" in spec)
+    values = dict(zip(names, stats.unbind(), strict=True))
     shape = inputs.target.shape
     return LossOutput(loss, logprobs.view(shape), weights.view(shape), values)
 

@@ -19,6 +19,10 @@ OF_ALL = (  # statistics that every loss adds: means over the tokens that count 
     "token_accuracy",  # share of tokens that no other token is likelier than
     "entropy",  # of the distribution over the vocabulary, in nats; only where it was asked for
 )
+OF_GRADIENT = (  # with a `gradient_tolerance`
+    "gradient_kept",  # share of the work of products 2 and 3 that was done
+    "gradient_left_out",  # share of the gradient's mass that was left out, never above the tolerance
+)
 
 
 class Problem(NamedTuple):
@@ -50,8 +54,12 @@ class Loss(NamedTuple):
     """How the custom op makes a loss. `objectives.LOSSES` has one for each public function."""
 
     objective: Callable[[Problem], Objective]  # of one call
-    # names of a call's statistics, from those of its columns; the op adds `OF_ALL`
-    stats: Callable[[Sequence[str]], tuple[str, ...]]
+    stats: Callable[[Sequence[str]], tuple[str, ...]]  # names of the statistics that it makes, from its columns'
+
+    def all_stats(self, columns: Sequence[str], return_entropy: bool, leaves_out: bool) -> tuple[str, ...]:
+        """Names of all statistics of a call, in order: those that every loss adds are behind its own."""
+        of_all = OF_ALL if return_entropy else OF_ALL[:1]
+        return (*self.stats(columns), *of_all, *(OF_GRADIENT if leaves_out else ()))
 
 
 class FixedCoefficients(Objective):

@@ -47,6 +47,11 @@ class Spec(NamedTuple):
         return None if found is None else found.group(1)
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether `HeadOptions.gradient_tolerance` is above 0."""
+        return "gradient_tolerance=#" in self.options
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of losses, log-probs, weights and dW: float32, or float64 for float64 inputs."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
@@ -132,9 +137,15 @@ class Call:
     def walk(self, head: Any, on_logits: bool, entropy: bool, teacher: TeacherSource | None = None) -> Walk:
         whole: Any = sharded(head, self.shard, self.own.temperature, self.own.softcap)
         arguments = self.hidden, whole, self.target, self.pack, self.wanted, self.own.workspace_bytes
-        if on_logits:
-            return LogitsWalk(*arguments, entropy=entropy, teacher=teacher)
-        return Walk(*arguments, entropy=entropy)
+        tolerance = self.own.gradient_tolerance
+        if not on_logits:
+            return Walk(*arguments, entropy=entropy, gradient_tolerance=tolerance)
+        if tolerance and any(self.wanted):
+            raise ValueError(
+                f"gradient_tolerance must be 0 for {self.given.name} with a gradient in every logit (an entropy's, as "
+                f"with entropy_coef, or a teacher's, as in linear_distill_loss), got {tolerance}"
+            )
+        return LogitsWalk(*arguments, entropy=entropy, teacher=teacher)
 
     def explain_out_of_memory(self, name: str, head: BackendHead) -> AbstractContextManager[None]:
         return explain_out_of_memory(name, self.hidden, head, self.wanted, self.own.workspace_bytes)

@@ -8,10 +8,11 @@ from torch import Tensor
 from pear_kernels.checks import forbid_double_backward
 from pear_kernels.engine.walk import Walk, grad_hidden_dtype
 from pear_kernels.objectives import LOSSES
-from pear_kernels.objectives.base import OF_ALL, Problem
+from pear_kernels.objectives.base import Problem
 from pear_kernels.objectives.teachers import teacher_of
 from pear_kernels.ops import backends
 from pear_kernels.ops.call import TAGS, Call, parse
+from pear_kernels.sharding import Shard, gather
 
 
 def compute(
@@ -51,6 +52,8 @@ def compute(
     all_stats = sums.new_empty(len(stats) + len(sums), dtype=given.dtype)
     all_stats[: len(stats)] = stats
     torch.div(sums, tokens, out=all_stats[len(stats) :])
+    if given.leaves_out:
+        all_stats = torch.cat([all_stats, left_out(walk, call.shard).to(given.dtype)])
     # the loss is never a view, to which a caller could add nothing in place
     return (
         total.to(given.dtype, copy=True), logprobs, call.unpack(weights), all_stats,
@@ -70,10 +73,20 @@ def sums_of_all(walk: Walk, return_entropy: bool, among: Tensor | None) -> tuple
     return torch.where(counted > 0, of_all, 0.0).sum(1), counted.sum().clamp(min=1)
 
 
+def left_out(walk: Walk, shard: Shard | None) -> Tensor:
+    """(2,) float64 `OF_GRADIENT`, of the whole head."""
+    if walk.sparsifier is None:
+        return walk.logprobs.new_zeros(2)
+    counts = walk.sparsifier.counts(walk.logprobs.device)
+    counts = counts if shard is None else gather(shard.group, counts).sum(0)
+    done, total = counts[::2], counts[1::2]
+    return torch.where(total == 0, 0.0, done / total)
+
+
 def fake(hidden, weight, bias, target, columns, numbers, spec, group, wanted):
     """The shapes and dtypes of what `compute` returns."""
     given = parse(spec)
-    stats = len(LOSSES[given.name].stats(given.columns)) + len(OF_ALL) - (not given.return_entropy)
+    stats = len(LOSSES[given.name].all_stats(given.columns, given.return_entropy, given.leaves_out))
     shapes = (), target.shape, target.shape, (stats,)
     grads = hidden.shape, weight.shape, weight.shape[:1]
     dtypes = grad_hidden_dtype(hidden.dtype), given.dtype, given.dtype
