@@ -23,7 +23,8 @@ class LossOutput(NamedTuple):
     logprobs: Tensor  # target's shape, log pi of each target, 0 at ignored tokens
     # target's shape, what multiplies each token's -log pi: G, or a policy loss's r A; 0 at ignored tokens
     weights: Tensor
-    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and `objectives.base.OF_ALL` and `OF_GRADIENT`, say what each is
+    # 0-d tensors; the tables named *_STATS beside each loss's formulas, and OF_ALL and OF_GRADIENT of
+    # `objectives.base`, say what each is
     stats: dict[str, Tensor]
 
 

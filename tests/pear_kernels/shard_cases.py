@@ -182,7 +182,16 @@ def everything(rank: int, world: int, folder: str) -> None:
         found[name] = attempt(lambda case=case: answer(case, rows, group=group))
     again = cases(world)["pear-sequence-float32"]
     found["again"] = attempt(lambda: answer(again, rows, group=group))
-    for function in (top_k, dtensors, loss_parallel, module, errors, subgroups, *([compiled] if world == 2 else [])):
+    for function in (
+        top_k,
+        dtensors,
+        loss_parallel,
+        module,
+        errors,
+        subgroups,
+        leaving_out,
+        *([compiled] if world == 2 else []),
+    ):
         found[function.__name__] = attempt(functools.partial(function, rank, world, rows))
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -264,6 +273,13 @@ def module(rank: int, world: int, rows: slice):
         ).loss,
         "whole": loss(problem.hidden, problem.weight, *columns, cu_seqlens=problem.cu_seqlens).loss,
     }
+
+
+def leaving_out(rank: int, world: int, rows: slice):
+    """Each rank chooses among its own columns what a tenth of the gradient leaves out."""
+    case = Case(make_problem(LENGTHS, seed=2), {"gradient_tolerance": 0.1, "workspace_bytes": workspace(40, V)})
+    case.problem.hidden.mul_(3)
+    return {"found": answer(case, rows, group=dist.group.WORLD), "exact": answer(Case(case.problem))}
 
 
 def subgroups(rank: int, world: int, rows: slice):

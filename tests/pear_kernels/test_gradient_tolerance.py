@@ -153,10 +153,11 @@ def test_every_loss(name, rows):
     hidden, weight, target, _ = inputs
     mass = dense_gradient(hidden, weight, target, exact.weights / N).sum()
     pairs = zip(*(gradients(each.loss, hidden, weight) for each in (found, exact, again)), strict=True)
-    for (mine, right, repeated), factor in zip(pairs, (2 * weight.norm(dim=1).max(), hidden.norm(dim=1).max())):
+    limits = 2 * weight.norm(dim=1).max(), hidden.norm(dim=1).max()
+    for (mine, right, repeated), limit in zip(pairs, limits, strict=True):
         assert torch.equal(mine, repeated)
         off = (mine - right).norm(dim=1).sum()
-        assert 0 < off <= 0.05 * mass * factor
+        assert 0 < off <= 0.05 * mass * limit
 
 
 def test_the_correction_makes_dx_better():

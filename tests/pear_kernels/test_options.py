@@ -155,7 +155,8 @@ def test_objects_are_frozen_and_made_by_keywords(cls):
 
 # other values than the defaults, with what the function needs for them to matter
 CHANGED = {
-    HeadOptions: dict(temperature=1.5, softcap=9.0, ignore_index=-100, workspace_bytes=5000, backend="torch"),
+    HeadOptions: dict(temperature=1.5, softcap=9.0, ignore_index=-100, workspace_bytes=5000, backend="torch",
+        gradient_tolerance=0.0),
     PEAROptions: dict(
         level="block", block_size=3, gamma=0.9, log_ratio_clip=(-0.2, 0.4), log_weight_clip=(-1.0, 0.5),
         clip_blocks=True, center=True, clip_length=5, normalize="sequence",
@@ -269,7 +270,8 @@ def ascending(low, high):
 FIELDS = {
     HeadOptions: dict(
         temperature=positive, softcap=st.none() | positive, ignore_index=st.integers(-(2**53), 2**53),
-        workspace_bytes=st.none() | count, backend=st.sampled_from([None, "torch", "triton"]),
+        workspace_bytes=st.none() | count, backend=st.sampled_from([None, "torch", "triton"]), 
+        gradient_tolerance=st.floats(0, 1, exclude_max=True),
     ),
     PEAROptions: dict(
         level=st.sampled_from(["token", "block"]), block_size=count, gamma=share | st.just(1),
@@ -397,6 +399,7 @@ VALUES = {  # what changes: (call, other options, a value from a number in [0, 1
     "gamma": (pear, {}, lambda x: 0.9 + 0.1 * x),
     "temperature": (logprobs, {}, lambda x: 0.5 + x),
     "softcap": (logprobs, {}, lambda x: 5 + x),
+    "gradient_tolerance": (pear, {}, lambda x: x),
     "negative_lambda": (pear, {}, lambda x: x),
     "logprob_floor": (pear, {}, lambda x: -1 - 3 * x),
     "log_ratio_clip": (weights, {}, lambda x: (-0.1 - x, 0.1 + x)),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from problems import make_problem, op_arguments, relative_error, workspace
-from shard_cases import SIZES, UPSTREAM, Case, V, answer, cases, everything
+from shard_cases import LENGTHS, SIZES, UPSTREAM, Case, V, answer, cases, everything
 
 from pear_kernels import linear_topk_logprobs
 from pear_kernels import sharding as shards
@@ -127,6 +127,24 @@ def test_groups_within_the_world(ranks):
         assert_close(of_rank["grad_hidden"], whole["grad_hidden"], 1e-12)
         begin = of_rank["begin"]
         assert_close(of_rank["grad_weight"], whole["grad_weight"][begin : begin + 19], 1e-12)
+
+
+def test_what_ranks_leave_out_is_a_share_of_the_whole_gradient(ranks):
+    answers = found(ranks, "leaving_out")
+    (first, exact), problem = answers[0].values(), make_problem(LENGTHS, seed=2)
+    kept, left_out = first["stats"][-2:]
+    assert 0 < left_out <= 0.1 and kept < 0.95
+    for each in answers:
+        assert all(torch.equal(each["found"][key], first[key]) for key in first if key != "grad_weight")
+    assert_close(first["logprobs"], exact["logprobs"], 1e-12)
+    grad_weight = torch.cat([each["found"]["grad_weight"] for each in answers])
+    p = exact["logprobs"].exp()
+    mass = UPSTREAM * (exact["second"] * (1 - p)).sum() / (problem.target >= 0).sum()
+    for off, largest in (
+        (first["grad_hidden"] - exact["grad_hidden"], 2 * problem.weight.norm(dim=1).max()),
+        (grad_weight - exact["grad_weight"], 3 * problem.hidden.norm(dim=1).max()),
+    ):
+        assert 0 < off.norm(dim=1).sum() <= left_out * mass * largest * (1 + 1e-9)
 
 
 def test_the_module_takes_a_group(ranks):
