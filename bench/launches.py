@@ -114,8 +114,9 @@ def head(
         found = made.softmax(x, target, gradient=True, entropy=entropy)
         made.write_grad_hidden_(hidden, index, found.exp, found.row_scale.float(), target, found.target_mass)
         made.add_grad_weight_(grad_weight, found.exp, x, found.row_scale.float(), True)
-        if bias:
-            made.add_grad_bias_(grad_bias, found.exp, found.row_scale.float())
+        for grad in [grad_bias] if bias else [meta(vocabulary, dtype=FP32)]:  # or the columns' mass
+            made.add_grad_bias_(grad, found.exp, found.row_scale.float())
+        made.compact_(found.exp, None, meta(vocabulary // 5, dtype=torch.int64))
         if made.compute_dtype != FP32:
             scale_and_round(grad_weight, meta(dtype=FP32), dtype)
         for grad in [grad_weight, None] if bias else [grad_weight]:  # a frozen weight's bias may be trained

@@ -182,16 +182,8 @@ def everything(rank: int, world: int, folder: str) -> None:
         found[name] = attempt(lambda case=case: answer(case, rows, group=group))
     again = cases(world)["pear-sequence-float32"]
     found["again"] = attempt(lambda: answer(again, rows, group=group))
-    for function in (
-        top_k,
-        dtensors,
-        loss_parallel,
-        module,
-        errors,
-        subgroups,
-        leaving_out,
-        *([compiled] if world == 2 else []),
-    ):
+    functions = top_k, dtensors, loss_parallel, module, errors, subgroups, leaving_out
+    for function in (*functions, *([compiled] if world == 2 else [])):
         found[function.__name__] = attempt(functools.partial(function, rank, world, rows))
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ from pear_kernels.backends.triton.launch import launch
 def peaked(**options):
     """A problem in which some columns and some rows are light."""
     problem = kernel_problem((19, 1, 0, 37, 15), seed=4, **options)
-    problem.hidden.mul_(torch.linspace(0.5, 5, len(problem.hidden), device=DEVICE)[:, None])
+    problem.hidden.mul_(torch.linspace(0.5, 2, len(problem.hidden), device=DEVICE)[:, None])
     return problem
 
 
@@ -22,7 +22,7 @@ def peaked(**options):
 @pytest.mark.parametrize("rows", (30, 1000))
 def test_it_leaves_out_what_torch_leaves_out(head, product, rows, monkeypatch):
     monkeypatch.setenv(tiles.VARIABLE, product)
-    problem, options = peaked(**HEADS[head]), {"gradient_tolerance": 0.2, "level": "sequence"}
+    problem, options = peaked(**HEADS[head]), {"gradient_tolerance": 0.2}
     found, leaves = problem.ours(**options, workspace_bytes=chunk_bytes(problem, rows))
     row_bytes = 4 * len(problem.weight) * min(rows, len(problem.target))
     right, right_leaves = problem.ours(**options, backend="torch", workspace_bytes=row_bytes)
