@@ -8,6 +8,7 @@ exp of the difference is no float32. The reference is float64 throughout, its PE
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from pear_kernels.reference import naive_weights
 
 SHAPE = Shape(256, 512, 32000)
 SEQUENCES = 2
+BLOCK = 256  # rows whose float64 logits are in memory at a time
 KINDS = ("random", "peaked", "unlikely", "far")
 FAR = 200.0
 
@@ -65,16 +67,22 @@ def exact_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 class Exact:
-    """Float64 losses and gradients for one set of inputs, at any level."""
+    """Float64 losses and gradients for one set of inputs, at any level, from blocks of rows."""
 
     @torch.no_grad()
     def __init__(self, x: Inputs):
         self.x = x
         self.hidden, self.weight = x.hidden.double(), x.weight.double()
-        self.logprobs = exact_logprobs(self.hidden, self.weight, x.target)
-        # dL/dz = G / N * (p - onehot), and p_y - 1 = expm1(log p) keeps its digits
-        self.softmax = torch.log_softmax(F.linear(self.hidden, self.weight), 1).exp_()
-        self.softmax.scatter_(1, x.target[:, None], torch.expm1(self.logprobs)[:, None])
+        of_block = [exact_logprobs(self.hidden[rows], self.weight, x.target[rows]) for rows in self.blocks()]
+        self.logprobs = torch.cat(of_block)
+
+    def blocks(self) -> Iterator[slice]:
+        return (slice(begin, begin + BLOCK) for begin in range(0, len(self.hidden), BLOCK))
+
+    def grad_logits(self, rows: slice) -> Tensor:
+        """(R, V) d(-log p)/dz = p - onehot, where p_y - 1 = expm1(log p) keeps its digits."""
+        softmax = torch.log_softmax(F.linear(self.hidden[rows], self.weight), 1).exp_()
+        return softmax.scatter_(1, self.x.target[rows, None], torch.expm1(self.logprobs[rows])[:, None])
 
     @torch.no_grad()
     def at(self, level: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +96,12 @@ class Exact:
                 weights[begin:end] = naive_weights(self.logprobs[begin:end], behavior_logprobs, level)
         scale = weights / len(weights)
         loss = -(scale * self.logprobs).sum()
-        dx = (self.softmax @ self.weight) * scale[:, None]
-        return loss, dx, self.softmax.t() @ (self.hidden * scale[:, None])
+        dx, dw = torch.empty_like(self.hidden), torch.zeros_like(self.weight)
+        for rows in self.blocks():
+            grad = self.grad_logits(rows).mul_(scale[rows, None])
+            torch.mm(grad, self.weight, out=dx[rows])
+            dw.addmm_(grad.t(), self.hidden[rows])
+        return loss, dx, dw
 
 
 def relative(value: Tensor, reference: Tensor) -> float:

@@ -4,17 +4,21 @@
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import machine, measure
+from bench.accuracy import Exact
 from bench.cells import Cell
 from bench.peers import PEERS, Peer
 from bench.runner import BROKEN_DEVICE
@@ -144,8 +148,11 @@ def leave_broken_device() -> None:
 class HeldInputs(dict[str, list[Inputs]]):
     """Input sets of one case at a time; the previous ones go when the case changes."""
 
+    exact: Callable | None = None
+
     def __missing__(self, case: str) -> list[Inputs]:
         self.clear()
+        self.exact = None
         free()
         self[case] = rotating(SHAPES[case])
         return self[case]
@@ -155,6 +162,13 @@ class HeldInputs(dict[str, list[Inputs]]):
         if peer.taught and self[case][0].teacher is None:
             self[case] = [x.taught(seed) for seed, x in enumerate(self[case])]
         return self[case]
+
+    def exact_at(self, case: str, level: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, dX and dW for the first set, in float64. Kept for one level at a time."""
+        x = self[case][0]
+        if self.exact is None:
+            self.exact = functools.lru_cache(maxsize=1)(Exact(x).at)
+        return self.exact(level)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from statistics import median, quantiles
 from typing import NamedTuple
 
 # the questions that measure memory
-BYTES = ("memory", "policy-memory", "objectives-memory", "sweeps", "overheads", "policy", "objectives")
+BYTES = ("memory", "policy-memory", "objectives-memory", "real-memory")
+BYTES += ("sweeps", "overheads", "policy", "objectives", "real")
 
 
 class Quantiles(NamedTuple):

@@ -14,12 +14,14 @@ from bench.store import Store, write_rows, write_text_whole
 
 OVER = {  # what each is an overhead over
     "pear-token": ["bare", "unweighted"],
+    "pear-token-0.01": ["pear-token"],
     "pear-block": ["bare", "unweighted"],
     "pear-sequence": ["bare", "pear-token"],
     "pear-token-frozen": ["bare-frozen"],
     "score": ["bare-score"],
     "naive-score": ["bare-score"],
 }
+REAL_VALUES = {"dX": "error of dX", "dW": "error of dW", "kept": "kept", "left_out": "left out"}
 ERRORS = ("logprobs", "loss", "dX", "dW")
 POLICY_TO = ("bare", "unweighted", "naive-grpo")
 OBJECTIVES_TO = {  # peers that all are held against, or to each its own
@@ -47,10 +49,12 @@ def times(
     beside: dict[str, list[str]] | None = None,
     to: tuple[str, ...] | dict[str, str | dict[str, str]] = ("bare", "naive"),
     memory_to: tuple[str, ...] = ("bare",),
+    values: dict[str, str] | None = None,
 ) -> list[str]:
     """Every peer of a case: quantiles, memory, and its ratios to the peers `to` or, each to its own, to `beside`.
 
-    A peer of `to` stands for a column, in which a dict may name another for each row.
+    A peer of `to` stands for a column, in which a dict may name another for each row. `values` are further columns, by
+    their keys, from rows of the question "<question>-errors".
     """
     on_cpu = SHAPES[case].device == "cpu"
     head, rows = ["", "ms", "20 to 80 %", "samples", "extra memory, MiB", *(f"of {name}" for name in memory_to)], []
@@ -68,6 +72,7 @@ def times(
     else:
         of = [f"of {name}" for name in to]
         head += [*of, *[f"CPU time, {of[0]}", *of[1:]] * on_cpu]
+    head += (values or {}).values()
     for peer in sorted(figures.peers(question, case), key=list(PEERS).index):
         found = figures.seconds(question, case, peer)
         if found is None:
@@ -82,6 +87,7 @@ def times(
         else:
             for what in ["seconds", "cpu_seconds"][: 1 + on_cpu]:
                 row += [number(figures.ratio(question, case, peer, other(name, peer), what), ".3f") for name in to]
+        row += [number(figures.value(f"{question}-errors", case, peer, key), ".2g") for key in values or {}]
         rows.append(row)
     missing = [f"- {PEERS[peer].label}: {why}" for peer, why in figures.not_run(question, case).items()]
     return table(head, rows) + ([""] + missing if missing else [])
@@ -167,6 +173,27 @@ def objectives(figures: Figures) -> list[str]:
     return lines
 
 
+def real(figures: Figures) -> list[str]:
+    lines = ["", "## A trained model's logits", ""]
+    lines += ["Forward and backward on SmolLM2's hidden states and head, for two texts, and on inputs fitted to them"]
+    lines += [
+        "(`bench/fitted.py`). Beside each time stand the relative errors of dX and dW that the same peer makes on"
+    ]
+    lines += ["the same inputs, against its own loss in float64, and the share of products 2 and 3 that it keeps."]
+    for case in figures.cases("real-errors"):
+        lines += ["", f"### {SHAPES[case]}", ""]
+        if case in figures.cases("real"):
+            lines += times(figures, "real", case, values=REAL_VALUES)
+            continue
+        peers = sorted(figures.peers("real-errors", case), key=list(PEERS).index)
+        rows = [
+            [PEERS[peer].label, *(number(figures.value("real-errors", case, peer, key), ".2g") for key in REAL_VALUES)]
+            for peer in peers
+        ]
+        lines += table(["", *REAL_VALUES.values()], rows)
+    return lines
+
+
 def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str], only: str = "") -> str:
     lines = ["# Benchmarks", "", *(f"- {name}: {value}" for name, value in facts.items())]
     if left:
@@ -198,6 +225,8 @@ def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str], o
         lines += policy(figures)
     if figures.cases("objectives"):
         lines += objectives(figures)
+    if figures.cases("real-errors"):
+        lines += real(figures)
     if figures.cases("accuracy"):
         lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX, dW."]
         lines += accuracy(figures)

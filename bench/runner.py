@@ -16,7 +16,7 @@ from bench.cells import Cell
 from bench.peers import OURS, PEERS
 from bench.store import Store
 
-QUESTIONS = ("sweeps", "overheads", "policy", "objectives", "accuracy", "memory", "largest")
+QUESTIONS = ("sweeps", "overheads", "policy", "objectives", "accuracy", "memory", "largest", "real")
 CELL_SECONDS = 300  # a cell that takes longer is stopped, and recorded as such
 GRACE = 15  # seconds that the cell in hand may go on past the deadline
 NOTHING_TO_DO, BROKEN_DEVICE = 5, 86  # exit codes: pytest's, and ours (conftest.py)

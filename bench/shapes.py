@@ -18,6 +18,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     sequences: int | None = None  # so many of equal length; None: of 128 to 1536 tokens
+    inputs: str = "random"  # or SmolLM2's hidden states and head on a text ("code", "samples"), or "fitted-" to those
 
     def gradient_bytes(self, gradients: str) -> int:
         """What every method has to return, in the inputs' dtype: dX and dW ("both"), dX ("hidden"), or nothing ("")."""
@@ -27,7 +28,20 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         packed = f", {self.sequences} sequences" if self.sequences else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"N={self.tokens}, D={self.hidden}, V={self.vocabulary}, {dtype}{packed}"
+        of = "" if self.inputs == "random" else f", {self.inputs if self.fitted else f'SmolLM2, {self.inputs}'}"
+        return f"N={self.tokens}, D={self.hidden}, V={self.vocabulary}, {dtype}{packed}{of}"
+
+    @property
+    def fitted(self) -> bool:
+        return self.inputs.startswith("fitted-")
+
+    @property
+    def real(self) -> bool:
+        return self.inputs != "random" and not self.fitted
+
+
+def smollm2(text: str, **more) -> Shape:
+    return Shape(2048, 576, 49152, inputs=text, **more)
 
 
 def gpu(tokens: int, hidden: int, vocabulary: int, **more) -> Shape:
@@ -36,6 +50,7 @@ def gpu(tokens: int, hidden: int, vocabulary: int, **more) -> Shape:
 
 PACKS = (1, 10, 100, 1000)
 GPU_BASE, CPU_BASE = "8k-4k-152k", "cpu-4k"
+TEXTS = ("code", "samples")  # that SmolLM2 read or wrote
 SHAPES = {
     GPU_BASE: gpu(8192, 4096, 151936),  # published, on H100; the targets' shape
     "128k-4k-152k": gpu(131072, 4096, 151936),
@@ -54,6 +69,15 @@ SHAPES = {
     "cpu-small-4v": Shape(1024, 256, 32768),
     "cpu-small-4d": Shape(1024, 1024, 8192),
     **{f"cpu-pack-{s}": Shape(4096, 256, 8192, sequences=s) for s in PACKS},
+    # with SmolLM2's logits, or such as resemble them
+    **{f"real-{text}": smollm2(text) for text in TEXTS},
+    "real-code-bf16": smollm2("code", dtype=torch.bfloat16),  # errors alone: no time of a CPU without such products
+    **{f"real-{text}-cuda": smollm2(text, dtype=torch.bfloat16, device="cuda") for text in TEXTS},
+    "fitted-8k-4k-152k": gpu(8192, 4096, 151936, inputs="fitted-code"),
+    "fitted-16k-2k-248k": gpu(16384, 2048, 248320, inputs="fitted-code"),
+    "fitted-8k-4k-128k": gpu(8192, 4096, 128256, inputs="fitted-code"),
+    "fitted-samples-8k-4k-152k": gpu(8192, 4096, 151936, inputs="fitted-samples"),
+    "fitted-tiny": Shape(256, 64, 1000, inputs="fitted-code"),
     # to try the machinery, and to warm up libraries: no figure is taken from these
     "tiny": Shape(256, 64, 1000),
     "tiny-2n": Shape(512, 64, 1000),
@@ -77,6 +101,11 @@ class Inputs(NamedTuple):
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
+
+    def to(self, device: str, dtype: torch.dtype) -> "Inputs":
+        """The same there, hidden states and head in this dtype, without a teacher."""
+        hidden, weight = (leaf.detach().to(device, dtype).requires_grad_() for leaf in (self.hidden, self.weight))
+        return Inputs(hidden, weight, *(tensor.to(device) for tensor in self[2:5]))
 
     def frozen(self) -> "Inputs":
         """The same with a head that wants no gradient."""
@@ -112,6 +141,19 @@ def rotating(shape: Shape) -> list[Inputs]:
 
 
 def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
+    """The inputs of a shape, of which SmolLM2's are the same for every seed."""
+    if shape.fitted:
+        from bench import fitted
+
+        return fitted.make_inputs(shape, seed)
+    if shape.real:
+        from bench.real_logits import real_inputs  # needs transformers, which may not be there
+
+        return real_inputs(shape.inputs).to(shape.device, shape.dtype)
+    return random_inputs(shape, seed)
+
+
+def random_inputs(shape: Shape, seed: int = 0) -> Inputs:
     """Random inputs with logits of variance 1, sequences of 128 to 1536 tokens, and a behaviour policy near the model.
 
     The log-ratios have a mean near 0 and a spread of 0.1, so that both clips bite and the weights sit neither on the

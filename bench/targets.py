@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from bench.accuracy import KINDS
 from bench.figures import Figures
-from bench.peers import FULL_PASS, OURS, PEERS
+from bench.peers import FULL_PASS, OURS, PEERS, TOLERANT
 from bench.shapes import CPU_BASE, GPU_BASE, SHAPES
 
 GIB = 1 << 30
@@ -87,6 +87,27 @@ def policy_on_cpu(figures: Figures) -> list[Target]:
     ]
 
 
+def real_on_cpu(figures: Figures) -> list[Target]:
+    """With SmolLM2's logits for code: a tolerance pays, and its gradients are closer than the naive bf16 loss's."""
+    case, exact = "real-code", "pear-token"
+    ratio = {peer: figures.ratio("real", case, peer, exact) for peer in TOLERANT}
+    error = {(peer, grad): figures.value("real-errors", case, peer, grad) for peer in TOLERANT for grad in ("dX", "dW")}
+    fine, coarse = TOLERANT
+    memory = {peer: divided(figures.bytes(case, peer), figures.bytes(case, exact)) for peer in TOLERANT}
+    dense = figures.ratio("overheads", "cpu-small-4n", fine, exact)
+    return [
+        Target("time, gradient_tolerance 0.01 / exact", ratio[fine], 0.60),
+        Target("time, gradient_tolerance 0.01 / naive", figures.ratio("real", case, fine, "naive"), 0.45),
+        Target("error of dX, gradient_tolerance 0.01", error[fine, "dX"], 0.005, ".4f"),
+        Target("error of dW, gradient_tolerance 0.01", error[fine, "dW"], 0.007, ".4f"),
+        Target("time, gradient_tolerance 0.02 / exact", ratio[coarse], 0.55),
+        Target("error of dX, gradient_tolerance 0.02", error[coarse, "dX"], 0.009, ".4f"),
+        Target("error of dW, gradient_tolerance 0.02", error[coarse, "dW"], 0.009, ".4f"),
+        *(Target(f"memory, {PEERS[peer].label} / exact", memory[peer], 1.10) for peer in TOLERANT),
+        Target("time, gradient_tolerance 0.01 / exact, random logits", dense, 1.03),
+    ]
+
+
 def on_cpu(figures: Figures) -> list[Target]:
     rows = []
     for name in PEAR:
@@ -107,7 +128,7 @@ def on_cpu(figures: Figures) -> list[Target]:
     for kind in KINDS:
         error = figures.value("accuracy", f"bf16-{kind}", "pear-token", "logprobs")
         rows.append(Target(f"rms error of log-probs, bf16 inputs, {kind} targets", error, 5e-4, ".1e"))
-    return rows + policy_on_cpu(figures)
+    return rows + policy_on_cpu(figures) + real_on_cpu(figures)
 
 
 def slower_than(figures: Figures) -> list[str]:

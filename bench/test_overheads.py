@@ -1,12 +1,14 @@
 """What do the weights cost, the sequence level, packs of 1 to 1000 sequences, a frozen head, a pass without gradients?
 
+And a gradient tolerance where nothing can be left out: the logits are random, and all columns count.
+
 Each beside what it is an overhead over, in more rounds than the sweeps, since some are to be under a hundredth.
 """
 
 from bench.cells import Cell, interleaved
 from bench.shapes import CPU_BASE, GPU_BASE, PACKS
 
-LEVELS = ["unweighted", "pear-token", "pear-block", "pear-sequence"]
+LEVELS = ["unweighted", "pear-token", "pear-token-0.01", "pear-block", "pear-sequence"]
 FROZEN = ["bare-frozen", "pear-token-frozen"]
 SCORE = ["bare-score", "score", "naive-score"]
 PACKED = ["bare", "pear-token", "pear-sequence"]

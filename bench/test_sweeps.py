@@ -6,13 +6,13 @@ nothing.
 
 from bench.cells import Cell, interleaved
 from bench.peers import FULL_PASS
-from bench.shapes import CPU_BASE, GPU_BASE, SHAPES
+from bench.shapes import CPU_BASE, GPU_BASE, SHAPES, gpu
 
 VARIANTS = ["pear-token-fused", "pear-token-plain"]
 MAIN = [name for name in FULL_PASS if name not in ("pear-block", "logprobs", "naive-nll")]
 TARGETS = ["bare", "naive", "pear-token", *VARIANTS]
 LONG, PUBLISHED = "128k-4k-152k", ["16k-2k-248k", "8k-4k-128k"]
-SWEPT = [name for name, shape in SHAPES.items() if shape.device == "cuda" and not shape.sequences]
+SWEPT = [name for name, shape in SHAPES.items() if shape == gpu(*shape[:3])]  # random inputs, of 128 to 1536 tokens
 SWEPT = [name for name in SWEPT if name not in (GPU_BASE, LONG, *PUBLISHED)]
 ON_CPU = [name for name in FULL_PASS if name != "torch-weighted"]  # several seconds a call; small shapes have it
 SMALL = [name for name in SHAPES if name.startswith("cpu-small")]
