@@ -80,6 +80,10 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
             Panel("clipped", "share of tokens", clipped),
             Panel("entropy", "nats a token", {"pear/entropy": "entropy"}),
         ]
+    panels += [
+        Panel("gradient products", "share of their work done", {"pear/gradient_kept": "kept"}),
+        Panel("gradient left out", "share of its mass", {"pear/gradient_left_out": "left out"}),
+    ]
     drawn = [p._replace(keys={k: v for k, v in p.keys.items() if any(series(r, k)[1] for r in runs)}) for p in panels]
     return [panel for panel in drawn if panel.keys]
 

@@ -72,6 +72,7 @@ from pear.shown import say
 from pear.tasks import Problem, load_task
 from pear_kernels import LossOutput
 from pear_kernels.huggingface.positions import position_limit
+from pear_kernels.objectives.base import OF_GRADIENT
 from pear_kernels.objectives.policy import POLICY_STATS
 
 logger = get_logger(__name__)
@@ -87,7 +88,8 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
 
     Logged besides TRL's own, under `pear/` (and `eval_pear/`): the statistics of
     `pear_kernels.objectives.policy.POLICY_STATS`, means over completion tokens since the last log; `reward_faults`,
-    completions whose reward could not be had; `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G.
+    completions whose reward could not be had; `empty_completions`; `pass@1` and `pass@G` of the rollouts, groups of G;
+    with `gradient_tolerance`, while training, `gradient_kept` and `gradient_left_out` as `PEARSFTTrainer` logs them.
     """
 
     def __init__(self, model, reward_funcs=None, args: PEARGRPOConfig | None = None, **kwargs: Any):
@@ -118,6 +120,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
         self._rollout_health = RolloutHealth()
         self._unlogged: tuple[float, int] | None = None  # running loss and last logged step of a checkpoint
         if why := self.other_formula({}):
+            self._refuse_tolerance(why)
             logger.warning(f"{why}: TRL's own formula runs on our log-probs, at four products instead of three")
 
     def _send_telemetry(self) -> None:
@@ -260,8 +263,16 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
         }
         return next((why for why, holds in reasons.items() if holds), None)
 
+    def _refuse_tolerance(self, why: str) -> None:
+        if self.args.gradient_tolerance:
+            raise DataError(
+                f"gradient_tolerance = {self.args.gradient_tolerance} does not go with {why}: TRL's own formula makes "
+                "that loss, whose gradient is exact. Set gradient_tolerance to 0"
+            )
+
     def _compute_loss(self, model, inputs):
-        if self.other_formula(inputs):
+        if why := self.other_formula(inputs):
+            self._refuse_tolerance(why)
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
@@ -308,7 +319,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
             delta=self.args.delta,
             unbiased_kl=self.args.use_bias_correction_kl,
         )
-        of_ours = torch.stack([values[name] for name in (*MEANS, "ratio_max", "tokens")]).float()
+        of_ours = torch.stack([values[name] for name in (*self._means(mode), "ratio_max", "tokens")]).float()
         self._policy_stats[mode].append(torch.cat([of_ours.to(as_trl.device), as_trl]))
         return output.loss
 
@@ -324,6 +335,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
             "dual_clip": self.args.delta if self.loss_type in CLIPPED else None,
             "sapo_temperatures": (self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
             "workspace_bytes": self.args.workspace_bytes,
+            "gradient_tolerance": self.args.gradient_tolerance,
         }
 
     def _divisor(self, inputs: dict[str, Any], mask: torch.Tensor, mode: str) -> dict[str, Any]:
@@ -344,13 +356,17 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
 
     # ---- statistics: gathered as tensors, read back only when they are logged
 
+    def _means(self, mode: str) -> list[str]:
+        """Our statistics that are means over tokens."""
+        return [*MEANS, *(OF_GRADIENT if self.args.gradient_tolerance and mode == "train" else ())]
+
     def _read_stats(self, mode: str) -> tuple[dict[str, float], dict[str, list[float]]]:
         """`POLICY_STATS` over all tokens since the last call, and TRL's figures of each micro-batch, by name."""
         if not self._policy_stats[mode]:
             return {}, {}
         table = torch.stack(self._policy_stats[mode])  # a row a micro-batch: means, ratio_max, tokens; TRL's
         self._policy_stats[mode].clear()
-        own = len(MEANS) + 2
+        own = len(names := self._means(mode)) + 2
         as_trl = rl_metrics.read(table[:, own:], *rl_metrics.names(self.loss_type, self.beta), self.accelerator)
         table = table[:, :own].double()
         tokens, largest = table[:, -1:], table[:, -2].max()
@@ -359,7 +375,7 @@ class PEARGRPOTrainer(SaysHowItRuns, WholeCheckpoints, GRPOTrainer):
             sums = self.accelerator.reduce(sums, reduction="sum")
             largest = self.accelerator.gather(largest.reshape(1)).max()
         *means, tokens = sums.tolist()
-        stats = {name: value / max(tokens, 1) for name, value in zip(MEANS, means, strict=True)}
+        stats = {name: value / max(tokens, 1) for name, value in zip(names, means, strict=True)}
         return stats | {"ratio_max": largest.item(), "tokens": tokens}, as_trl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

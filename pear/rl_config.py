@@ -6,6 +6,7 @@ import torch
 from trl import GRPOConfig
 
 from pear.io import DataError
+from pear_kernels.options import HeadOptions
 
 
 @dataclass
@@ -15,6 +16,14 @@ class PEARGRPOConfig(GRPOConfig):
     Without an accelerator `bf16` is off unless asked for: bfloat16 is slow and coarse on a CPU.
     """
 
+    gradient_tolerance: float = field(
+        default=HeadOptions.gradient_tolerance,
+        metadata={
+            "help": "Share of the gradient's mass at the head that may be left out, from 0 to below 1. 0: exact. 0.01 "
+            "skips most of the work of the two gradient products on a trained model; losses stay exact. Not where "
+            "TRL's own formula runs (an entropy bonus, ...)."
+        },
+    )
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Size of the chunk of logits; changes speed and memory, not the result."}
     )
@@ -26,6 +35,7 @@ class PEARGRPOConfig(GRPOConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
         super().__post_init__()
+        HeadOptions(gradient_tolerance=self.gradient_tolerance)
         if self.trust_remote_code:
             raise DataError("trust_remote_code = True does not go with `pear rl`: code of a model's is never run")
         if self.keep_samples < 0:

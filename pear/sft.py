@@ -52,6 +52,7 @@ from pear.streams import Limits, check_best_metric, check_datasets, prepare_stre
 from pear.teacher import HeldTeacher, load_teacher, target_logprobs, teacher_dtype
 from pear.tokenizer_options import OPTIONS, changed_tokenizer, check_applied
 from pear_kernels import LossOutput, Teacher
+from pear_kernels.objectives.base import OF_GRADIENT
 
 logger = get_logger(__name__)
 
@@ -101,7 +102,9 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
       iw_max) and `weight_floor` (near 0);
     - negatives: `wrong_nll`, `wrong_weight_mean`, `wrong_below_floor`, over the tokens of wrong answers,
       `wrong_tokens`;
-    - distill: `divergence`.
+    - distill: `divergence`;
+    - `gradient_tolerance` above 0, while training: `gradient_kept`, the share of the two gradient products' work that
+      was done, and `gradient_left_out`, the share of the gradient's mass that was left out.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                     if each is not None:
                         check_packs(each, next(iter(self.train_dataset))["input_ids"], what)
         self._names = names_logged(args, teacher is not None, self._has_blocks)
+        self._of_gradient = OF_GRADIENT if args.gradient_tolerance else ()  # of training alone
         self._as_in_trl = dict(AS_IN_TRL)
         if not args.log_entropy or (args.distill != "none" and teacher is None):  # not made beside a top-k teacher
             del self._as_in_trl["entropy"]
@@ -270,6 +274,7 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                 "denominator": denominator,
                 "return_entropy": "entropy" in self._as_in_trl,
                 "workspace_bytes": args.workspace_bytes,
+                "gradient_tolerance": args.gradient_tolerance,
                 "virtual_tokens": self._virtual_tokens,
             },
         )
@@ -354,7 +359,9 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
                 found[name] = (clipped & counted).sum() / tokens.clamp(min=1)
         found |= {ours: found[theirs] for ours, theirs in self._as_in_trl.items()}
         noted = {"seen": seen.to(tokens), **{name: found[name] for name in (*self._names, *self._as_in_trl)}}
-        if mode == "eval":
+        if mode == "train":
+            noted |= {name: found[name] for name in self._of_gradient}
+        else:
             noted |= {"all_tokens": counted.sum().to(tokens), "loss": output.loss}
         self._statistics[mode].add(noted)
         if mode == "train" and self.state.global_step == 0:
@@ -384,7 +391,8 @@ class PEARSFTTrainer(SaysHowItRuns, WholeCheckpoints, SFTTrainer):
         for name in found.keys() & {"tokens", "wrong_tokens"}:
             found[name] = round(found[name]) // self._tp_size
         as_in_trl = {name: found[name] for name in ("loss", *self._as_in_trl) if name in found}
-        return as_in_trl | {f"pear/{name}": found[name] for name in self._names if name in found}
+        ours = (*self._names, *self._of_gradient)
+        return as_in_trl | {f"pear/{name}": found[name] for name in ours if name in found}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         stats = {}

@@ -18,6 +18,7 @@ from pear_kernels.options import (
     NORMALIZE,
     WEIGHTINGS,
     DivergenceOptions,
+    HeadOptions,
     LabelOptions,
     PEAROptions,
     WeightingOptions,
@@ -139,8 +140,16 @@ class PEARSFTConfig(SFTConfig):
     log_entropy: bool = field(
         default=True,
         metadata={
-            "help": "Log the mean entropy of the predictions, as TRL does; off, the head's pass is up to 4 % faster. "
+            "help": "Log the mean entropy of the predictions, as TRL does; off, the head's pass is up to 4 %% faster. "
             "(Never of a teacher's top-k columns, whose pass makes no entropy.)"
+        },
+    )
+    gradient_tolerance: float = field(
+        default=HeadOptions.gradient_tolerance,
+        metadata={
+            "help": "Share of the gradient's mass at the head that may be left out, from 0 to below 1. 0: exact. 0.01 "
+            "skips most of the work of the two gradient products on a trained model; losses stay exact. Not with "
+            "distill, nor with weighting asft and --teacher."
         },
     )
     workspace_bytes: int | None = field(
@@ -150,7 +159,7 @@ class PEARSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Tokens of the longest row, and with packing of a pack. Default: the model's positions; of a pack, "
-            "the longest row, at least 1024. Longer rows are never cut: more than 1 % of them are an error, fewer are "
+            "the longest row, at least 1024. Longer rows are never cut: more than 1 %% of them are an error, fewer are "
             "left out and counted."
         },
     )
@@ -169,6 +178,7 @@ class PEARSFTConfig(SFTConfig):
             if getattr(self, name) not in choices:
                 raise DataError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         self.weighting_options()
+        HeadOptions(gradient_tolerance=self.gradient_tolerance)
         LabelOptions(negative_lambda=self.negative_lambda, logprob_floor=self.logprob_floor)
         DivergenceOptions(js_beta=self.js_beta, distill_temperature=self.distill_temperature, nll_coef=self.nll_coef)
         self._refuse_what_cannot_hold()
@@ -222,6 +232,14 @@ class PEARSFTConfig(SFTConfig):
                 "forward, reverse or js, to train towards it; or weighting to asft, to stay near it, with the model "
                 "that training starts from"
             )
+        self._refuse_tolerance(self.distill == "none", f"weighting = {self.weighting!r} towards a teacher in memory")
+
+    def _refuse_tolerance(self, is_refused: bool, other: str) -> None:
+        if self.gradient_tolerance and is_refused:
+            raise DataError(
+                f"gradient_tolerance = {self.gradient_tolerance} does not go with {other}, whose gradient is not one "
+                "number per token times the probabilities. Set gradient_tolerance to 0"
+            )
 
     def _refuse_objectives_that_do_not_go_together(self) -> None:
         for name in OURS:
@@ -240,6 +258,7 @@ class PEARSFTConfig(SFTConfig):
                 "normalize = 'batch' does not go with negatives: one factor for the whole micro-batch would scale "
                 "wrong answers too; use 'sequence', which is of right ones alone"
             )
+        self._refuse_tolerance(self.distill != "none", f"distill = {self.distill!r}")
         if self.negatives and self.distill != "none":
             raise DataError(f"negatives does not go with distill = {self.distill!r}: a teacher has no wrong answers")
         if self.distill != "none" and self.weighting not in ("pear", "none"):

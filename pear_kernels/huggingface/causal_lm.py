@@ -67,6 +67,7 @@ def patch_causal_lm(model: Model, *, weighting: str | None = None, **options: Un
         weighting: a row of the table of `linear_weighted_loss`.
         options: of `linear_pear_loss` (level, gamma, block_size, log_ratio_clip, ..., workspace_bytes, backend), or
             with `weighting` of `linear_weighted_loss`. `reduction` may be changed if no call has `num_items_in_batch`.
+            `gradient_tolerance` holds for plain cross-entropy too; loss and `log_probs` stay exact.
 
     Returns:
         The model. A second call replaces the options; `unpatch_causal_lm` undoes the patch.

@@ -534,6 +534,9 @@ def test_curves_draw_what_was_logged_and_no_empty_panel(make, monkeypatch):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     sft = drawn(monkeypatch, draw_curves, [read_run(make("c", kind="sft", log=SFT_LOG[:2]))], "x.png")
     assert [axis.get_ylabel() for axis in sft.axes] == ["NLL (nats a token)"]
+    log = [row | {"pear/gradient_kept": 0.2, "pear/gradient_left_out": 0.01} for row in SFT_LOG[:2]]
+    sft = drawn(monkeypatch, draw_curves, [read_run(make("e", kind="sft", log=log))], "x.png")
+    assert [axis.get_title() for axis in sft.axes][1:] == ["gradient products", "gradient left out"]
     assert drawn(monkeypatch, draw_curves, [read_run(make("d", log=[]))], "x.png") is None
 
 

@@ -105,6 +105,7 @@ def test_two_processes_train_any_objective_like_one(folder, name):
         "iw-sft": "pear/weight_max",
         "negatives": "pear/wrong_nll",
         "distill": "pear/divergence",
+        "tolerance": "pear/gradient_kept",
         "mixed": "pear/ratio_tokens",
     }[name]
     for a, b in zip(one.state.log_history[:STEPS], two[:STEPS], strict=True):

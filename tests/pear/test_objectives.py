@@ -319,6 +319,14 @@ def test_first_step_with_accumulation(student, teacher, rows, make_trainer, name
     assert_close(steps, gradients(plain), 1e-3)
 
 
+def test_a_teacher_in_memory_needs_the_whole_gradient(make_trainer):
+    message = (
+        "gradient_tolerance = 0.01 does not go with weighting = 'asft' towards a teacher in memory, whose gradient"
+    )
+    with pytest.raises(DataError, match=message):
+        make_trainer("asft-memory", gradient_tolerance=0.01)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packing"])
 def test_first_step_of_asft_with_a_model_in_memory(student, teacher, rows, make_trainer, tmp_path, layout):
     """The loss that is logged, from data without `ref_logprobs`; twice, and the reference is what it was."""

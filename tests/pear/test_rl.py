@@ -350,6 +350,40 @@ def test_two_runs_are_bitwise_equal_and_the_global_seed_does_not_matter(make_tra
     assert (tmp_path / "c/samples/00000000.jsonl").read_text() != (tmp_path / "a/samples/00000000.jsonl").read_text()
 
 
+def test_gradient_tolerance_is_logged_and_only_gradients_change(make_trainer, tokenizer, monkeypatch):
+    """The logged shares are means over tokens of all micro-batches; evaluation, without gradients, logs neither."""
+    seen, compute = [], PEARGRPOTrainer._compute_loss
+
+    def computed(self, model, inputs):
+        loss = compute(self, model, inputs)
+        seen.append((inputs["completion_mask"].sum().item(), self._policy_stats["train"][-1]))
+        return loss
+
+    monkeypatch.setattr(PEARGRPOTrainer, "_compute_loss", computed)
+    options = dict(rollout_func=rollouts, gradient_accumulation_steps=2, loss_type="dapo")
+    runs = {}
+    for tolerance in (None, 0.0, 0.05):
+        seen.clear()
+        given = {} if tolerance is None else {"gradient_tolerance": tolerance}
+        runs[tolerance] = make_trainer(model=make_model(tokenizer, scale=1.0), **options, **given)
+        runs[tolerance].train()
+    log, exact = runs[0.05].state.log_history, runs[0.0].state.log_history
+    place = len(pear.rl.MEANS)  # of a row: gradient_kept, gradient_left_out
+    for i, entry in enumerate(log[:2]):
+        step = seen[2 * i : 2 * i + 2]
+        for k, name in enumerate(("gradient_kept", "gradient_left_out")):
+            mean = sum(tokens * row[place + k].item() for tokens, row in step) / sum(tokens for tokens, _ in step)
+            assert entry[f"pear/{name}"] == pytest.approx(mean, rel=1e-5)
+        assert 0 < entry["pear/gradient_left_out"] <= 0.05 and 0 < entry["pear/gradient_kept"] < 0.6
+    assert log[0]["loss"] == exact[0]["loss"] and log[0]["pear/entropy"] == exact[0]["pear/entropy"]
+    assert not any("gradient_kept" in key or "gradient_left_out" in key for entry in exact for key in entry)
+    assert_same_weights(runs[0.0].model, runs[None].model)
+    heads = [runs[tolerance].model.lm_head.weight for tolerance in (0.0, 0.05)]
+    assert not torch.equal(*heads)
+    monkeypatch.undo()
+    assert not any("gradient_kept" in name for name in runs[0.05].evaluate(prompts(2)))
+
+
 def test_lora_trains_the_adapter_alone(make_trainer, policy, tokenizer, tmp_path):
     """Its KL term is against the model without the adapter; what is left is a plain model, and the adapter."""
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -775,6 +809,14 @@ LORA_HEAD = ["--use_peft", "--lora_target_modules", "lm_head"]
         (["--model", "M", "--task", "countdown", "--gama", "1"], "--gama"),
         (["--model", "M", "--data", "E", "--reward", "math", *LORA_HEAD], "adapter to `lm_head` is not supported"),
         (["--model", "M", "--task", "countdown", "--keep_samples", "-1"], "keep_samples must be 0 or more, got -1"),
+        (
+            ["--model", "M", "--task", "countdown", "--gradient_tolerance", "1.5"],
+            "gradient_tolerance must be a number from 0 to below 1, got 1.5",
+        ),
+        (
+            ["--model", "M", "--data", "E", "--reward", "math", "--gradient_tolerance", "0.1", "--entropy_coef", "0.1"],
+            "gradient_tolerance = 0.1 does not go with an entropy bonus: TRL's own formula",
+        ),
         (["--model", "M", "--task", "countdown", "--trust_remote_code", "true"], "code of a model's is never run"),
         (["--model", "M", "--task", "countdown", "--resume_from_checkpoint", "gone"], "gone is not a whole checkpoint"),
     ],

@@ -337,6 +337,7 @@ def test_a_folder_is_one_run_s(student, scored, tmp_path, save_model, caplog):
     other.write_text("".join(Path(scored).read_text().splitlines(keepends=True)[:-1]))
     differ = {
         "learning_rate is 2e-05 there, 0.5 now": ["--learning_rate", "0.5"],
+        "gradient_tolerance is 0.0 there, 0.01 now": ["--gradient_tolerance", "0.01"],
         'level is "token" there, "sequence" now': ["--level", "sequence"],
         "rows of a step is 2 there, 4 now": ["--gradient_accumulation_steps", "2"],
         "its data is ": ["--data", str(other)],

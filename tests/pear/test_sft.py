@@ -185,6 +185,41 @@ def test_accumulation_is_one_big_batch(tokenizer, make_trainer):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
 
 
+def test_gradient_tolerance_is_logged_and_only_gradients_change(tokenizer, dataset, make_trainer, monkeypatch):
+    """The logged shares are means over the tokens of all micro-batches; without the option the run is as before."""
+    options = dict(per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=2, weighting="none")
+    seen, note = [], PEARSFTTrainer._note
+
+    def noted(self, mode, inputs, behavior, blocks, output, reference):
+        seen.append({"mode": mode, **{name: value.item() for name, value in output.stats.items()}})
+        return note(self, mode, inputs, behavior, blocks, output, reference)
+
+    monkeypatch.setattr(PEARSFTTrainer, "_note", noted)
+    runs = {}
+    for tolerance in (None, 0.0, 0.05):
+        seen.clear()
+        given = {} if tolerance is None else {"gradient_tolerance": tolerance}
+        runs[tolerance] = make_trainer(make_model(tokenizer, scale=1.0), **options, **given)
+        runs[tolerance].train()
+    calls, log = [call for call in seen if call["mode"] == "train"], runs[0.05].state.log_history[:2]
+    assert len(calls) == 4 and len({call["tokens"] for call in calls}) > 1
+    for i, entry in enumerate(log):
+        step = calls[2 * i : 2 * i + 2]
+        for name in ("gradient_kept", "gradient_left_out"):
+            mean = sum(call[name] * call["tokens"] for call in step) / sum(call["tokens"] for call in step)
+            assert entry[f"pear/{name}"] == pytest.approx(mean, rel=1e-5)
+        assert 0 < entry["pear/gradient_left_out"] <= 0.05 and 0 < entry["pear/gradient_kept"] < 0.6
+    exact = runs[0.0].state.log_history
+    assert not any("gradient_kept" in key or "gradient_left_out" in key for entry in exact for key in entry)
+    assert log[0]["loss"] == exact[0]["loss"] and log[0]["pear/nll"] == exact[0]["pear/nll"]  # before the first update
+    weights = {tolerance: run.model.state_dict() for tolerance, run in runs.items()}
+    for name, weight in weights[0.0].items():
+        assert torch.equal(weight, weights[None][name]), name
+    assert not torch.equal(weights[0.05]["lm_head.weight"], weights[0.0]["lm_head.weight"])
+    found = runs[0.05].evaluate(dataset)
+    assert "eval_pear/nll" in found and not any("gradient_" in name for name in found)
+
+
 @pytest.mark.parametrize("kind", ["llama", "experts", "experts, lora"])
 def test_weighting_none_is_trls_own_sft(tokenizer, dataset, make_trainer, tmp_path, kind):
     """Losses, what is logged and weights, the auxiliary loss of experts among them."""
@@ -658,6 +693,10 @@ def test_data_that_was_not_scored_is_refused(tokenizer, make_trainer):
 @pytest.mark.parametrize(
     "option, message",
     [
+        ({"gradient_tolerance": 1.0}, "gradient_tolerance must be a number from 0 to below 1, got 1.0"),
+        ({"gradient_tolerance": -0.1}, "gradient_tolerance must be a number from 0 to below 1, got -0.1"),
+        ({"gradient_tolerance": math.nan}, "gradient_tolerance must be a number from 0 to below 1, got nan"),
+        ({"gradient_tolerance": 0.1, "distill": "js"}, "gradient_tolerance = 0.1 does not go with distill = 'js'"),
         ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
         ({"block_size": 0}, "block_size must be"),
         ({"log_ratio_clip": [0.3, -0.08]}, "log_ratio_clip must be"),
@@ -827,6 +866,7 @@ def test_yaml_and_flags(student, scored, tmp_path):
         (["--model", "x/y", "--data", "x", "--eval_strategy", "steps"], "no eval_data"),
         (["--model", "./none", "--data", "x"], "model './none': no such folder"),
         (["--model", "x/y", "--data", "x", "--gamma", "2"], r"gamma must be in \(0, 1\], got 2.0"),
+        (["--model", "x/y", "--data", "x", "--gradient_tolerance", "1"], "gradient_tolerance must be a number from 0"),
         (["--model", "x/y", "--data", "x", "--gama", "1"], "--gama"),
         (["--config", "none.yaml"], "none.yaml"),
     ],
@@ -834,6 +874,12 @@ def test_yaml_and_flags(student, scored, tmp_path):
 def test_command_line_says_what_is_missing(tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         main([*line, "--output_dir", str(tmp_path)])
+
+
+def test_help_names_our_options(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0 and "--gradient_tolerance" in capsys.readouterr().out
 
 
 def test_lora_comes_out_as_a_plain_model(student, scored, tokenizer, tmp_path):

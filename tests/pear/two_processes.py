@@ -15,6 +15,7 @@ OBJECTIVES = {  # of `pear sft`, that log what is not averaged like the rest: a 
     "iw-sft": {"weighting": "iw-sft", "iw_tau": 3.0},
     "negatives": {"negatives": True, "logprob_floor": -6.0},
     "distill": {"distill": "js"},
+    "tolerance": {"weighting": "none", "gradient_tolerance": 0.05},
     "mixed": {"center": True},  # rows of several tokenizers and of nobody, in batches that may have none of a kind
 }
 
@@ -104,7 +105,7 @@ def objective_trainer(folder: Path, name: str, world: int):
         data = load_scored(folder / "mixed.jsonl", tokenizer, options=config.pear_options())
     else:
         data = load_scored(folder / "objectives.jsonl", tokenizer, columns=("sequence_label", "ref_logprobs"))
-    if name in ("iw-sft", "distill"):
+    if name in ("iw-sft", "distill", "tolerance"):
         data = data.remove_columns("sequence_label")
     return PEARSFTTrainer(
         make_model(tokenizer), config, teacher=teacher, train_dataset=data, processing_class=tokenizer

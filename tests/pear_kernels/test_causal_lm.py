@@ -68,6 +68,32 @@ def test_behavior_logprobs_make_the_loss_pears(family, options):
         torch.testing.assert_close(gradient, gradients_before[name], rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("pears", [False, True])
+@pytest.mark.parametrize("family", ["Gemma2", "Phi", "Qwen2"])
+def test_gradient_tolerance_changes_nothing_but_gradients(family, pears):
+    """Loss and log-probs bit for bit; gradients of that loss, near the exact ones. 0 is the loss without it."""
+    columns, found = {"behavior_logprobs": column()} if pears else {}, {}
+    for tolerance in (None, 0.0, 0.05):
+        model = make_lm(family)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(30)  # logits of a confident model
+        patch_causal_lm(model, **({} if tolerance is None else {"gradient_tolerance": tolerance}))
+        output = model(**batch(), **columns)
+        output.loss.backward()
+        found[tolerance] = output, gradients(model)
+    exact, expected = found[0.0]
+    for tolerance, (output, own) in found.items():
+        assert output.loss.item() == exact.loss.item() and torch.equal(output.log_probs, exact.log_probs)
+        for name, gradient in own.items():
+            if tolerance is None:
+                assert torch.equal(gradient, expected[name]), name
+            else:
+                assert (gradient - expected[name]).norm() <= 0.1 * expected[name].norm(), name
+    assert any(not torch.equal(gradient, expected[name]) for name, gradient in found[0.05][1].items())
+    with pytest.raises(ValueError, match="gradient_tolerance must be a number from 0 to below 1, got 1"):
+        patch_causal_lm(make_lm(family), gradient_tolerance=1)
+
+
 def test_blocks_of_any_length():
     model, ids = make_lm("Llama"), torch.tensor([[0, 0, 0, 0, 1, 1, -1, 5, 5], [0, 1, 1, 1, 2, 2, 3, 3, 3]])
     columns = {"behavior_logprobs": column(), "block_ids": ids}
