@@ -16,6 +16,9 @@ having as much mass at the targets as elsewhere. So dW, whose rows are sums of r
 at most m max_t |x_t|, summed over the norms of its rows; dX by at most m max_v |W_v - mean|, summed over its rows.
 """
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -90,6 +93,15 @@ class Sparsifier:
     def skip(self, rows: int, columns: int) -> None:
         """Counts a chunk without coefficients, of which no product is taken."""
         self.work += rows * columns
+
+
+@functools.cache
+def say_once_that_all_is_kept() -> None:
+    warnings.warn(
+        "pear_kernels: gradient_tolerance leaves nothing out while a CUDA graph is captured, as the host may not ask "
+        "the device how much to keep: all three products are taken",
+        stacklevel=2,
+    )
 
 
 def lightest(mass: Tensor, total: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
-from pear_kernels.engine.packing import Pack, capturing, with_chunk
+from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
-from pear_kernels.engine.sparsify import Sparsifier
+from pear_kernels.engine.sparsify import Sparsifier, say_once_that_all_is_kept
 
 
 def grad_hidden_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -268,7 +268,10 @@ class Walk:
             self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
         kept = None
         if self.sparsifier is not None:  # overwrites what it does not keep
-            kept = self.sparsifier.choose(self.head, factor, row_scale, may_leave_out and self.may_sync)
+            may_sync = self.pack.counts is None
+            if not may_sync:
+                say_once_that_all_is_kept()
+            kept = self.sparsifier.choose(self.head, factor, row_scale, may_leave_out and may_sync)
         if self.wanted.hidden:
             index, target = self.pack.index[begin:end], self.target[begin:end]
             self.head.write_grad_hidden_(self.grads.hidden, index, factor, row_scale, target, target_mass, kept)
@@ -292,11 +295,6 @@ class Walk:
     def rows(self, begin: int, end: int) -> Tensor:
         """(R, D) hidden states of these tokens, as operand of a product."""
         return self.head.as_operand(self.pack.take(self.hidden, begin, end))
-
-    @property
-    def may_sync(self) -> bool:
-        """Whether a chunk may take a host sync, which a static pack may not."""
-        return self.pack.counts is None and not capturing()
 
     @property
     def may_branch(self) -> bool:

@@ -10,6 +10,7 @@ from pear_kernels.backends.torch.head import Head
 from pear_kernels.engine import packing
 from pear_kernels.engine.packing import pack_tokens, unpack
 from pear_kernels.engine.schedule import Wanted
+from pear_kernels.engine.sparsify import say_once_that_all_is_kept
 from pear_kernels.engine.walk import LogitsWalk, Walk
 from pear_kernels.objectives.base import FixedCoefficients
 from pear_kernels.options import PEAROptions
@@ -72,6 +73,22 @@ def test_all_ignored_and_none_ignored(level, static):
         expected = call(problem, "xwb")
         static(True)
         torch.testing.assert_close(call(problem, "xwb"), expected, rtol=1e-11, atol=1e-14)
+
+
+def test_nothing_is_left_out_of_a_static_pack(static):
+    """Choosing takes a host sync. It is said once."""
+    problem = make_problem((30, 20))
+    static(True)
+    expected = call(problem, "xw")
+    say_once_that_all_is_kept.cache_clear()
+    with pytest.warns(
+        UserWarning, match="gradient_tolerance leaves nothing out while a CUDA graph is captured"
+    ) as said:
+        for _ in range(2):
+            found = call(problem, "xw", gradient_tolerance=0.5, workspace_bytes=workspace(20, 37))
+    assert len(said) == 1
+    torch.testing.assert_close([*found[:3], *found[4:]], [*expected[:3], *expected[4:]], rtol=1e-11, atol=1e-14)
+    assert found[3][-2:].tolist() == [1, 0]  # kept, left out
 
 
 def test_logprobs(static):
