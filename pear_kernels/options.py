@@ -514,6 +514,7 @@ class PlanKeywords(TypedDict, total=False):  # of `plan`, beside `level`: those 
     normalize: str | None
     workspace_bytes: int | None
     backend: str | None
+    gradient_tolerance: float
 
 
 # ---- keywords and objects of a call

@@ -22,6 +22,7 @@ from pear_kernels.options import (
     is_number,
     one_of,
     or_none,
+    rule,
     takes,
 )
 
@@ -48,6 +49,8 @@ class Plan:
     temporary_bytes: int  # upper bound of everything else while chunks are walked
     rounded_bytes: int  # copies of dX and dW in their tensors' dtypes, made in the backward pass
     bytes_moved: int  # by the products alone, each reading its operands and writing its result once per chunk
+    may_leave_out: bool = False  # by a gradient_tolerance: gradients' products, their FLOPs and bytes are the most
+    gradient_kept: float | None = None  # the share of their work that `products_kept` is for
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -67,6 +70,13 @@ class Plan:
     def products(self) -> float:
         """Matrix products, in units of a full one of (N, V, D)."""
         return sum(self.rows.values()) / max(self.tokens, 1)
+
+    @property
+    def products_kept(self) -> float:
+        """`products` where `gradient_kept` of the work of the gradients is done, in the last of the walks."""
+        kept = 1.0 if self.gradient_kept is None else self.gradient_kept
+        rows = self.rows
+        return (rows["logits"] + kept * (rows["hidden"] + rows["weight"])) / max(self.tokens, 1)
 
     @property
     def flops(self) -> int:
@@ -96,8 +106,12 @@ class Plan:
             "",
             f"{'product':<28}{'of N V D':>12}{'TFLOP':>12}",
         ]
-        for name, rows in (*self.rows.items(), ("together", sum(self.rows.values()))):
-            share, tflop = rows / max(self.tokens, 1), rows * self._row_flops / 1e12
+        shares = {name: rows / max(self.tokens, 1) for name, rows in self.rows.items()}
+        shares["together, at most" if self.may_leave_out else "together"] = self.products
+        if self.gradient_kept is not None:
+            shares[f"with {self.gradient_kept:g} of gradients"] = self.products_kept
+        for name, share in shares.items():
+            tflop = share * self.tokens * self._row_flops / 1e12
             lines.append(f"{_LABELS.get(name, name):<28}{share:>12.2f}{tflop:>12.3f}")
         lines += ["", f"{'memory beside the inputs':<40}{'MiB':>12}"]
         for name in ("workspace", "grad_head", "grad_hidden", "temporary", "rounded", "peak"):
@@ -144,6 +158,7 @@ def plan(
     bias: bool = False,
     static: bool = False,
     device: str = "cuda",
+    gradient_kept: float | None = None,
     **keywords: Unpack[PlanKeywords],
 ) -> Plan:
     """What a call of this shape will do and cost, from the code that schedules the call itself. Nothing runs.
@@ -163,8 +178,10 @@ def plan(
         bias: whether the head has one.
         static: the call is recorded into a CUDA graph: `tokens` are then all tokens, the ignored ones included.
         device: "cuda" or "cpu".
-        center, normalize, workspace_bytes, backend: as in the call, whose other options cost nothing here. Without a
-            backend: "triton" on "cuda" (except for float64), else "torch".
+        gradient_kept: share, from 0 to 1, of the work of the gradients' products for which the table gets a line:
+            `stats["gradient_kept"]` of a call with a gradient_tolerance.
+        center, normalize, workspace_bytes, backend, gradient_tolerance: as in the call, whose other options cost
+            nothing here. Without a backend: "triton" on "cuda" (except for float64), else "torch".
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it should be.
@@ -179,6 +196,8 @@ def plan(
         )
     if dtype not in checks.DTYPES:
         raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+    share = rule(lambda value: is_number(value) and 0 <= value <= 1, "be None, or a number from 0 to 1")
+    check("gradient_kept", gradient_kept, or_none(share))
     check("level", level, or_none(one_of(LEVELS, "be None or one of")))
     pear, head = gather("plan", CLASSES, (), {"level": level or PEAROptions.level, **keywords})
     backend, workspace_bytes = head.backend, head.workspace_bytes
@@ -222,7 +241,7 @@ def plan(
     grad_hidden_itemsize = grad_hidden_dtype(dtype).itemsize
     temporary = tokens * TOKEN_BYTES
     if backend == "torch":
-        temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums)
+        temporary += temporary_bytes(rows, vocabulary, hidden_size, itemsize, sums, head.gradient_tolerance > 0)
     rounded = itemsize * head_numbers if dtype != sums else 0
     if grad_hidden_itemsize != itemsize:
         rounded += itemsize * tokens * hidden_size * wanted.hidden
@@ -251,4 +270,6 @@ def plan(
         temporary_bytes=temporary,
         rounded_bytes=rounded,
         bytes_moved=moved,
+        may_leave_out=head.gradient_tolerance > 0 or gradient_kept is not None,
+        gradient_kept=gradient_kept,
     )

@@ -32,7 +32,9 @@ ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row bloc
 WEIGHT_TILE_BYTES = 1 << 24  # a tile of a half-precision weight, cast to float32
 
 
-def temporary_bytes(rows: int, vocabulary: int, hidden_size: int, itemsize: int, dtype: torch.dtype) -> int:
+def temporary_bytes(
+    rows: int, vocabulary: int, hidden_size: int, itemsize: int, dtype: torch.dtype, leaves_out: bool = False
+) -> int:
     """Most bytes a chunk of `rows` takes beside its workspace; operands have `itemsize` bytes, sums are in `dtype`."""
     wide = rows * hidden_size * dtype.itemsize
     narrow = 0 if itemsize == dtype.itemsize else rows * hidden_size * itemsize
@@ -43,6 +45,11 @@ def temporary_bytes(rows: int, vocabulary: int, hidden_size: int, itemsize: int,
     blocks = 3 * min(max(ROW_BLOCK_BYTES, logits // max(rows, 1)), logits)  # of softcap's tanh
     dots = 4 * min(ROW_BLOCK_BYTES, rows * hidden_size * 8)  # of the target's logit, in float64
     scoring, grad_hidden, grad_weight = max(tiles, blocks, dots), wide + narrow + tiles, wide
+    if leaves_out:  # copies of W's rows, a part of dW, rows and numbers per column
+        tile = min(tile_rows(hidden_size, dtype), vocabulary) * hidden_size * dtype.itemsize
+        numbers = vocabulary * (3 * dtype.itemsize + 7 * 8)
+        grad_hidden, grad_weight = grad_hidden + wide + tile, grad_weight + wide + 2 * tile
+        scoring = max(scoring, numbers + 2 * blocks // 3)
     return rows * hidden_size * itemsize + (wide if narrow else 0) + max(scoring, grad_hidden, grad_weight)
 
 
