@@ -2,8 +2,9 @@
 
 All parameters of SmolLM2-135M are trained in float32 by AdamW, without weights, on pieces of Python source (modules of
 the standard library). Every sixth piece is held out. The runs share the model, the data, the seed and every option but
-the tolerance. A finished run is kept in --work, so that a stopped study goes on. Figures are losses, not times: other
-processes may share the cores.
+the tolerance. A finished run is kept in --work, so that a stopped study goes on. A table made by --report, before the
+runs have ended, has as many steps as each has done, and the evaluations that all of them have. Figures are losses, not
+times: other processes may share the cores.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -23,9 +25,9 @@ from bench import machine
 from bench.report import table
 from bench.store import write_text_whole
 from pear.curves import series
-from pear.io import write_jsonl
+from pear.io import read_jsonl, write_jsonl
 from pear.models import load_tokenizer
-from pear.runs import Run, read_run
+from pear.runs import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--work", type=Path, default=machine.ROOT / "runs" / "tolerance_training")
     parser.add_argument("--folder", type=Path, help="of the results (default: bench/results/MACHINE)")
+    parser.add_argument("--report", action="store_true", help="of what the runs have logged so far; runs nothing")
     parser.add_argument("--note", default="", help="what a reader of the table should know, in a line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -55,17 +58,19 @@ def main() -> None:
     folder = (arguments.folder or machine.ROOT / "bench" / "results" / machine.folder_name(facts)).resolve()
     for path in (work, folder):
         path.mkdir(parents=True, exist_ok=True)
-    write_data(work, arguments.tokens, {"train": arguments.batch * arguments.steps, "held_out": arguments.held_out})
+    if not arguments.report:
+        write_data(work, arguments.tokens, {"train": arguments.batch * arguments.steps, "held_out": arguments.held_out})
     commands = [sft(t, arguments.steps, arguments.batch, 2 * arguments.tokens) for t in TOLERANCES]
 
     def run(command: list[str]) -> Run:
-        if not (work / command[-1] / "run.json").is_file():
+        if not arguments.report and not (work / command[-1] / "run.json").is_file():
             environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
             subprocess.run([sys.executable, "-m", "pear", *command], cwd=work, env=environment, check=True)
-        return read_run(work / command[-1])
+        log = [row for _, row in read_jsonl(work / command[-1] / "log.jsonl") if "step" in row]
+        return Run(work / command[-1], command[-1], "sft", {}, {}, log)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = dict(zip(TOLERANCES, pool.map(run, commands), strict=True))
+        found = evaluated_alike(dict(zip(TOLERANCES, pool.map(run, commands), strict=True)))
     text = report(facts, found, " ".join(["pear", *commands[0]]), arguments.note)
     write_text_whole(folder / "tolerance_training.md", text)
     content = {"machine": facts, "note": arguments.note, "logs": {f"{t:g}": run.log for t, run in found.items()}}
@@ -105,18 +110,27 @@ def sft(tolerance: float, steps: int, batch: int, max_length: int) -> list[str]:
     return ["sft", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
+def evaluated_alike(found: dict[float, Run]) -> dict[float, Run]:
+    """The runs without evaluations that not all of them have."""
+    common = set.intersection(*(set(series(run, NLL)[0]) for run in found.values()))
+    return {
+        t: replace(run, log=[row for row in run.log if NLL not in row or row["step"] in common])
+        for t, run in found.items()
+    }
+
+
 def report(facts: dict, found: dict[float, Run], command: str, note: str) -> str:
     lines = ["# Fine-tuning with gradients that leave out what does not count", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += [f"- exact run: {command}", *([f"- note: {note}"] if note else []), ""]
     lines += [*(line.strip() for line in __doc__.split("\n\n", 1)[1].strip().splitlines()), ""]
-    head = ["gradient_tolerance", "held-out NLL before", "after", "after, from exact", "furthest from exact"]
+    head = ["gradient_tolerance", "steps", "held-out NLL before", "after", "after, from exact", "furthest from exact"]
     head += ["mean training NLL", "work of the gradient products", "mass left out", "at most"]
     exact, rows = series(found[TOLERANCES[0]], NLL)[1], []
     for tolerance, run in found.items():
         values, training, kept, left = (series(run, key)[1] for key in (NLL, "pear/nll", KEPT, LEFT_OUT))
         away = [own / its - 1 for own, its in zip(values, exact, strict=True)]
-        row = [f"{tolerance:g}", f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{away[-1]:+.3%}"]
+        row = [f"{tolerance:g}", f"{len(training)}", f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{away[-1]:+.3%}"]
         row += [f"{max(away, key=abs):+.3%}", f"{mean(training):.4f}"]
         row += [f"{mean(kept):.2f}", f"{mean(left):.4f}", f"{max(left):.4f}"] if kept else ["1", "0", "0"]
         rows.append(row)

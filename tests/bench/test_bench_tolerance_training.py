@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from bench.tolerance_training import KEPT, LEFT_OUT, NLL, TOLERANCES, draw, report, sft
+from bench.tolerance_training import KEPT, LEFT_OUT, NLL, TOLERANCES, draw, evaluated_alike, report, sft
 from pear.options import parse
 from pear.runs import Run
 from pear.sft_config import DataArguments, ModelArguments, PEARSFTConfig
@@ -19,10 +19,12 @@ def run(tmp_path, tolerance: float, end: float) -> Run:
 
 def test_table_and_picture(tmp_path):
     found = {t: run(tmp_path, t, end) for t, end in zip(TOLERANCES, (1.8, 1.8009, 1.791), strict=True)}
+    found[0.05].log.append({"step": 4, NLL: 1.7})  # the others have not come as far
+    found = evaluated_alike(found)
     text = report({"cpu": "some"}, found, "pear sft --seed 0", "others shared the cores")
-    assert "| 0 | 2.0000 | 1.8000 | +0.000% | +0.000% | 2.5000 | 1 | 0 | 0 |" in text
-    assert "| 0.01 | 2.0000 | 1.8009 | +0.050% | +0.050% | 2.5000 | 0.25 | 0.0050 | 0.0050 |" in text
-    assert "| 0.05 | 2.0000 | 1.7910 | -0.500% | -0.500% |" in text and "- note: others shared the cores" in text
+    assert "| 0 | 1 | 2.0000 | 1.8000 | +0.000% | +0.000% | 2.5000 | 1 | 0 | 0 |" in text
+    assert "| 0.01 | 1 | 2.0000 | 1.8009 | +0.050% | +0.050% | 2.5000 | 0.25 | 0.0050 | 0.0050 |" in text
+    assert "| 0.05 | 1 | 2.0000 | 1.7910 | -0.500% | -0.500% |" in text and "- note: others shared the cores" in text
     draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
