@@ -24,13 +24,14 @@ def cells(device: str, turns: int) -> list[Cell]:
         peers = ["bare", "naive", "pear-token"]
         return interleaved("real", "fitted-tiny", peers, range(1, 3), 2) + errors("fitted-tiny", peers, 2)
     if device == "cpu":
-        cases = [f"real-{text}" for text in TEXTS]
         memory = ["bare", "naive", "pear-token", *TOLERANT]
         return [
-            *(cell for case in cases for cell in interleaved("real", case, MEASURED, range(1, turns + 1), 3)),
-            *(cell for case in cases for cell in errors(case, MEASURED, 3)),
+            *interleaved("real", "real-code", MEASURED, range(1, turns + 1), 3),
+            *errors("real-code", MEASURED, 3),
             *errors("real-code-bf16", ROUNDED, 3),
             *(Cell(MEMORY, "real-code", peer, rank=3) for peer in memory),
+            *interleaved("real", "real-samples", MEASURED, range(1, turns + 1), 4),
+            *errors("real-samples", MEASURED, 4),
         ]
     rest = [name for name in MEASURED if name not in FIRST]
     base, *others = [*FITTED, *(f"real-{text}-cuda" for text in TEXTS)]
