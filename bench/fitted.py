@@ -201,17 +201,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fitted", description="The fit, as a table and a picture.")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "fitted.png")
     arguments = parser.parse_args()
-    found = {}
+    of = {"random, variance 1": SHAPES["real-code"]._replace(inputs="random")}
     for text in TEXTS:
-        for label, shape in (
-            (f"SmolLM2, {text}", SHAPES[f"real-{text}"]),
-            (f"fitted to {text}", SHAPES[f"real-{text}"]._replace(inputs=f"fitted-{text}")),
-            (f"fitted to {text}, V=151936", Shape(2048, 256, 151936, inputs=f"fitted-{text}")),
-        ):
-            x = shapes.make_inputs(shape)
-            found[label] = statistics(x), mean_probability(x)
-    x = shapes.make_inputs(Shape(2048, 576, 49152))
-    found["random, variance 1"] = statistics(x), mean_probability(x)
+        of[f"SmolLM2, {text}"] = SHAPES[f"real-{text}"]
+        of[f"fitted to {text}"] = SHAPES[f"real-{text}"]._replace(inputs=f"fitted-{text}")
+    of["fitted to code, V=151936"] = Shape(1024, 128, 151936, inputs="fitted-code")
+    found = {}
+    for label, shape in of.items():
+        x = shapes.make_inputs(shape)
+        found[label] = statistics(x), mean_probability(x)
     head = ["", "entropy", "NLL", *(f"kept at {tolerance}" for tolerance in TOLERANCES), "tiles kept"]
     rows = [
         [label, f"{of.entropy:.2f}", f"{of.nll:.2f}", *(f"{kept:.3f}" for kept in of.kept), f"{of.tiles:.2f}"]
