@@ -34,7 +34,7 @@ from bench.shapes import SHAPES, TEXTS, Inputs, Shape, sequences
 TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 ROWS = 1024  # of a chunk, whose columns are chosen together: with more rows more columns are kept
 FITTED_AT = 0.01  # the tolerance at which the share kept is SmolLM2's for every shape; at others it is near
-PROBED = 512  # rows of which the entropy is
+PROBED = 256  # rows of which the entropy is
 BLOCK = 512  # rows whose logits are in memory at a time
 CCE_TILE, CCE_THRESHOLD = (128, 256), 2.0**-12  # tokens x columns
 BEHAVIOR_TEMPERATURE = 1.3  # as in `bench/real_logits.py`
@@ -57,8 +57,8 @@ class Statistics(NamedTuple):
 
 FITS = {"code": Fit(1.344, 4.2, 2.282, 0.404), "samples": Fit(1.272, 7.1, 1.884, 0.25)}
 MEASURED = {  # of SmolLM2, by `python -m bench.fitted`
-    "code": Statistics(2.476, 2.581, (0.361, 0.256, 0.166, 0.078), 0.69),
-    "samples": Statistics(3.003, 2.950, (0.463, 0.356, 0.250, 0.131), 0.95),
+    "code": Statistics(2.476, 2.581, (0.360, 0.256, 0.166, 0.078), 0.68),
+    "samples": Statistics(3.003, 2.950, (0.464, 0.356, 0.251, 0.131), 0.93),
 }
 
 
@@ -97,12 +97,12 @@ def calibrate(wanted: Statistics, noise: Tensor, bias: Tensor, rng: torch.Genera
     """What to multiply `bias` (V,) and `noise` (R, V) by for the wanted share kept at `FITTED_AT` and the entropy."""
 
     def kept(strength: float) -> float:
-        scale = bisect(lambda scale: entropy(bias * strength + noise[:PROBED] * scale), wanted.entropy, 0.3, 30.0)
+        scale = bisect(lambda scale: entropy(bias * strength + noise[:PROBED] * scale), wanted.entropy, 1.0, 12.0)
         p = torch.softmax(bias * strength + noise * scale, 1)
         return kept_share(p.scatter_(1, torch.multinomial(p, 1, generator=rng), 0.0), FITTED_AT)
 
     strength = bisect(kept, wanted.kept[TOLERANCES.index(FITTED_AT)], 0.5, 2.0)
-    scale = bisect(lambda scale: entropy(bias * strength + noise[:PROBED] * scale), wanted.entropy, 0.3, 30.0)
+    scale = bisect(lambda scale: entropy(bias * strength + noise[:PROBED] * scale), wanted.entropy, 1.0, 12.0)
     return strength, scale
 
 
@@ -177,7 +177,7 @@ def draw(found: dict[str, tuple[Statistics, Tensor]], path: Path) -> None:
     for label, (of, probability) in found.items():
         style = {"linestyle": "-" if label.startswith("SmolLM2") else ":" if label.startswith("random") else "--"}
         style["color"] = "#8a94a6" if label.startswith("random") else "#c0562f" if "code" in label else "#2f6f8f"
-        style["alpha"] = 0.5 if "V=151936" in label else 1.0
+        style["alpha"] = 0.5 if "V=" in label else 1.0
         axes[0].plot(
             TOLERANCES, of.kept, marker="o", label=f"{label}: entropy {of.entropy:.2f}, NLL {of.nll:.2f}", **style
         )
@@ -189,6 +189,8 @@ def draw(found: dict[str, tuple[Statistics, Tensor]], path: Path) -> None:
     axes[0].set(xlabel="gradient_tolerance", ylabel="share of products 2 and 3 that is kept", xscale="log", ylim=(0, 1))
     axes[1].set(xlabel="rank", ylabel="mean probability", xscale="log", yscale="log", ylim=(1e-9, 1))
     axes[2].set(xlabel="id in the vocabulary", ylabel="mean probability", xscale="log", yscale="log", ylim=(1e-9, 1))
+    axes[0].set_xticks(TOLERANCES, map(str, TOLERANCES))
+    axes[0].minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -201,11 +203,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fitted", description="The fit, as a table and a picture.")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "fitted.png")
     arguments = parser.parse_args()
-    of = {"random, variance 1": SHAPES["real-code"]._replace(inputs="random")}
+    of = {"random, variance 1": SHAPES["real-code"]._replace(tokens=ROWS, inputs="random")}
     for text in TEXTS:
         of[f"SmolLM2, {text}"] = SHAPES[f"real-{text}"]
-        of[f"fitted to {text}"] = SHAPES[f"real-{text}"]._replace(inputs=f"fitted-{text}")
-    of["fitted to code, V=151936"] = Shape(1024, 128, 151936, inputs="fitted-code")
+        of[f"fitted to {text}"] = SHAPES[f"real-{text}"]._replace(tokens=ROWS, inputs=f"fitted-{text}")
+    of["fitted to code, V=8192, D=64"] = Shape(ROWS, 64, 8192, inputs="fitted-code")
     found = {}
     for label, shape in of.items():
         x = shapes.make_inputs(shape)
