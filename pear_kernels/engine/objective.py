@@ -54,6 +54,7 @@ class Objective:
     on_logits: bool = False
     needs_entropy: bool = False
     stats: tuple[str, ...] = ()
+    _averaged: Tensor | None = None  # (n,) bool, tokens that token_accuracy and entropy are means over; None for all
 
     def __init__(self, pack: Pack):
         self.pack = pack

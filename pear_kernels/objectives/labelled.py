@@ -37,7 +37,7 @@ class LabelledObjective(Objective):
         self.options, self.labels = options, labels
         self.token_scale = problem.scale()  # (n,)
         self.sequence_label = problem.columns["sequence_label"]  # (S,) bool, False where the sequence is wrong
-        self.right = self.sequence_label[pack.sequence]  # (n,)
+        self.right = self._averaged = self.sequence_label[pack.sequence]  # (n,)
         self.separable = options.separable
         wrong = options.replace(level="sequence", center=False, normalize=None)
         if options.level == "token":

@@ -48,7 +48,7 @@ def compute(
             f"{by} a loss of shape () and weights of shape {tuple(walk.logprobs.shape)}, got {tuple(total.shape)} and "
             f"{tuple(weights.shape)}"
         )
-    sums, tokens = sums_of_all(walk, given.return_entropy, getattr(objective, "right", None))
+    sums, tokens = sums_of_all(walk, given.return_entropy, objective._averaged)
     all_stats = sums.new_empty(len(stats) + len(sums), dtype=given.dtype)
     all_stats[: len(stats)] = stats
     torch.div(sums, tokens, out=all_stats[len(stats) :])

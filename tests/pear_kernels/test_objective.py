@@ -213,6 +213,18 @@ def test_what_an_objective_must_be():
         linear_objective_loss(hidden, *frozen, workspace_bytes=workspace(4, 37))
 
 
+def test_an_attribute_of_the_caller_changes_no_statistic_of_all_losses():
+    class Named(Detached):
+        def __init__(self, pack):
+            super().__init__(pack)
+            self.right = torch.zeros(pack.tokens, dtype=torch.bool)  # as `LabelledObjective` has it
+
+    problem = make_problem((9,))
+    tensors = problem.hidden, problem.weight, problem.target
+    found, plain = (linear_objective_loss(*tensors, made, return_entropy=True).stats for made in (Named, Detached))
+    assert found == plain and found["entropy"] > 0
+
+
 class Overwriting(Detached):
     def finish(self, logprobs, entropy=None, divergence=None):
         found = super().finish(logprobs)
