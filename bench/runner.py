@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bench import machine
 from bench.cells import Cell
 from bench.peers import OURS, PEERS
@@ -94,7 +96,9 @@ def start(device: str, out: Path, turns: int, deadline: float, only: str, questi
         command += ["-k", only]
     # a test of ours may be who calls, in a worker of pytest-xdist, where pytest-benchmark would measure nothing
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.Popen(command, cwd=machine.ROOT, env={**inherited, "PYTEST_TIMEOUT": "0"})
+    # results are filed under the caller's threads: with others the child's would be found by nobody
+    own = {"PYTEST_TIMEOUT": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, cwd=machine.ROOT, env={**inherited, **own})
 
 
 def watch(process: subprocess.Popen, store: Store, deadline: float) -> tuple[str | None, int]:
