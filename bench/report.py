@@ -180,17 +180,19 @@ def real(figures: Figures) -> list[str]:
         "(`bench/fitted.py`). Beside each time stand the relative errors of dX and dW that the same peer makes on"
     ]
     lines += ["the same inputs, against its own loss in float64, and the share of products 2 and 3 that it keeps."]
-    for case in figures.cases("real-errors"):
+    for case in dict.fromkeys(figures.cases("real") + figures.cases("real-errors")):
         lines += ["", f"### {SHAPES[case]}", ""]
         if case in figures.cases("real"):
             lines += times(figures, "real", case, values=REAL_VALUES)
             continue
-        peers = sorted(figures.peers("real-errors", case), key=list(PEERS).index)
+        missing = figures.not_run("real-errors", case)
         rows = [
             [PEERS[peer].label, *(number(figures.value("real-errors", case, peer, key), ".2g") for key in REAL_VALUES)]
-            for peer in peers
+            for peer in sorted(figures.peers("real-errors", case), key=list(PEERS).index)
+            if peer not in missing
         ]
         lines += table(["", *REAL_VALUES.values()], rows)
+        lines += ["", *(f"- {PEERS[peer].label}: {why}" for peer, why in missing.items())] if missing else []
     return lines
 
 
@@ -225,7 +227,7 @@ def text(facts: dict, figures: Figures, left: list[Cell], pictures: list[str], o
         lines += policy(figures)
     if figures.cases("objectives"):
         lines += objectives(figures)
-    if figures.cases("real-errors"):
+    if figures.cases("real") or figures.cases("real-errors"):
         lines += real(figures)
     if figures.cases("accuracy"):
         lines += ["", "## Error against float64", "", "Root mean square of log-probs; relative error of loss, dX, dW."]
