@@ -169,6 +169,7 @@ def meet(
     target: Tensor,  # (N,)
     wanted: Sequence[bool] = (),
     workspace_bytes: int | None = None,
+    leaves_out: bool = False,
 ) -> Shard | None:
     """Exchange the ranks' sizes, and check that all ranks make the same call; None without a group.
 
@@ -181,7 +182,8 @@ def meet(
         return None
     group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type] # a str, typed anew
     flags = sum(flag << i for i, flag in enumerate(wanted))
-    same = {"hidden's shape": hidden.shape, "workspace_bytes": (workspace_bytes or 0,), "requires_grad": (flags,)}
+    same: dict[str, Sequence[int]] = {"hidden's shape": hidden.shape, "workspace_bytes": (workspace_bytes or 0,)}
+    same |= {"requires_grad": (flags,), "gradient_tolerance": (leaves_out,)}
     numbers = [weight.shape[0], *(number for part in same.values() for number in part)]
     row = [torch.full((), number, dtype=torch.int64, device=target.device) for number in numbers]
     place = torch.arange(1, target.numel() + 1, device=target.device)

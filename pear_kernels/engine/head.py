@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     columns: Tensor  # (K,) int64, ascending
     exp: Tensor  # (k, K), in the workspace
     rest: Tensor  # (R,) the sum of each row's entries that are left out
-    mean: Tensor  # (D,) the mean of W's rows over the columns left out, weighted by their mass
+    mean: Tensor  # (D,), or (0,) without a dX: the mean of W's rows over the columns left out, weighted by their mass
 
 
 class VocabularyRows(NamedTuple):

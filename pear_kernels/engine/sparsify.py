@@ -11,9 +11,10 @@ sum_tv |r_t| F_tv, which is sum_t |c_t| (1 - p_t) for a head without softcap. Wi
 
 Targets are not part of it: their terms are exact. Neither loss nor log-probs depend on what is left out.
 
-With m the mass left out, the error of the logits' gradient G is known: ||G - G'||_1 = m <= tolerance ||G||_1 / 2, G
-having as much mass at the targets as elsewhere. So dW, whose rows are sums of rows of G times hidden states, is off by
-at most m max_t |x_t|, summed over the norms of its rows; dX by at most m max_v |W_v - mean|, summed over its rows.
+With m the mass left out, the error of the logits' gradient G is known: ||G - G'||_1 = m <= tolerance ||G||_1 (half of
+that without softcap, since each row's target then has as much mass as its other columns). So dW, whose rows are sums of
+rows of G times hidden states, is off by at most m max_t |x_t|, summed over the norms of its rows; dX by at most
+m max_v |W_v - mean|, summed over its rows.
 """
 
 import functools
@@ -39,16 +40,19 @@ class Sparsifier:
         self.mass: list[Tensor] = []  # (R,) float64, mass of each of its rows
         self.kept_work = self.work = 0  # rows times columns of the gradient products
 
-    def choose(self, head: Head, factor: Tensor, row_scale: Tensor, may_choose: bool) -> Kept | None:
+    def choose(self, head: Head, factor: Tensor, row_scale: Tensor, may_choose: bool, grad_hidden: bool) -> Kept | None:
         """What to keep of `factor` (R, V), compacted in its place; None for all of it, left as it is.
 
-        Takes one host sync. Without `may_choose` there is none, and all is kept.
+        Takes one host sync. Without `may_choose` there is none, and all is kept. The mean of the columns left out is
+        made for a `grad_hidden`.
         """
-        scale = head.scaled(row_scale)
+        scale = head.scaled(row_scale).double().abs()
+        largest = scale.amax()  # masses are relative to it, so float32 sums neither overflow nor underflow
+        largest = torch.where(largest == 0, 1.0, largest)
         row_sum = factor.sum(1, dtype=head.dtype)
-        mass = scale.double().abs() * row_sum
-        self.mass.append(mass)
-        self.left.append(mass.sum() * 0)  # NaN where a coefficient is not finite
+        mass = scale / largest * row_sum
+        self.mass.append(mass * largest)
+        self.left.append(self.mass[-1].sum() * 0)  # NaN where a coefficient is not finite
         self.work += factor.numel()
         self.kept_work += factor.numel()
         if not may_choose:
@@ -58,7 +62,8 @@ class Sparsifier:
         light = torch.zeros_like(mass, dtype=torch.bool)
         light[row_order] = torch.arange(len(mass), device=mass.device) < rows_left
         column_mass = torch.zeros(factor.shape[1], dtype=head.dtype, device=factor.device)
-        head.add_grad_bias_(column_mass, factor, row_scale.abs().masked_fill(light, 0.0))
+        relative = (row_scale.double().abs() / largest).masked_fill(light, 0.0)
+        head.add_grad_bias_(column_mass, factor, relative.to(row_scale.dtype))
         column_order, columns_left, more = lightest(column_mass, total, self.tolerance - left / total)
         usable = (total > 0) & total.isfinite()
         first_row, first_column, known = torch.stack([rows_left, columns_left, usable.long()]).tolist()
@@ -74,9 +79,10 @@ class Sparsifier:
             rest = row_sum - rest
         else:
             rest = row_sum.index_add(0, rows, rest, alpha=-1)
-        self.left[-1] = left + more
+        self.left[-1] = (left + more) * largest
         self.kept_work += k * K - R * V
-        return Kept(rows, columns, kept, rest.clamp_(min=0.0), head.mean_row(column_mass))
+        mean = head.mean_row(column_mass) if grad_hidden else column_mass[:0]
+        return Kept(rows, columns, kept, rest.clamp_(min=0.0), mean)
 
     def rescale(self, chunk: int, factor: Tensor) -> None:
         """Multiplies what was counted of a chunk by its rows' `factor` (R,), one value if anything was left out."""

@@ -72,7 +72,7 @@ class Walk:
         self.entropy = torch.empty_like(self.logprobs) if entropy else None  # (n,)
         self.divergence: Tensor | None = None  # (n,), of a `LogitsWalk` with a teacher
         self.top1 = torch.empty_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
-        self.sparsifier = Sparsifier(gradient_tolerance) if gradient_tolerance and any(wanted) else None
+        self.sparsifier = Sparsifier(gradient_tolerance) if gradient_tolerance and any(wanted[:2]) else None
         head.separate_target = self.sparsifier is not None
         # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
         self.target_scale: Tensor | None = None
@@ -271,7 +271,8 @@ class Walk:
             may_sync = self.pack.counts is None
             if not may_sync:
                 say_once_that_all_is_kept()
-            kept = self.sparsifier.choose(self.head, factor, row_scale, may_leave_out and may_sync)
+            may_choose = may_leave_out and may_sync
+            kept = self.sparsifier.choose(self.head, factor, row_scale, may_choose, self.wanted.hidden)
         if self.wanted.hidden:
             index, target = self.pack.index[begin:end], self.target[begin:end]
             self.head.write_grad_hidden_(self.grads.hidden, index, factor, row_scale, target, target_mass, kept)

@@ -117,7 +117,8 @@ class Call:
         self.own: HeadOptions = self.options[HeadOptions]
         self.columns = dict(zip(self.given.columns, columns, strict=True))
         self.wanted = Wanted(*wanted)
-        self.shard = meet(group, self.hidden, self.weight, self.target, wanted, self.own.workspace_bytes)
+        alike = wanted, self.own.workspace_bytes, self.given.leaves_out
+        self.shard = meet(group, self.hidden, self.weight, self.target, *alike)
         self.vocabulary = self.weight.shape[0] if self.shard is None else self.shard.vocabulary
         self.backend = backends.choose(self.own.backend, self.hidden.device, self.given.compute_dtype)
         valid = self.target != self.own.ignore_index

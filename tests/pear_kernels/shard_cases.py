@@ -355,6 +355,7 @@ def errors(rank: int, world: int, rows: slice):
         "length": lambda: of_rows(hidden[rank:], weight[rows], target[rank:]),
         "training": lambda: of_rows(hidden, weight[rows].clone().requires_grad_(rank == 1), target),
         "workspace": lambda: of_rows(hidden, weight[rows], target, workspace_bytes=1000 + rank),
+        "tolerance": lambda: of_rows(hidden, weight[rows], target, gradient_tolerance=0.1 * (rank == 1)),
         "outside": lambda: of_rows(hidden, weight[rows], outside),
         "empty": lambda: of_rows(hidden, weight if rank == 0 else weight[:0], target),
         "k": lambda: linear_topk_logprobs(hidden, weight[rows], target, V, group=group),

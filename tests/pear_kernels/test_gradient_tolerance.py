@@ -49,8 +49,8 @@ def chosen():
     """A list of the (row_scale, Kept or None) of each chunk, in the order of the walk."""
     found, choose = [], Sparsifier.choose
 
-    def recorded(self, head, factor, row_scale, may_choose):
-        kept = choose(self, head, factor, row_scale, may_choose)
+    def recorded(self, head, factor, row_scale, *may):
+        kept = choose(self, head, factor, row_scale, *may)
         found.append((row_scale.clone(), kept))
         return kept
 
@@ -226,6 +226,46 @@ def test_heads(dtype, options):
     for mine, exactly, full in zip(found, right, dense, strict=True):
         assert (mine - exactly).norm() <= (full - exactly).norm() * 1.5 + 0.03 * exactly.norm()
     torch.testing.assert_close(found[2], dense[2])  # the bias takes no product: nothing is left out
+
+
+def test_autocast():
+    """Sums of the products stay float32 under autocast, whose operands are bfloat16."""
+    hidden, weight, target, behavior = problem(dtype=torch.float32)
+    behavior = behavior.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = gradients(linear_pear_loss(hidden, weight, target, behavior).loss, hidden, weight)
+        loss = linear_pear_loss(hidden, weight, target, behavior, gradient_tolerance=0.02)
+        found = gradients(loss.loss, hidden, weight)
+        linear_logprobs(hidden, weight, target, gradient_tolerance=0.02).sum().backward()
+    assert 0 < loss.stats["gradient_left_out"] <= 0.02
+    for mine, full in zip(found, dense, strict=True):
+        assert mine.dtype == torch.float32 and (mine - full).norm() < 0.03 * full.norm()
+
+
+@pytest.mark.parametrize("size", (1e-43, 1e-41, 1e-30, 1e30, 3e38))
+def test_the_share_does_not_depend_on_the_size_of_the_weights(size):
+    """Of float32, from its denormal numbers to its largest ones."""
+    inputs = problem(dtype=torch.float32)[:3]
+    shares = [
+        linear_weighted_loss(
+            *inputs, torch.full((N,), each, dtype=torch.float64), reduction="sum", gradient_tolerance=0.05
+        ).stats["gradient_left_out"]
+        for each in (1.0, size)
+    ]
+    assert shares[1] <= 0.05
+    torch.testing.assert_close(shares[1], shares[0], rtol=0.02 if size < 1e-40 else 1e-4, atol=0)
+
+
+def test_only_what_has_a_product_leaves_something_out():
+    hidden, weight, target, _ = problem()
+    bias = torch.zeros(V, dtype=torch.float64, requires_grad=True)
+    frozen = hidden.detach(), weight.detach()
+    with chosen() as chunks:
+        found = linear_weighted_loss(*frozen, target, bias=bias, weighting="none", gradient_tolerance=0.1)
+    assert not chunks and found.stats["gradient_left_out"] == 0
+    with chosen() as chunks:
+        linear_weighted_loss(frozen[0], weight, target, weighting="none", gradient_tolerance=0.1)
+    assert all(kept is not None and not len(kept.mean) for _, kept in chunks)
 
 
 def test_backward_of_logprobs():

@@ -166,6 +166,7 @@ def test_compile_keeps_one_graph(ranks):
         ),
         ("plane", r"weight must be.*mesh of one dimension.*on one of 2.*group=mesh.get_group"),
         ("backwards", r"weight must be on a mesh that lists ranks in ascending order.*got \[.*1, 0\].*full_tensor"),
+        ("tolerance", "another gradient_tolerance on rank"),
         ("both", "group must be None beside a DTensor weight"),
         ("bias", r"bias must be sharded as weight is.*got \(Replicate\(\),\).*redistribute"),
         ("bias of a plain weight", "bias must be a plain tensor where weight is one.*to_local"),

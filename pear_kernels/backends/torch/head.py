@@ -30,6 +30,8 @@ from pear_kernels.formulas.softmax import MAX_EXPONENT, MIN_LOG
 
 ROW_BLOCK_BYTES = 1 << 22  # elementwise work goes through the chunk in row blocks that stay in cache
 WEIGHT_TILE_BYTES = 1 << 24  # a tile of a half-precision weight, cast to float32
+KEPT_TILE_BYTES = 1 << 21  # a tile of the rows of the weight, or of its gradient, that are kept
+MEAN_ROWS = 1024  # of the weight that one thread adds up, whatever the number of threads
 
 
 def temporary_bytes(
@@ -46,16 +48,16 @@ def temporary_bytes(
     dots = 4 * min(ROW_BLOCK_BYTES, rows * hidden_size * 8)  # of the target's logit, in float64
     scoring, grad_hidden, grad_weight = max(tiles, blocks, dots), wide + narrow + tiles, wide
     if leaves_out:  # copies of W's rows, a part of dW, rows and numbers per column
-        tile = min(tile_rows(hidden_size, dtype), vocabulary) * hidden_size * dtype.itemsize
+        tile = min(tile_rows(hidden_size, dtype, KEPT_TILE_BYTES), vocabulary) * hidden_size * dtype.itemsize
         numbers = vocabulary * (3 * dtype.itemsize + 7 * 8)
         grad_hidden, grad_weight = grad_hidden + wide + tile, grad_weight + wide + 2 * tile
         scoring = max(scoring, numbers + 2 * blocks // 3)
     return rows * hidden_size * itemsize + (wide if narrow else 0) + max(scoring, grad_hidden, grad_weight)
 
 
-def tile_rows(hidden_size: int, dtype: torch.dtype) -> int:
-    """Rows of the weight that are cast to `dtype` at a time."""
-    return max(128, WEIGHT_TILE_BYTES // (hidden_size * dtype.itemsize))
+def tile_rows(hidden_size: int, dtype: torch.dtype, tile_bytes: int = WEIGHT_TILE_BYTES) -> int:
+    """Rows of the weight that are cast to `dtype`, or gathered, at a time."""
+    return max(128, tile_bytes // (hidden_size * dtype.itemsize))
 
 
 class Head:
@@ -98,7 +100,9 @@ class Head:
         if columns is None and self.weight.dtype == self.compute_dtype == self.dtype:
             yield slice(0, self.vocabulary), self.weight
             return
-        rows, size = tile_rows(self.weight.shape[1], self.dtype), self.vocabulary if columns is None else len(columns)
+        size, rows = self.vocabulary, tile_rows(self.weight.shape[1], self.dtype)
+        if columns is not None:
+            size, rows = len(columns), tile_rows(self.weight.shape[1], self.dtype, KEPT_TILE_BYTES)
         for begin in range(0, size, rows):
             tile = slice(begin, min(begin + rows, size))
             yield tile, self.as_operand(self.weight[tile if columns is None else columns[tile]])
@@ -218,10 +222,12 @@ class Head:
         x = x if kept.rows is None else x[kept.rows]
         if first:
             grad.zero_()
-        step = tile_rows(x.shape[1], self.dtype)
+        step = min(tile_rows(x.shape[1], self.dtype, KEPT_TILE_BYTES), len(kept.columns))
+        part = grad.new_empty(step, grad.shape[1])
         for begin in range(0, len(kept.columns), step):
-            tile = slice(begin, begin + step)
-            grad.index_add_(0, kept.columns[tile], kept.exp[:, tile].t() @ x)
+            columns, factor = kept.columns[begin : begin + step], kept.exp[:, begin : begin + step]
+            rows = torch.mm(factor.t(), x, out=part[: len(columns)])  # `out` keeps autocast away
+            grad.index_add_(0, columns, rows)
 
     def add_grad_bias_(self, grad: Tensor, factor: Tensor, row_scale: Tensor) -> None:
         grad.addmv_(factor.t(), row_scale)
@@ -242,10 +248,11 @@ class Head:
         return out
 
     def mean_row(self, mass: Tensor) -> Tensor:
-        total = torch.zeros(self.weight.shape[1], dtype=self.dtype, device=mass.device)
         mass = mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
+        total = torch.zeros(self.weight.shape[1], dtype=self.dtype, device=mass.device)
         for tile, weight in self.tiles():
-            total.addmv_(weight.t(), mass[tile])
+            for rows, part in zip(weight.split(MEAN_ROWS), mass[tile].split(MEAN_ROWS), strict=True):
+                total.addmv_(rows.t(), part)
         return total
 
     def subtract_targets_(
