@@ -216,10 +216,10 @@ class Apart(Head):
         softmax.exp.scatter_(1, target[:, None], 0.0)
         return softmax._replace(target_mass=mass)
 
-    def write_grad_hidden_(self, into, index, factor, row_scale, target, target_mass):
+    def write_grad_hidden_(self, into, index, factor, row_scale, target, target_mass, kept):
         if target_mass is not None:
             factor = factor.scatter(1, target[:, None], -target_mass[:, None].to(factor.dtype))
-        super().write_grad_hidden_(into, index, factor, row_scale, target, None)
+        super().write_grad_hidden_(into, index, factor, row_scale, target, None, kept)
 
     def subtract_targets_(self, grad_weight, grad_bias, hidden, index, target, scale):
         live = scale != 0
