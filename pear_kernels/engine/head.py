@@ -30,6 +30,7 @@ class Softmax(NamedTuple):
     # one wins, as in argmax, where the backend knows their positions; elsewhere a target that shares the maximum does
     # not count.
     top1: Tensor | None = None
+    exp_sum: Tensor | None = None  # (R,) float64: sum of `exp` without the target; None where it is not known
 
 
 class Kept(NamedTuple):

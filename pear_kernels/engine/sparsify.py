@@ -19,16 +19,25 @@ m max_v |W_v - mean|, summed over its rows.
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import Head, Kept
+from pear_kernels.engine.head import Head, Kept, Softmax
 
 ROWS_SHARE = 0.1  # of the budget may be spent on rows
 MOST_KEPT = 0.6  # of the work; with more the dense products are taken, which need no compaction
 MARGIN = 1 - 2**-10  # of the budget that is used: float32 sums of F are known to less than this
 UNITS = 2.0**52  # masses are added up as integers, in which a sum has no rounding and no order
+
+
+class Choice(NamedTuple):
+    """Which rows and columns of a chunk are kept."""
+
+    rows: Tensor | None  # (k,) int64, ascending; None: all
+    columns: Tensor  # (K,) int64, ascending
+    column_mass: Tensor  # (V,) of the rows kept
 
 
 class Sparsifier:
@@ -40,47 +49,48 @@ class Sparsifier:
         self.mass: list[Tensor] = []  # (R,) float64, mass of each of its rows
         self.kept_work = self.work = 0  # rows times columns of the gradient products
 
-    def choose(self, head: Head, factor: Tensor, row_scale: Tensor, may_choose: bool, grad_hidden: bool) -> Kept | None:
-        """What to keep of `factor` (R, V), compacted in its place; None for all of it, left as it is.
+    def choose(self, head: Head, softmax: Softmax, row_scale: Tensor, may_choose: bool) -> Choice | None:
+        """What to keep of a chunk; None for all of it. Takes one host sync; without `may_choose` there is none.
 
-        Takes one host sync. Without `may_choose` there is none, and all is kept. The mean of the columns left out is
-        made for a `grad_hidden`.
+        Counts what that leaves out, and what it keeps.
         """
+        exp = softmax.exp
         scale = head.scaled(row_scale).double().abs()
         largest = scale.amax()  # masses are relative to it, so float32 sums neither overflow nor underflow
         largest = torch.where(largest == 0, 1.0, largest)
-        row_sum = factor.sum(1, dtype=head.dtype)
-        mass = scale / largest * row_sum
+        mass = scale / largest * (exp.sum(1, dtype=head.dtype) if softmax.exp_sum is None else softmax.exp_sum)
         self.mass.append(mass * largest)
         self.left.append(self.mass[-1].sum() * 0)  # NaN where a coefficient is not finite
-        self.work += factor.numel()
-        self.kept_work += factor.numel()
+        self.work += exp.numel()
+        self.kept_work += exp.numel()
         if not may_choose:
             return None
         total = mass.sum()
         row_order, rows_left, left = lightest(mass, total, self.tolerance * ROWS_SHARE)
         light = torch.zeros_like(mass, dtype=torch.bool)
         light[row_order] = torch.arange(len(mass), device=mass.device) < rows_left
-        column_mass = torch.zeros(factor.shape[1], dtype=head.dtype, device=factor.device)
+        column_mass = torch.zeros(exp.shape[1], dtype=head.dtype, device=exp.device)
         relative = (row_scale.double().abs() / largest).masked_fill(light, 0.0)
-        head.add_grad_bias_(column_mass, factor, relative.to(row_scale.dtype))
+        head.add_grad_bias_(column_mass, exp, relative.to(row_scale.dtype))
         column_order, columns_left, more = lightest(column_mass, total, self.tolerance - left / total)
         usable = (total > 0) & total.isfinite()
         first_row, first_column, known = torch.stack([rows_left, columns_left, usable.long()]).tolist()
-        (R, V), k, K = factor.shape, len(row_order) - first_row, len(column_order) - first_column
+        (R, V), k, K = exp.shape, len(row_order) - first_row, len(column_order) - first_column
         if not known or not 0 < k * K <= MOST_KEPT * R * V:
             return None
-        rows = None if k == R else row_order[first_row:].sort().values
-        columns = column_order[first_column:].sort().values
-        column_mass[columns] = 0.0
-        kept = head.compact_(factor, rows, columns)
-        rest = kept.sum(1, dtype=head.dtype)
-        if rows is None:
-            rest = row_sum - rest
-        else:
-            rest = row_sum.index_add(0, rows, rest, alpha=-1)
         self.left[-1] = (left + more) * largest
         self.kept_work += k * K - R * V
+        rows = None if k == R else row_order[first_row:].sort().values
+        return Choice(rows, column_order[first_column:].sort().values, column_mass)
+
+    def compact_(self, head: Head, softmax: Softmax, choice: Choice, grad_hidden: bool) -> Kept:
+        """Overwrites E by what is kept of it. The mean of the columns left out is made for a `grad_hidden`."""
+        rows, columns, column_mass = choice
+        row_sum = softmax.exp.sum(1, dtype=head.dtype)  # of E as it is rounded, like the sum of what is kept
+        kept = head.compact_(softmax.exp, rows, columns)
+        kept_sum = kept.sum(1, dtype=head.dtype)
+        rest = row_sum - kept_sum if rows is None else row_sum.index_add(0, rows, kept_sum, alpha=-1)
+        column_mass[columns] = 0.0
         mean = head.mean_row(column_mass) if grad_hidden else column_mass[:0]
         return Kept(rows, columns, kept, rest.clamp_(min=0.0), mean)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
+from pear_kernels.engine.head import Head, Kept, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
@@ -241,7 +241,21 @@ class Walk:
         if may_skip and self.may_branch and not row_scale.any():
             self.skip(begin, end)
         else:
-            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, may_leave_out=may_leave_out)
+            kept = self.choose(softmax, row_scale, may_leave_out) if self.sparsifier is not None else None
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, kept)
+
+    def choose(self, softmax: Softmax, row_scale: Tensor, may_leave_out: bool) -> Kept | None:
+        """What to keep of a chunk's gradient products; None for all. The gradient of the bias is made of all of E."""
+        assert self.sparsifier is not None
+        may_sync = self.pack.counts is None
+        if not may_sync:
+            say_once_that_all_is_kept()
+        choice = self.sparsifier.choose(self.head, softmax, row_scale, may_leave_out and may_sync)
+        if choice is None:
+            return None
+        if self.wanted.bias:
+            self.head.add_grad_bias_(self.grads.bias, softmax.exp, row_scale)
+        return self.sparsifier.compact_(self.head, softmax, choice, self.wanted.hidden)
 
     def checked(self, begin: int, end: int, coefficients: Tensor) -> Tensor:
         """An objective's (end - begin,), with 0 for ghosts."""
@@ -260,19 +274,14 @@ class Walk:
         factor: Tensor,  # (R, V)
         row_scale: Tensor,  # (R,)
         target_mass: Tensor | None,  # (R,)
-        *,
-        may_leave_out: bool = True,
+        kept: Kept | None = None,
     ) -> None:
-        """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias."""
-        if self.wanted.bias:
+        """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias.
+
+        What is `kept` of the factor has overwritten it, and the bias's gradient is made already.
+        """
+        if self.wanted.bias and kept is None:
             self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
-        kept = None
-        if self.sparsifier is not None:  # overwrites what it does not keep
-            may_sync = self.pack.counts is None
-            if not may_sync:
-                say_once_that_all_is_kept()
-            may_choose = may_leave_out and may_sync
-            kept = self.sparsifier.choose(self.head, factor, row_scale, may_choose, self.wanted.hidden)
         if self.wanted.hidden:
             index, target = self.pack.index[begin:end], self.target[begin:end]
             self.head.write_grad_hidden_(self.grads.hidden, index, factor, row_scale, target, target_mass, kept)

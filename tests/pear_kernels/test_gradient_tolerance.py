@@ -46,11 +46,11 @@ def problem(seed: int = 0, tokens: int = N, vocabulary: int = V, sharp: float = 
 
 @contextlib.contextmanager
 def chosen():
-    """A list of the (row_scale, Kept or None) of each chunk, in the order of the walk."""
+    """A list of the (row_scale, Choice or None) of each chunk, in the order of the walk."""
     found, choose = [], Sparsifier.choose
 
-    def recorded(self, head, factor, row_scale, *may):
-        kept = choose(self, head, factor, row_scale, *may)
+    def recorded(self, head, softmax, row_scale, may_choose):
+        kept = choose(self, head, softmax, row_scale, may_choose)
         found.append((row_scale.clone(), kept))
         return kept
 
@@ -265,7 +265,7 @@ def test_only_what_has_a_product_leaves_something_out():
     assert not chunks and found.stats["gradient_left_out"] == 0
     with chosen() as chunks:
         linear_weighted_loss(frozen[0], weight, target, weighting="none", gradient_tolerance=0.1)
-    assert all(kept is not None and not len(kept.mean) for _, kept in chunks)
+    assert all(kept is not None for _, kept in chunks)
 
 
 def test_backward_of_logprobs():

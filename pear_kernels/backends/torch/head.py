@@ -132,15 +132,15 @@ class Head:
         nll, e_y = softmax.nll(S, below), below.exp()
         Z = e_y + S
         row_scale = (Z * self.activation.temperature).reciprocal()
-        target_mass = None
+        target_mass = exp_sum = None
         if self.separate_target and logit is None:
             slope = self.activation.slope(below + anchor)
-            target_mass = S if slope is None else S * slope
+            target_mass, exp_sum = (S, S) if slope is None else (S * slope, None)
         if not entropy:
-            return Softmax(logits, row_scale, -nll, None, target_mass, top1)
+            return Softmax(logits, row_scale, -nll, None, target_mass, top1, exp_sum)
         log_z = torch.where(below < -1, Z.log(), below + nll)  # where Z is near 1, its log would lose digits
         H = softmax.entropy(log_z, exp_log + torch.xlogy(e_y, e_y), Z)
-        return Softmax(logits, row_scale, -nll, H, target_mass, top1)
+        return Softmax(logits, row_scale, -nll, H, target_mass, top1, exp_sum)
 
     def _anchored_logits(
         self, x: Tensor, target: Tensor, target_logit: Tensor | None

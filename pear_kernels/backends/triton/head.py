@@ -103,7 +103,8 @@ class Head:
         product = self._plain if self._is_plain(gradient) else self._fused
         exp = product(x, target, *of_target, out, gradient)
         # without a gradient nothing reads `exp`
-        return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1)  # type: ignore[arg-type]
+        exp_sum = None if self.activation["SOFTCAP"] else target_mass
+        return Softmax(exp, row_scale, logprobs, entropies, target_mass, top1, exp_sum)  # type: ignore[arg-type]
 
     def target_logits(self, x: Tensor, target: Tensor) -> Tensor:
         return self._target_logits(x, target)[0]
