@@ -11,7 +11,7 @@ is kept at a gradient_tolerance of 0.01. Targets are drawn from the softmax.
 Hidden states and rows of the head have a large common part, as SmolLM2's have. It changes no probability. It does
 change what leaving out a column costs: without it, rows that are left out would cancel each other by chance.
 
-`python -m bench.fitted` prints the fit and draws it into docs/pictures/fitted.png.
+`python -m bench.fitted` prints the fit and draws it into bench/results/fitted.png.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def draw(found: dict[str, tuple[Statistics, Tensor]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fitted", description="The fit, as a table and a picture.")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "fitted.png")
+    parser.add_argument("--picture", type=Path, default=ROOT / "bench" / "results" / "fitted.png")
     arguments = parser.parse_args()
     of = {"random, variance 1": SHAPES["real-code"]._replace(tokens=ROWS, inputs="random")}
     for text in TEXTS:

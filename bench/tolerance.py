@@ -135,7 +135,7 @@ def errors(x: Inputs, loss: str) -> dict[str, dict[str, float]]:
     hidden, weight = x.hidden.detach(), x.weight.detach()
 
     def run(dtype: torch.dtype, tolerance: float = 0.0) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        h, w = (tensor.to(dtype).detach().requires_grad_() for tensor in (hidden, weight))  # leaves of their own
         if loss == "pear":
             found = linear_pear_loss(
                 h, w, x.target, x.behavior_logprobs, cu_seqlens=x.cu_seqlens, gradient_tolerance=tolerance
