@@ -145,8 +145,9 @@ class HeadOptions(Options):
         gradient_tolerance: share of the gradient's mass, sum_t |c_t| (1 - p_t), that may be left out of dX and dW, from
             0 to below 1; c_t is dL/d(-log p_t). 0: all three products. Otherwise products 2 and 3 are taken of the
             tokens and columns that matter, `stats` adds "gradient_kept", the share of their work that was done, and
-            "gradient_left_out", that of the mass, which is never above the tolerance. Loss and log-probs stay exact.
-            The bound and what to expect of it are in docs/engine.md.
+            "gradient_left_out", that of the mass, never above the tolerance. (`linear_logprobs` has no `stats`.)
+            Loss and log-probs stay exact. An error with a gradient in every logit: an entropy's, or a teacher's. The
+            bound and what to expect of it are in docs/engine.md.
     """
 
     temperature: float = 1.0

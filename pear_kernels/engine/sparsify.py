@@ -83,17 +83,6 @@ class Sparsifier:
         rows = None if k == R else row_order[first_row:].sort().values
         return Choice(rows, column_order[first_column:].sort().values, column_mass)
 
-    def compact_(self, head: Head, softmax: Softmax, choice: Choice, grad_hidden: bool) -> Kept:
-        """Overwrites E by what is kept of it. The mean of the columns left out is made for a `grad_hidden`."""
-        rows, columns, column_mass = choice
-        row_sum = softmax.exp.sum(1, dtype=head.dtype)  # of E as it is rounded, like the sum of what is kept
-        kept = head.compact_(softmax.exp, rows, columns)
-        kept_sum = kept.sum(1, dtype=head.dtype)
-        rest = row_sum - kept_sum if rows is None else row_sum.index_add(0, rows, kept_sum, alpha=-1)
-        column_mass[columns] = 0.0
-        mean = head.mean_row(column_mass) if grad_hidden else column_mass[:0]
-        return Kept(rows, columns, kept, rest.clamp_(min=0.0), mean)
-
     def rescale(self, chunk: int, factor: Tensor) -> None:
         """Multiplies what was counted of a chunk by its rows' `factor` (R,), one value if anything was left out."""
         self.left[chunk] = self.left[chunk] * factor[0].abs()
@@ -109,6 +98,18 @@ class Sparsifier:
     def skip(self, rows: int, columns: int) -> None:
         """Counts a chunk without coefficients, of which no product is taken."""
         self.work += rows * columns
+
+
+def compact_(head: Head, exp: Tensor, choice: Choice, grad_hidden: bool) -> Kept:
+    """Overwrites E (R, V) by what is kept of it. The mean of the columns left out is made for a `grad_hidden`."""
+    rows, columns, column_mass = choice
+    row_sum = exp.sum(1, dtype=head.dtype)  # of E as it is rounded, like the sum of what is kept
+    kept = head.compact_(exp, rows, columns)
+    kept_sum = kept.sum(1, dtype=head.dtype)
+    rest = row_sum - kept_sum if rows is None else row_sum.index_add(0, rows, kept_sum, alpha=-1)
+    column_mass[columns] = 0.0
+    mean = head.mean_row(column_mass) if grad_hidden else column_mass[:0]
+    return Kept(rows, columns, kept, rest.clamp_(min=0.0), mean)
 
 
 @functools.cache

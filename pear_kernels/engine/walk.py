@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pear_kernels.engine.head import Head, Kept, LogitsHead, Scores, Softmax
+from pear_kernels.engine.head import Head, LogitsHead, Scores, Softmax
 from pear_kernels.engine.objective import Coefficients, Objective, TeacherSource, present
 from pear_kernels.engine.packing import Pack, with_chunk
 from pear_kernels.engine.schedule import Chunk, Coupling, Schedule, Wanted, default_workspace, schedule
-from pear_kernels.engine.sparsify import Sparsifier, say_once_that_all_is_kept
+from pear_kernels.engine.sparsify import Choice, Sparsifier, compact_, say_once_that_all_is_kept
 
 
 def grad_hidden_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +73,8 @@ class Walk:
         self.divergence: Tensor | None = None  # (n,), of a `LogitsWalk` with a teacher
         self.top1 = torch.empty_like(self.logprobs)  # (n,) 0 or 1, as in `head.Softmax`
         self.sparsifier = Sparsifier(gradient_tolerance) if gradient_tolerance and any(wanted[:2]) else None
-        head.separate_target = self.sparsifier is not None
+        if self.sparsifier is not None:
+            head.separate_target = True
         # (n,): dW[target] is still to be reduced by this times x, where the head keeps the target's term apart from E
         self.target_scale: Tensor | None = None
 
@@ -241,21 +242,13 @@ class Walk:
         if may_skip and self.may_branch and not row_scale.any():
             self.skip(begin, end)
         else:
-            kept = self.choose(softmax, row_scale, may_leave_out) if self.sparsifier is not None else None
-            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, kept)
-
-    def choose(self, softmax: Softmax, row_scale: Tensor, may_leave_out: bool) -> Kept | None:
-        """What to keep of a chunk's gradient products; None for all. The gradient of the bias is made of all of E."""
-        assert self.sparsifier is not None
-        may_sync = self.pack.counts is None
-        if not may_sync:
-            say_once_that_all_is_kept()
-        choice = self.sparsifier.choose(self.head, softmax, row_scale, may_leave_out and may_sync)
-        if choice is None:
-            return None
-        if self.wanted.bias:
-            self.head.add_grad_bias_(self.grads.bias, softmax.exp, row_scale)
-        return self.sparsifier.compact_(self.head, softmax, choice, self.wanted.hidden)
+            choice = None
+            if self.sparsifier is not None:
+                may_sync = self.pack.counts is None
+                if not may_sync:
+                    say_once_that_all_is_kept()
+                choice = self.sparsifier.choose(self.head, softmax, row_scale, may_leave_out and may_sync)
+            self.products(begin, end, x, softmax.exp, row_scale, softmax.target_mass, choice)
 
     def checked(self, begin: int, end: int, coefficients: Tensor) -> Tensor:
         """An objective's (end - begin,), with 0 for ghosts."""
@@ -274,14 +267,15 @@ class Walk:
         factor: Tensor,  # (R, V)
         row_scale: Tensor,  # (R,)
         target_mass: Tensor | None,  # (R,)
-        kept: Kept | None = None,
+        choice: Choice | None = None,
     ) -> None:
         """dX = diag(row_scale) factor W for these tokens; dW += factor^T diag(row_scale) x; likewise the bias.
 
-        What is `kept` of the factor has overwritten it, and the bias's gradient is made already.
+        With a `choice`, dX and dW are made of what it keeps of the factor, which overwrites the factor.
         """
-        if self.wanted.bias and kept is None:
+        if self.wanted.bias:  # takes no product, so nothing is left out of it
             self.head.add_grad_bias_(self.grads.bias, factor, row_scale)
+        kept = None if choice is None else compact_(self.head, factor, choice, self.wanted.hidden)
         if self.wanted.hidden:
             index, target = self.pack.index[begin:end], self.target[begin:end]
             self.head.write_grad_hidden_(self.grads.hidden, index, factor, row_scale, target, target_mass, kept)
