@@ -29,7 +29,7 @@ from torch import Tensor
 from bench import shapes
 from bench.machine import ROOT
 from bench.report import table
-from bench.shapes import SHAPES, TEXTS, Inputs, Shape, sequences
+from bench.shapes import BEHAVIOR_TEMPERATURE, SHAPES, TEXTS, Inputs, Shape, sequences
 
 TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 ROWS = 1024  # of a chunk, whose columns are chosen together: with more rows more columns are kept
@@ -37,7 +37,6 @@ FITTED_AT = 0.01  # the tolerance at which the share kept is SmolLM2's for every
 PROBED = 256  # rows of which the entropy is
 BLOCK = 512  # rows whose logits are in memory at a time
 CCE_TILE, CCE_THRESHOLD = (128, 256), 2.0**-12  # tokens x columns
-BEHAVIOR_TEMPERATURE = 1.3  # as in `bench/real_logits.py`
 SHARED_HIDDEN, SHARED_WEIGHT, MEAN_LOGIT = 3.4, 0.93, 7.0  # SmolLM2's |mean of x|, |mean of W|, mean of x.W, if scaled
 
 

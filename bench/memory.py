@@ -32,6 +32,14 @@ def resident(field: str) -> int:
     raise RuntimeError(f"the kernel reports no {field}; memory is measured on Linux only")
 
 
+def settle() -> int:
+    """Hands freed memory back, starts VmHWM again from what is left, and returns that: bytes of VmRSS."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else a call would reuse what the set-up has freed, and look smaller
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def measure(case: str, peer: str) -> int:
     """Extra peak bytes of one call, in this process."""
     shape = SHAPES[case]
@@ -41,10 +49,7 @@ def measure(case: str, peer: str) -> int:
     x = make_inputs(shape)
     if taught:
         x = x.taught()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse what the set-up has freed, and look smaller
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
-    before = resident("VmRSS")
+    before = settle()
     run(x)
     return resident("VmHWM") - before - PEERS[peer].gradient_bytes(shape)
 

@@ -19,14 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.shapes import Inputs, Shape
+from bench.shapes import BEHAVIOR_TEMPERATURE, SHAPES, TEXTS, Inputs
 from pear.models import cache_folder, load_model, load_tokenizer
 from pear_kernels import linear_logprobs
 
 VERSION = 3  # of the cached files
-TEXTS = ("samples", "code")
-SHAPE = Shape(2048, 576, 49152)
-MODEL, BEHAVIOR_TEMPERATURE = "smollm2", 1.3
+MODEL = "smollm2"
 LONGEST = 512  # tokens of a sequence
 SUBJECTS = (
     "rivers", "bread", "the moon", "cities", "prime numbers", "bees", "a long journey", "music",
@@ -49,7 +47,7 @@ def real_inputs(text: str) -> Inputs:
 def make(text: str, path: Path) -> None:
     """Runs the model over sequences of the text and keeps the last hidden states of the tokens that count."""
     model = load_model(MODEL).eval()
-    hidden, target, left = [], [], SHAPE.tokens
+    hidden, target, left = [], [], SHAPES[f"real-{text}"].tokens
     for ids, counted in answers(model) if text == "samples" else sources():
         begin = len(ids) - min(counted, left)
         hidden.append(model.model(ids[None, :-1]).last_hidden_state[0, begin - 1 :])

@@ -9,8 +9,6 @@ are random, since neither time nor memory depends on them; log-probs of all peer
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -27,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
-from bench.memory import resident
+from bench.memory import resident, settle
 from bench.report import table
 from bench.store import write_text_whole
 from pear.io import read_jsonl
@@ -133,10 +131,7 @@ def measure(peer: str, folder: Path) -> dict[str, float]:
     model, tokenizer = load_model(str(folder / "model"), dtype=torch.float32).eval(), load_tokenizer("smollm2")
     run, out = PEERS[peer], folder / f"{list(PEERS).index(peer)}.jsonl"
     run(model, tokenizer, folder / "short.jsonl", folder / "warm.jsonl")
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from the present size
-    before, cpu, began = resident("VmRSS"), time.process_time(), time.perf_counter()
+    before, cpu, began = settle(), time.process_time(), time.perf_counter()
     run(model, tokenizer, folder / "data.jsonl", out)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return {"seconds": seconds, "cpu_seconds": cpu, "bytes": resident("VmHWM") - before}

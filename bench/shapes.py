@@ -51,6 +51,7 @@ def gpu(tokens: int, hidden: int, vocabulary: int, **more) -> Shape:
 PACKS = (1, 10, 100, 1000)
 GPU_BASE, CPU_BASE = "8k-4k-152k", "cpu-4k"
 TEXTS = ("code", "samples")  # that SmolLM2 read or wrote
+BEHAVIOR_TEMPERATURE = 1.3  # of the policy that wrote them: the same model, less sure
 SHAPES = {
     GPU_BASE: gpu(8192, 4096, 151936),  # published, on H100; the targets' shape
     "128k-4k-152k": gpu(131072, 4096, 151936),

@@ -11,12 +11,12 @@ mean logit), computed in float32; and ours without the correction of dX.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import machine
-from bench.memory import resident
-from bench.peers import full_logits_nll, weighted
-from bench.real_logits import TEXTS, real_inputs
+from bench.fitted import CCE_TILE, TOLERANCES
+from bench.memory import resident, settle
+from bench.peers import full_logits_nll, ours, weighted
+from bench.real_logits import real_inputs
 from bench.report import table
-from bench.shapes import Inputs
+from bench.shapes import TEXTS, Inputs
 from bench.store import write_text_whole
 from pear_kernels import linear_logprobs, linear_pear_loss, linear_weighted_loss
 from pear_kernels.backends.torch.head import Head
@@ -40,10 +41,8 @@ from pear_kernels.backends.torch.head import Head
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 CURVE = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # of the picture
 CCE_EXPONENTS = (8, 10, 12, 14, 16)  # thresholds 2^-n; cut-cross-entropy has 2^-12
-CCE_TILE = 128, 256  # tokens, columns
 LOSSES = ("nll", "pear", "dft")
 NAIVE, BF16, EXACT, CCE = "naive", "naive, bfloat16", "ours, exact", "cut-cross-entropy's rule"
 ROWS = 512  # of logits at a time
@@ -73,17 +72,11 @@ def main() -> None:
     print((folder / "tolerance.md").read_text())
 
 
-def ours(tolerance: float) -> Callable[[Inputs], Tensor]:
-    def run(x: Inputs) -> Tensor:
-        columns = {"behavior_logprobs": x.behavior_logprobs, "cu_seqlens": x.cu_seqlens}
-        loss = linear_pear_loss(x.hidden, x.weight, x.target, **columns, gradient_tolerance=tolerance).loss
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-METHODS = {NAIVE: weighted(full_logits_nll), EXACT: ours(0.0), **{f"ours, {t:g}": ours(t) for t in TOLERANCES}}
+METHODS = {
+    NAIVE: weighted(full_logits_nll),
+    EXACT: ours,
+    **{f"ours, {t:g}": functools.partial(ours, gradient_tolerance=t) for t in TOLERANCES},
+}
 
 
 def measure(text: str, rounds: int) -> dict:
@@ -121,8 +114,7 @@ def extra_bytes(text: str, method: str) -> int:
     bounds = torch.tensor([0, 32], dtype=torch.int32)
     METHODS[method](Inputs(x.hidden[few], x.weight, x.target[few], x.behavior_logprobs[few], bounds))
     x.clear()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
-    before = resident("VmRSS")
+    before = settle()
     METHODS[method](x)
     return resident("VmHWM") - before - x.hidden.nbytes - x.weight.nbytes
 
